@@ -1,0 +1,298 @@
+"""What happens around a training step: metrics, checkpoints, samples, stopping cleanly, refusing NaN.
+
+Every interval is in optimizer steps. Nothing here waits for the device except where something is logged or saved.
+"""
+
+import csv
+import math
+import os
+import random
+import signal
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from checkpoint import link_or_copy
+from config import TrainingConfig, to_yaml
+from data import PreparedData
+from errors import UserError
+from hardware import memory_in_use
+from infer import SamplingParams, generate
+from runs import Run, print_note
+
+CSV_COLUMNS = ["step", "tokens", "train/loss", "train/bpb", "train/lr", "train/grad_norm", "perf/tokens_per_second",
+               "perf/memory_mb", "val/loss", "val/bpb", "val/perplexity"]
+
+
+class StepCallback(L.Callback):
+    """Calls `on_step(trainer, module)` once an optimizer step, after it, however many batches a step has."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if not trainer.fit_loop._should_accumulate():
+            self.on_step(trainer, module)
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        raise NotImplementedError
+
+
+class Metrics(StepCallback):
+    """Scalars to TensorBoard and to metrics.csv, and the progress of the run to stderr."""
+
+    def __init__(self, run: Run, training: TrainingConfig, bytes_per_token: float, first_step: int):
+        self.run, self.training, self.bytes_per_token, self.first_step = run, training, bytes_per_token, first_step
+        self.console = Console(stderr=True, highlight=False)
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.paused = 0.0  # seconds since the last log that were not training
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._cut_csv(self.first_step)
+        trainer.logger.experiment.add_text("config", "```yaml\n" + to_yaml(module.config) + "```", self.first_step)
+        if self.console.is_terminal:
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                                TextColumn("{task.fields[text]}"), console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("step", total=self.training.max_steps, completed=self.first_step, text="")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.start = self.last = time.perf_counter()
+        self.start_step = self.last_step = trainer.global_step
+        self.not_training = 0.0
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if step % self.training.log_every_steps and step not in (1, self.training.max_steps):
+            return
+        nats, targets = module.take_interval()  # waits for the device
+        now = time.perf_counter()
+        seconds = now - self.last - self.paused
+        loss = nats / targets
+        if not math.isfinite(loss):
+            raise UserError(non_finite("the training loss", step))
+        speed = targets * trainer.world_size / seconds
+        self.write(trainer, step, module.tokens_seen, {
+            "train/loss": loss, "train/bpb": loss / math.log(2) / self.bytes_per_token, "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/grad_norm": float(module.grad_norm), "perf/tokens_per_second": speed,
+            "perf/memory_mb": memory_in_use(module.device.type),
+        })
+        per_step = (now - self.start - self.not_training) / (step - self.start_step)
+        left = (self.training.max_steps - step) * per_step
+        if step > self.start_step + 1:  # and the validations still to come take as long as those before
+            done = (step - self.start_step) / (self.training.max_steps - self.start_step)
+            left += self.not_training * (1 - done) / done
+        self.say(step, f"loss {loss:.3f}  {speed:,.0f} tokens/s  {as_clock(left)} left")
+        self.last, self.last_step, self.paused = now, step, 0.0
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        values = module.validation
+        self.write(trainer, trainer.global_step, module.tokens_seen, {f"val/{name}": value for name, value in values.items()})
+        self.say(trainer.global_step, f"validation loss {values['loss']:.4f}  bits per byte {values['bpb']:.4f}  perplexity {values['perplexity']:.1f}", always=True)
+
+    def resume_clock(self) -> None:
+        """Called when everything around a validation is over: its time is not training's."""
+        spent = time.perf_counter() - self.validation_start
+        self.paused += spent
+        self.not_training += spent
+
+    def write(self, trainer: L.Trainer, step: int, tokens: int, scalars: dict[str, float]) -> None:
+        if not trainer.is_global_zero:
+            return
+        trainer.logger.log_metrics(scalars, step)
+        with self.run.metrics_file.open("a", newline="") as file:
+            writer = csv.DictWriter(file, CSV_COLUMNS)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow({"step": step, "tokens": tokens} | {name: f"{value:.6g}" for name, value in scalars.items()})
+
+    def say(self, step: int, text: str, always: bool = False) -> None:
+        """On a terminal the bar moves; elsewhere a line is printed."""
+        if self.bar is None:
+            self.console.print(f"step {step}/{self.training.max_steps}  {text}", soft_wrap=True)
+            return
+        self.bar.update(self.task, completed=step, text=text)
+        if always:
+            self.bar.console.print(f"step {step}  {text}", soft_wrap=True)
+
+    def _cut_csv(self, step: int) -> None:
+        """Drop the rows beyond `step`: they were of progress that is lost and will be made again."""
+        path = self.run.metrics_file
+        if path.exists():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            unfinished = path.with_suffix(".unfinished")
+            with unfinished.open("w", newline="") as file:
+                writer = csv.DictWriter(file, CSV_COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
+            os.replace(unfinished, path)
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class Checkpoints(StepCallback):
+    """step-N.ckpt every `save_every_steps`, the newest few kept; last.ckpt the newest, best.ckpt that of the lowest
+    validation loss, final.ckpt the one at max_steps. A step that is also validated is saved after its validation."""
+
+    def __init__(self, run: Run, training: TrainingConfig):
+        self.run, self.training = run, training
+        self.best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if step == self.training.max_steps:
+            trainer.should_stop = True  # Lightning then validates before it ends
+        elif step % self.training.save_every_steps == 0 and step % self.training.val_every_steps:
+            self.save(trainer, "last.ckpt")
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        loss, step = module.validation["loss"], trainer.global_step
+        names = []
+        if math.isfinite(loss) and (self.best is None or loss < self.best):
+            self.best = loss
+            names.append("best.ckpt")
+        if step == self.training.max_steps:
+            names.append("final.ckpt")
+        if names or step % self.training.save_every_steps == 0:
+            self.save(trainer, "last.ckpt", *names)
+
+    def save(self, trainer: L.Trainer, *names: str) -> None:
+        """Save this step under its number and under `names`, and prune the numbered ones."""
+        path = self.run.checkpoints / f"step-{trainer.global_step:08d}.ckpt"
+        for name, p in trainer.lightning_module.model.named_parameters():
+            if not torch.isfinite(p).all():
+                raise UserError(non_finite(name, trainer.global_step))
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            for name in names:
+                link_or_copy(path, self.run.checkpoints / name)
+            if self.training.keep_checkpoints:
+                for old in self.run.numbered()[self.training.keep_checkpoints :]:
+                    old.unlink()
+
+
+class Samples(L.Callback):
+    """At every validation, how the openings of a few validation documents go on, to TensorBoard."""
+
+    def __init__(self, data: PreparedData, context: int, count: int = 3):
+        self.tokenizer = data.tokenizer
+        length = min(9, context // 2)  # the token before the text and eight of it, the same for all: one batch
+        begins = [int(b) for b in data.val.offsets]
+        long_enough = [b for b, e in zip(begins, [*begins[1:], data.val.header.tokens], strict=True) if e - b > length]
+        begins = (long_enough or [0])[:: max(1, len(long_enough) // count)][:count]
+        self.prompts = torch.stack([torch.from_numpy(data.val.tokens[b : b + length].astype("int64")) for b in begins])
+        self.latest: list[tuple[str, str]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        params = SamplingParams(max_new_tokens=40, seed=0)
+        module.model.eval()
+        rows = zip(*generate(module.model, self.prompts, params, self.tokenizer.eos_id), strict=True)
+        module.model.train()
+        self.latest = [
+            (self.tokenizer.decode(prompt.tolist()), self.tokenizer.decode([t for t in row if t is not None]))
+            for prompt, row in zip(self.prompts, rows, strict=True)
+        ]
+        text = "\n\n".join(f"**{prompt}**{continuation}" for prompt, continuation in self.latest)
+        trainer.logger.experiment.add_text("samples", text, trainer.global_step)
+
+
+class StopCleanly(StepCallback):
+    """On SIGINT or SIGTERM finish the step, save it as last.ckpt and end with status 128 + signal; a second one ends at once."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints, self.signal = checkpoints, 0
+        self.before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.signal and not trainer.should_stop:
+            self.checkpoints.save(trainer, "last.ckpt")
+            print_note(f"stopped at step {trainer.global_step}; the same command continues from {self.checkpoints.run.checkpoints / 'last.ckpt'}")
+            raise SystemExit(128 + self.signal)
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class RandomState(L.Callback):
+    """Lightning saves no random state; dropout needs torch's on a resume."""
+
+    def __init__(self) -> None:
+        self.restored: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        if torch.backends.mps.is_available():
+            state["mps"] = torch.mps.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.restored = state
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.restored:
+            return
+        random.setstate(self.restored["python"])
+        torch.set_rng_state(self.restored["torch"])
+        if "cuda" in self.restored and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.restored["cuda"])
+        if "mps" in self.restored and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(self.restored["mps"])
+
+
+class ClockGuard(L.Callback):
+    """Stands last in the list: after every other callback is done with a validation, training's clock goes on."""
+
+    def __init__(self, metrics: Metrics):
+        self.metrics = metrics
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.metrics.resume_clock()
+
+
+def non_finite(what: str, step: int) -> str:
+    return (f"{what} is not finite at step {step}; training has stopped and the checkpoints on disk are from before. "
+            "Lower training.lr or raise training.warmup_steps, and begin with --fresh or another run.name")
+
+
+def as_clock(seconds: float) -> str:
+    """
+    >>> as_clock(75), as_clock(3700)
+    ('1:15', '1:01:40')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def tensorboard(run: Run, first_step: int) -> TensorBoardLogger:
+    """TensorBoard's files straight in the run's log folder; points beyond `first_step` are taken back."""
+    return TensorBoardLogger(run.logs, name="", version="", purge_step=first_step + 1 if first_step else None, default_hp_metric=False)

@@ -1,0 +1,158 @@
+"""What a checkpoint holds, writing one so that it is never half there, and reading one so that damage is noticed.
+
+A checkpoint is a Lightning checkpoint (`torch.load`s with `weights_only=True`) with one more entry, `kit`: the format's
+number, the config, the tokenizer's state and the run's counters, all in plain types. It is enough by itself.
+No Lightning here: inference must not wait for it.
+"""
+
+import hashlib
+import os
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config, config_from_dict
+from errors import UserError
+from model import Transformer
+from tokenizer import Tokenizer, build_tokenizer, from_state
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """A trained model and all that belongs to it."""
+
+    path: Path
+    model: Transformer  # in evaluation mode
+    tokenizer: Tokenizer
+    config: Config
+    step: int  # optimizer steps
+    tokens: int  # targets trained on
+    val_loss: float | None  # nats per token when it was last measured
+    weights_sha256: str
+
+
+def kit_entry(config: Config, tokenizer_state: dict, **counters: Any) -> dict[str, Any]:
+    """The `kit` entry of a checkpoint."""
+    return {"format": FORMAT, "config": config.to_dict(), "tokenizer": tokenizer_state, **counters}
+
+
+def save_whole(state: dict[str, Any], path: Path) -> None:
+    """Write `state` to `path` so that after a crash the file is the old one or the new one, never a part.
+
+    Raises UserError where the disk refuses; what stood at `path` is then untouched.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write the checkpoint {path}: {error}; what stood there is untouched. "
+            "Make room or choose another folder, then run the same command again"
+        ) from error
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Give the finished file `source` the second name `path`, replacing what had that name in one step."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(source, unfinished)
+    except OSError:  # no hard links on this file system
+        with source.open("rb") as old, unfinished.open("wb") as new:
+            while piece := old.read(1 << 20):
+                new.write(piece)
+            new.flush()
+            os.fsync(new.fileno())
+    os.replace(unfinished, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` last through a power cut, where the system allows it."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checked content of a checkpoint, on the CPU. Raises UserError for one that is missing, damaged, foreign or newer."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}; {known_checkpoints()}")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"the checkpoint {path} is damaged at {damaged}; take another one")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is truncated or not a checkpoint; take another one") from None
+    except Exception as error:  # unpicklers fail in a dozen ways, and every one means the same here
+        raise UserError(f"{path} is not a checkpoint of this program: {str(error).splitlines()[0]}") from error
+    kit = state.get("kit") if isinstance(state, dict) else None
+    if not isinstance(kit, dict) or "state_dict" not in state:
+        raise UserError(f"{path} is not a checkpoint of this program: it carries no config and tokenizer")
+    if kit["format"] > FORMAT:
+        raise UserError(f"{path} has format {kit['format']}; this program reads up to {FORMAT}: update it")
+    return state
+
+
+def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Checkpoint:
+    """The model (float32, CPU, evaluation mode) and what belongs to it; `tokenizer_name` is checked against its own."""
+    state = read_checkpoint(path)
+    kit = state["kit"]
+    tokenizer = from_state(kit["tokenizer"])
+    config = config_from_dict(kit["config"], origin=str(path))
+    if tokenizer_name is not None and tokenizer_name != tokenizer.name:
+        other = build_tokenizer(tokenizer_name, config.data.cache_dir)
+        if other.fingerprint != tokenizer.fingerprint:
+            raise UserError(f"{path} was trained with the tokenizer {tokenizer.name!r}, not {tokenizer_name!r}; leave --tokenizer out")
+    weights = {name.removeprefix("model."): tensor for name, tensor in state["state_dict"].items()}
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    model.reset_tables()
+    return Checkpoint(Path(path), model.eval(), tokenizer, config, state["global_step"], kit["tokens"], kit["val_loss"], hash_weights(weights))
+
+
+def hash_weights(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes and numbers: two files with the same weights have the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def known_checkpoints() -> str:
+    """A sentence that names the checkpoints there are, for messages."""
+    found = sorted(str(p) for p in [*Path("checkpoints").glob("*.ckpt"), *Path("checkpoints").glob("[!o]*/*.ckpt")])
+    return f"here are {', '.join(found)}" if found else "train one with: python train.py --config config.yaml"
+
+
+def best_checkpoint() -> Path:
+    """checkpoints/best.ckpt, else the best.ckpt of the named run with the lowest validation loss."""
+    unnamed = Path("checkpoints/best.ckpt")
+    if unnamed.is_file():
+        return unnamed
+    runs = [p for p in sorted(Path("checkpoints").glob("*/best.ckpt")) if not p.parent.name.startswith("old-")]
+    if not runs:
+        raise UserError(f"there is no checkpoint yet in {unnamed.parent}; {known_checkpoints()}")
+    return min(runs, key=lambda path: read_checkpoint(path)["kit"]["val_loss"])

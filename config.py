@@ -1,0 +1,239 @@
+"""The settings of a run: five frozen sections, and strict loading from YAML and `key=value`.
+
+A file names only what differs from the defaults below, which are those of config.yaml. An unknown key, a wrong type, a
+duplicate key or sizes that do not fit end in one sentence that names the file, the line, the value and the remedy.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, ValidationError, create_model
+
+from errors import UserError
+from model import ModelConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = ""  # outputs go to checkpoints/<name> and logs/<name>; empty: straight into checkpoints and logs
+
+    def __post_init__(self) -> None:
+        if self.name.startswith((".", "old-")) or not all(c.isascii() and (c.isalnum() or c in "._-") for c in self.name):
+            raise ValueError(f"name {self.name!r} is a folder's name: letters, digits, '.', '_', '-', not beginning '.' or 'old-'")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "wiki"  # a corpus by name: wiki, shakespeare
+    path: str | None = None  # a text file; takes the place of `source`
+    tokenizer: str = "gpt2"  # byte, char, bpe:SIZE, gpt2, a tokenizer.json, a Hugging Face folder or name
+    val_share: float = 0.05  # share of the documents (of a single document's end) kept for validation
+    document_mask: bool = False  # tokens attend within their own document only
+    cache_dir: str = "data"  # fetched corpora and token shards
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_share < 1:
+            raise ValueError(f"val_share is {self.val_share}; it is a share between 0 and 1, for example 0.05")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    seq_len: int = 256  # tokens in a row
+    micro_batch_size: int = 8  # rows in one forward pass, on each device
+    grad_accum_steps: int = 1  # forward passes in one optimizer step
+    max_steps: int = 527  # optimizer steps
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: the blocks' matrices by Muon, the rest by AdamW
+    lr: float = 4e-3  # peak learning rate
+    min_lr_ratio: float = 0.0  # final learning rate as a share of the peak
+    schedule: Literal["cosine", "linear", "constant"] = "linear"  # from the peak to the end
+    warmup_steps: int = 30  # optimizer steps from 0 to the peak
+    weight_decay: float = 0.1  # on matrices, not on norm gains
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW
+    eps: float = 1e-8  # AdamW
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clip
+    loss_chunk: int = 1024  # tokens whose logits exist at a time; 0: all of them
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    seed: int = 42
+    log_every_steps: int = 10  # optimizer steps between logged points
+    val_every_steps: int = 100  # optimizer steps between validations
+    save_every_steps: int = 100  # optimizer steps between checkpoints
+    keep_checkpoints: int = 3  # numbered checkpoints kept, newest first; 0: all
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "micro_batch_size", "grad_accum_steps", "max_steps", "log_every_steps", "val_every_steps", "save_every_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "loss_chunk", "keep_checkpoints", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not (0 < self.lr < math.inf and 0 < self.eps < math.inf):
+            raise ValueError(f"lr {self.lr} and eps {self.eps} must be above 0 and finite")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {list(self.betas)}; each lies from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    accelerator: Literal["auto", "cpu", "mps", "cuda", "gpu"] = "auto"  # auto: mps, else cuda, else cpu; gpu is cuda
+    devices: int = 1  # how many of them
+    num_workers: int = 0  # processes that prepare batches; 0: the training process itself
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA only
+
+
+SECTIONS = {"run": RunConfig, "model": ModelConfig, "data": DataConfig, "training": TrainingConfig, "hardware": HardwareConfig}
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.max_seq_len is None:
+            object.__setattr__(self, "model", dataclasses.replace(self.model, max_seq_len=self.training.seq_len))
+        if self.model.max_seq_len < self.training.seq_len:
+            raise ValueError(f"training.seq_len {self.training.seq_len} does not fit model.max_seq_len {self.model.max_seq_len}")
+
+    def with_vocab_size(self, vocab_size: int) -> "Config":
+        """This config for a tokenizer of `vocab_size`. Raises UserError where the model was given a smaller one."""
+        given = self.model.vocab_size
+        if given is not None and given < vocab_size:
+            raise UserError(f"model.vocab_size is {given}, but the tokenizer {self.data.tokenizer!r} has {vocab_size} entries; leave it empty")
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=given or vocab_size))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain dicts, lists, numbers and strings: what a checkpoint and YAML hold."""
+        plain = dataclasses.asdict(self)
+        plain["training"]["betas"] = list(plain["training"]["betas"])
+        return plain
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: 3e-4 is a number, `no` and 12:30 are text. Duplicate keys and aliases are refused."""
+
+    yaml_implicit_resolvers: dict = {}
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not used here; write the value out", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+for tag, pattern, first in [
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+]:
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+
+
+def parse_yaml(text: str, place: str) -> tuple[Any, dict[tuple[str, ...], str]]:
+    """The value of a YAML text, and for each key's path the place it stands at, as `file:line`."""
+    places: dict[tuple[str, ...], str] = {}
+
+    def visit(node: yaml.Node, path: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                at = (*path, str(key.value))
+                if at in places:
+                    raise UserError(f"{place}:{key.start_mark.line + 1}: {'.'.join(at)} stands already at {places[at]}; remove one")
+                places[at] = f"{place}:{key.start_mark.line + 1}"
+                visit(value, at)
+
+    loader = StrictLoader(text)
+    try:
+        if (node := loader.get_single_node()) is None:
+            return {}, places
+        visit(node, ())
+        return loader.construct_document(node), places
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{place}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The defaults, changed by the file, changed by `section.key=value` overrides. Raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(str(p) for p in [*Path().glob("*.yaml"), *Path("presets").glob("*.yaml")])
+        raise UserError(f"there is no config {path}; here are {', '.join(near) or 'none'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {error}") from None
+    values, places = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {values!r}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not (equals and dot and name):
+            raise UserError(f"{override!r} is not an override; write section.key=value, for example training.max_steps=20")
+        check_key(section, list(SECTIONS), f"on the command line: {key}")
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values[section][name] = parse_yaml(value, f"on the command line: {key}")[0]
+        places[section, name] = "on the command line"
+    return config_from_dict(values, places, str(path))
+
+
+def config_from_dict(values: dict[str, Any], places: dict[tuple[str, ...], str] | None = None, origin: str = "config") -> Config:
+    """Check keys and types of nested plain dicts, and build the Config. `places` say in a message where a key stands."""
+    places = places or {}
+    sections = {}
+    for section, given in values.items():
+        check_key(section, list(SECTIONS), places.get((section,), origin))
+        if given is None:
+            continue
+        if not isinstance(given, dict):
+            raise UserError(f"{places.get((section,), origin)}: {section} is a section with keys of its own, not {given!r}")
+        hints = typing.get_type_hints(SECTIONS[section])
+        for key in given:
+            check_key(key, list(hints), places.get((section, str(key)), origin), section)
+        types = create_model(section, __config__=ConfigDict(strict=True), **{k: (hints[k], ...) for k in given})
+        try:
+            checked = types.model_validate_json(json.dumps(given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = first["loc"][0]
+            said = first["msg"].removeprefix("Input should be ") if len(first["loc"]) == 1 else str(hints[key])
+            raise UserError(f"{places.get((section, key), origin)}: {section}.{key} is {given[key]!r}; it should be {said}") from None
+        try:
+            sections[section] = SECTIONS[section](**{k: getattr(checked, k) for k in given})
+        except ValueError as error:  # its first word is the key
+            place = places.get((section, str(error).split()[0])) or places.get((section,), origin)
+            raise UserError(f"{place}: {section}.{error}") from None
+    try:
+        return Config(**sections)
+    except ValueError as error:
+        raise UserError(f"{origin}: {error}") from None
+
+
+def check_key(key: str, known: list[str], place: str, section: str = "") -> None:
+    """Raise UserError with the nearest known key unless `key` is one."""
+    if key not in known:
+        near = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        what = f"{section} has no key {key!r}" if section else f"there is no section {key!r}"
+        raise UserError(f"{place}: {what}; {hint}")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that loads back to the same."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None)

@@ -1,0 +1,119 @@
+"""What this machine has, and what follows: the device, the precision, whether to compile. Every choice has its reason."""
+
+import ctypes
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from config import HardwareConfig
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The choices for a run, each with the sentence that says why."""
+
+    accelerator: str  # cpu, mps or cuda
+    precision: str  # 32-true, bf16-mixed or 16-mixed
+    compile: bool
+    reasons: dict[str, str]
+
+
+def available_accelerators() -> list[str]:
+    """Best first."""
+    return [name for name, there in [("mps", torch.backends.mps.is_available()), ("cuda", torch.cuda.is_available())] if there] + ["cpu"]
+
+
+def choose_accelerator(asked: str) -> tuple[str, str]:
+    """The device type and the reason. Raises UserError for one that is not there."""
+    there = available_accelerators()
+    if asked == "auto":
+        return there[0], "the best there is here" if len(there) > 1 else "no MPS and no CUDA device here"
+    name = "cuda" if asked == "gpu" else asked
+    if name not in there:
+        raise UserError(f"hardware.accelerator is {asked!r}, and this machine has {' and '.join(there)}; use one of them, or auto")
+    return name, "as asked"
+
+
+def choose_precision(asked: str, accelerator: str) -> tuple[str, str]:
+    """Lightning's word for the precision and the reason. Raises UserError for a pair that cannot work."""
+    if asked == "16-mixed" and accelerator != "cuda":
+        raise UserError(f"training.precision 16-mixed is for CUDA; on {accelerator} it is wrong or slow: use 32-true or bf16-mixed")
+    if asked != "auto":
+        return asked, "as asked"
+    if accelerator == "cuda":
+        return ("bf16-mixed", "the GPU has bfloat16") if torch.cuda.is_bf16_supported(False) else ("16-mixed", "the GPU has no bfloat16")
+    if accelerator == "mps":
+        return "32-true", "half precision is not faster on MPS, and its kernels have been wrong"
+    if has_bfloat16_cpu():
+        return "bf16-mixed", "the CPU multiplies bfloat16 twice as fast; attention and sums stay in float32"
+    return "32-true", "the CPU has no bfloat16 instructions"
+
+
+def has_bfloat16_cpu() -> bool:
+    """Whether the CPU multiplies bfloat16 natively (AVX512_BF16 or AMX)."""
+    return platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported()
+
+
+def choose_compile(asked: str, accelerator: str) -> tuple[bool, str]:
+    """Whether to torch.compile, and the reason."""
+    if asked == "off":
+        return False, "as asked"
+    if asked == "auto" and accelerator != "cuda":
+        return False, "compiling takes longer than it saves in a short run here; hardware.compile=on to try"
+    if accelerator == "mps":
+        return False, "torch.compile for MPS is a prototype"
+    if accelerator == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name):
+        return False, "asked for, but there is no C++ compiler on the PATH, which it needs"
+    return True, "as asked" if asked == "on" else "pays back on CUDA"
+
+
+def choose_hardware(config: HardwareConfig, precision: str) -> Hardware:
+    accelerator, why_accelerator = choose_accelerator(config.accelerator)
+    precision, why_precision = choose_precision(precision, accelerator)
+    compiles, why_compile = choose_compile(config.compile, accelerator)
+    return Hardware(accelerator, precision, compiles, {"accelerator": why_accelerator, "precision": why_precision, "compile": why_compile})
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving it back to the kernel, which would clear it again at every step.
+
+    A step over 50,257 entries frees and takes hundreds of megabytes; the page faults were half of its time on a CPU.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+        for option, value in [(M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)]:
+            libc.mallopt(option, value)
+
+
+def matmul_rate(accelerator: str, precision: str, size: int = 1024) -> float:
+    """Measured floating-point operations a second of one square matmul, the best of five."""
+    dtype = torch.float32 if precision == "32-true" else torch.float16 if precision == "16-mixed" else torch.bfloat16
+    a = torch.zeros(size, size, dtype=dtype, device=accelerator)
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(seconds)
+
+
+def memory_in_use(accelerator: str) -> float:
+    """Megabytes this process holds: on the GPU at its peak, else resident now."""
+    if accelerator == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    if accelerator == "mps":
+        return torch.mps.driver_allocated_memory() / 1e6
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def device_name(accelerator: str) -> str:
+    if accelerator == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads" if accelerator == "cpu" else platform.machine()

@@ -1,0 +1,306 @@
+"""A decoder-only Transformer in the Llama style: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+A config and tensors go in, logits come out. Nothing here knows of files, of training or of Lightning. The parameters
+carry the names of Hugging Face's Llama and RoPE is its half-split layout, so that an export is a prefix and no more.
+
+Letters in the shape comments: B batch, T tokens, C d_model, H heads, K key/value heads, D head_dim, V vocab_size,
+S tokens seen so far (those in the cache and the T new ones).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+MPS_INNER_LIMIT = 32_767  # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model. `None` means: derived, as the comment says.
+
+    Raises ValueError with a sentence for a person where the sizes do not fit together.
+    """
+
+    vocab_size: int | None = None  # entries; from the tokenizer
+    max_seq_len: int | None = None  # tokens of context; training.seq_len
+    n_layers: int = 4
+    d_model: int = 256  # width of the residual stream
+    n_heads: int = 8  # query heads; head_dim = d_model / n_heads
+    n_kv_heads: int | None = None  # key/value heads; n_heads (fewer is grouped-query attention)
+    d_ff: int | None = None  # width inside the MLP; 8/3 d_model rounded up to a multiple of 64
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True  # the head shares the embedding's matrix
+    dropout: float = 0.0  # probability, while training
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more time
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.d_ff is None:
+            object.__setattr__(self, "d_ff", 64 * math.ceil(self.d_model * 8 / 3 / 64))
+        for name in ("vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; "
+                f"take d_model {self.d_model // self.n_heads * self.n_heads or self.n_heads} or another n_heads"
+            )
+        if self.n_heads % self.n_kv_heads:
+            divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
+            raise ValueError(
+                f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; take one of {divisors}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"d_model / n_heads is {self.head_dim}; RoPE rotates pairs and needs an even number")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it is a probability from 0 to below 1")
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise ValueError(f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def n_parameters(self) -> int:
+        """Count of trainable numbers; a tied head counts once."""
+        embedding = self.vocab_size * self.d_model
+        attention = self.d_model * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
+        mlp = 3 * self.d_model * self.d_ff
+        norms = self.d_model * (2 * self.n_layers + 1)
+        return embedding * (1 if self.tie_embeddings else 2) + self.n_layers * (attention + mlp) + norms
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations to train on one token: 6 per weight used in a matmul, and causal attention's own."""
+        matmul_weights = self.n_parameters - self.d_model * (2 * self.n_layers + 1)
+        if not self.tie_embeddings:
+            matmul_weights -= self.vocab_size * self.d_model  # a look-up, not a matmul
+        return 6 * matmul_weights + 6 * self.n_layers * self.d_model * seq_len
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated and owned by the caller.
+
+    keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device):
+        shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def max_len(self) -> int:
+        return self.keys.size(3)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new (B, K, T, D) behind the filled part; return all (B, K, S, D) of the layer."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, each (length, D), in the default dtype (Su et al., arXiv 2104.09864).
+
+    The frequencies are rounded to float32 as in Hugging Face's Llama, whatever the dtype of the angles.
+    """
+    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    positions = torch.arange(length, dtype=torch.get_default_dtype())
+    angles = torch.outer(positions, frequencies.to(positions.dtype)).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by its position's angle; cos, sin end in (T, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Scaled dot-product attention of q (B, H, T, D) over k, v (B, K, S, D) -> (B, H, T, D).
+
+    A mask of None means causal, for T == S, or no restriction, for T == 1.
+    """
+    device, dtype = q.device.type, q.dtype
+    if device == "mps":  # its kernels have been wrong for strided inputs and for grouped heads: give them neither
+        groups = q.size(1) // k.size(1)
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        if mask is None and q.size(2) > 1 and dtype != torch.float32:  # is_causal has leaked the future in half precision
+            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    if device == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled():
+        q, k, v = q.float(), k.float(), v.float()  # the bf16 backward is 4 times slower than float32's
+    with torch.autocast(device, enabled=False):
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=mask is None and q.size(2) > 1, enable_gqa=q.size(1) != k.size(1)
+        )
+    return y.to(dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with RoPE and grouped key/value heads (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        self.q_proj = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Transformer(nn.Module):
+    """Token ids (B, T) -> logits (B, T, V). `hidden` is all but the head, for a loss that never holds all logits."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.vocab_size and config.max_seq_len, "vocab_size and max_seq_len come from the tokenizer and training"
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_tables()
+        self.reset_parameters()
+
+    def reset_tables(self) -> None:
+        """Compute the rotary tables, which no checkpoint carries; call it after building the model on the meta device."""
+        config = self.config
+        cos, sin = rope_tables(config.head_dim, config.max_seq_len, config.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Draw every matrix from N(0, 0.02); what is added to the residual stream is smaller by sqrt(2 n_layers) (GPT-2)."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (V, C) matrix that turns a hidden state into logits."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, input_ids: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None,
+               cache: KVCache | None = None) -> Tensor:
+        """Final hidden states (B, T, C) of input_ids (B, T).
+
+        positions (B, T): places in the context; by default they count on from the cache.
+        doc_ids (B, T): tokens attend only within equal ids, and positions restart with each document.
+        cache: holds the tokens before these and takes these in.
+        """
+        B, T = input_ids.shape
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.max_seq_len:
+            raise ValueError(f"{start + T} tokens do not fit the context of {self.config.max_seq_len}")
+        assert doc_ids is None or cache is None, "a cache holds one document a row"
+        mask = None
+        if start > 0 and T > 1:  # a chunk after others: is_causal would align it with the first key, not the last
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=input_ids.device).tril(start)
+        if doc_ids is not None:
+            same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
+            mask = same & torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()  # (B, 1, T, T)
+            if positions is None:
+                positions = positions_in_document(doc_ids)
+        if positions is None:
+            cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]  # (T, D)
+        else:
+            cos, sin = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
+
+        x = self.dropout(self.embed_tokens(input_ids))
+        for layer in self.layers:
+            if self.config.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: hidden (..., C) -> (..., V)."""
+        if hidden.device.type == "mps":  # keep the inner dimension of the backward matmul, V, under the limit
+            return torch.cat([F.linear(hidden, part) for part in self.head_weight.split(MPS_INNER_LIMIT // 2)], dim=-1)
+        return F.linear(hidden, self.head_weight)
+
+    def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None,
+                cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V); the arguments are those of `hidden`."""
+        return self.logits(self.hidden(input_ids, positions=positions, doc_ids=doc_ids, cache=cache))
+
+
+def positions_in_document(doc_ids: Tensor) -> Tensor:
+    """Each token's distance from its document's first token in the row.
+
+    >>> positions_in_document(torch.tensor([[7, 7, 7, 8, 8]])).tolist()
+    [[0, 1, 2, 0, 1]]
+    """
+    index = torch.arange(doc_ids.size(1), device=doc_ids.device).expand_as(doc_ids)
+    begins = torch.ones_like(doc_ids, dtype=torch.bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return index - torch.where(begins, index, 0).cummax(dim=1).values

@@ -1,0 +1,171 @@
+"""What a run says about itself: the plan before it, the baselines and the verdict after it, the picture of its loss."""
+
+import csv
+import math
+import shlex
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from config import Config
+from data import PreparedData
+from hardware import Hardware, device_name, matmul_rate
+from runs import Run
+
+MATMUL_SHARE = 0.5  # of the measured matmul rate that a whole training step reaches here, roughly
+
+
+def estimated_seconds(config: Config, data: PreparedData, hardware: Hardware) -> float:
+    """From the measured rate of one matmul: training at half of it, and the validations."""
+    training = config.training
+    tokens = training.max_steps * tokens_per_step(config)
+    validations = -(-training.max_steps // training.val_every_steps)
+    tokens += validations * data.val.header.tokens / 3  # no backward pass
+    rate = matmul_rate(hardware.accelerator, hardware.precision) * MATMUL_SHARE
+    return tokens / config.hardware.devices * config.model.flops_per_token(training.seq_len) / rate
+
+
+def estimated_memory(config: Config) -> float:
+    """Megabytes on a device: weights, gradients and two moments in float32, kept activations, a chunk of logits, the imports."""
+    model, training = config.model, config.training
+    tokens = training.micro_batch_size * training.seq_len
+    kept = 2 if model.gradient_checkpointing else 16 + 5 * model.d_ff / model.d_model  # activations of d_model numbers a layer
+    activations = tokens * model.d_model * model.n_layers * kept * 4
+    logits = min(training.loss_chunk or 4 * tokens, 4 * tokens) * model.vocab_size * 6
+    return (model.n_parameters * 22 + activations + logits) / 1e6 + 600
+
+
+def tokens_per_step(config: Config) -> int:
+    training = config.training
+    return training.micro_batch_size * training.grad_accum_steps * training.seq_len * config.hardware.devices
+
+
+def plan(config: Config, data: PreparedData, hardware: Hardware) -> Table:
+    """The table printed before the first step."""
+    model, training, train, val = config.model, config.training, data.train.header, data.val.header
+    step_tokens = tokens_per_step(config)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows = [
+        ("device", f"{hardware.accelerator} ({device_name(hardware.accelerator)}): {hardware.reasons['accelerator']}"),
+        ("precision", f"{hardware.precision}: {hardware.reasons['precision']}"),
+        ("compile", f"{'on' if hardware.compile else 'off'}: {hardware.reasons['compile']}"),
+        ("corpus", f"{data.source}: {train.documents:,} documents to train on, {val.documents:,} to validate on"),
+        ("tokens", f"{train.tokens:,} and {val.tokens:,}, {train.bytes / train.tokens:.2f} bytes each ({data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries)"),
+        ("model", f"{model.n_parameters:,} parameters: {model.n_layers} layers, d_model {model.d_model}, {model.n_heads} heads, "
+                  f"{model.n_kv_heads} key/value heads, d_ff {model.d_ff}, context {model.max_seq_len}"),
+        ("steps", f"{training.max_steps:,} of {step_tokens:,} tokens: {training.max_steps * step_tokens / train.tokens:.2f} epochs"),
+        ("memory", f"about {estimated_memory(config) / 1000:.1f} GB"),
+        ("time", f"about {estimated_seconds(config, data, hardware) / 60:.1f} minutes, from the speed of a matmul"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def baselines(data: PreparedData) -> dict[str, float]:
+    """Bits per byte that counting reaches on the validation tokens: no model worth its name is above them.
+
+    uniform: every entry of the vocabulary as likely; unigram: counts of the training tokens, one added to each; bigram:
+    counts of pairs with 0.75 taken off each and given to the unigram (absolute discounting, Ney et al. 1994).
+    """
+    vocab = data.tokenizer.vocab_size
+    train, val = np.asarray(data.train.tokens, np.int64), np.asarray(data.val.tokens, np.int64)
+    unigram = (np.bincount(train, minlength=vocab) + 1) / (len(train) + vocab)
+    pairs, counts = np.unique(train[:-1] * vocab + train[1:], return_counts=True)
+    histories = pairs // vocab
+    seen_after = np.bincount(histories, counts, vocab)  # tokens after each history
+    kinds_after = np.bincount(histories, minlength=vocab)  # different ones
+    history, target = val[:-1], val[1:]
+    found = np.searchsorted(pairs, history * vocab + target).clip(max=len(pairs) - 1)
+    count = np.where(pairs[found] == history * vocab + target, counts[found], 0)
+    total = np.maximum(seen_after[history], 1)
+    discounted = np.maximum(count - 0.75, 0) / total
+    backoff = np.where(seen_after[history] > 0, 0.75 * kinds_after[history] / total, 1.0)
+    bits = {
+        "uniform": np.full(len(target), math.log2(vocab)),
+        "unigram": -np.log2(unigram[target]),
+        "bigram": -np.log2(discounted + backoff * unigram[target]),
+    }
+    return {name: float(values.sum() / data.val.header.bytes) for name, values in bits.items()}
+
+
+def read_metrics(path: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one column of metrics.csv."""
+    with path.open(newline="") as file:
+        points = [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row[name]]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def draw_loss(run: Run, baseline_loss: dict[str, float]) -> Path:
+    """loss.png beside the checkpoints: training and validation loss against steps, with the baselines as lines."""
+    import matplotlib  # 0.5 s, needed once at the end
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    steps, losses = read_metrics(run.metrics_file, "train/loss")
+    axes.plot(steps, losses, color="#9db8d2", linewidth=1.2, label="training")
+    steps, losses = read_metrics(run.metrics_file, "val/loss")
+    axes.plot(steps, losses, color="#1f4e79", marker="o", markersize=3.5, label="validation")
+    axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(0, 8), ha="right", color="#1f4e79")
+    for name, loss in baseline_loss.items():
+        if name != "uniform":
+            axes.axhline(loss, color="#b0b0b0", linestyle=":", linewidth=1)
+            axes.text(0.995, loss, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="#808080", fontsize=8)
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title=run.name or "loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper center")
+    path = run.checkpoints / "loss.png"
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def fit_sentence(train_loss: float, val_loss: float, best_loss: float, epochs: float) -> str:
+    """Under- or overfitting, in a sentence. Losses in nats per token, over equal documents' worth of tokens."""
+    gap = val_loss - train_loss
+    if val_loss > best_loss + 0.02:
+        return f"Overfitting: validation loss rose from its best {best_loss:.3f} to {val_loss:.3f}; best.ckpt is the one to use. More text, dropout or fewer steps would help."
+    if gap > 0.1 * val_loss:
+        return f"Beginning to overfit: training loss {train_loss:.3f} is {gap:.2f} below validation after {epochs:.1f} epochs. More text or dropout would help more than more steps."
+    return f"Still underfitting: training loss {train_loss:.3f} and validation loss {val_loss:.3f} are {abs(gap):.2f} apart after {epochs:.1f} epochs. More steps or a larger model would help."
+
+
+def print_verdict(config: Config, data: PreparedData, run: Run, validation: dict[str, float], best_loss: float,
+                  samples: list[tuple[str, str]], seconds: float) -> None:
+    """The closing words of a run, on stdout."""
+    console = Console(highlight=False, soft_wrap=True)
+    counted = baselines(data)
+    bytes_per_target = data.val.header.bytes / (data.val.header.tokens - 1)
+    nats = {name: bits * math.log(2) * bytes_per_target for name, bits in counted.items()}
+    picture = draw_loss(run, nats)
+    epochs = config.training.max_steps * tokens_per_step(config) / data.train.header.tokens
+    console.print(f"\nDone: {config.training.max_steps:,} steps in {seconds / 60:.1f} minutes.\n")
+    table = Table(title=f"{data.val.header.documents:,} validation documents, never trained on", title_justify="left", box=None, padding=(0, 3, 0, 0))
+    for title in ("", "loss (nats/token)", "perplexity", "bits per byte"):
+        table.add_column(title, justify="right" if title else "left")
+    for name, bits in counted.items():
+        table.add_row(name, f"{nats[name]:.3f}", f"{math.exp(nats[name]):,.1f}", f"{bits:.3f}")
+    table.add_row("[bold]this model[/bold]", f"[bold]{validation['loss']:.3f}[/bold]", f"[bold]{validation['perplexity']:,.1f}[/bold]", f"[bold]{validation['bpb']:.3f}[/bold]")
+    console.print(table)
+    worst = next((name for name in ("bigram", "unigram", "uniform") if counted[name] <= validation["bpb"]), None)
+    if worst:
+        console.print(f"\nThe model has not beaten the {worst} counts yet: train longer, or look at training.lr.")
+    train_loss = float(np.mean(read_metrics(run.metrics_file, "train/loss")[1][-5:]))
+    console.print("\n" + fit_sentence(train_loss, validation["loss"], best_loss, epochs))
+    console.print("\nHow validation documents go on, by the model:")
+    for prompt, continuation in samples:
+        console.print(f"  [bold]{_plain(prompt)}[/bold]{_plain(continuation)}")
+    folder = run.checkpoints
+    console.print(f"\nLoss curve: {picture}\nNext:")
+    console.print(f"  python infer.py --ckpt {folder / 'final.ckpt'} --prompt {shlex.quote(samples[0][0].strip())}")
+    console.print(f"  python evaluate_checkpoints.py --checkpoints '{folder / '*.ckpt'}' --cases cases/wiki_basics.yaml")
+    console.print(f"  tensorboard --logdir {run.logs}")
+
+
+def _plain(text: str) -> str:
+    """One line, without rich's markup."""
+    return " ".join(text.split(" ")).replace("\n", " ⏎ ").replace("[", r"\[")

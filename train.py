@@ -1,0 +1,238 @@
+"""Train a model.
+
+    python train.py --config config.yaml                          # the default run, on real text
+    python train.py --config config.yaml training.max_steps=20    # any key, changed for this run
+    python train.py --config presets/shakespeare_char_cpu.yaml --dry-run
+
+The same command again continues an interrupted run from its last checkpoint. Outputs go to checkpoints/ and logs/.
+"""
+
+import argparse
+import logging
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from rich.console import Console
+from torch import Tensor
+
+import callbacks as cb
+from checkpoint import kit_entry, read_checkpoint, save_whole
+from config import Config, load_config, to_yaml
+from data import PackedLMDataset, PreparedData, ResumableLoader, TrainingOrder, ValidationOrder, prepare
+from errors import UserError, run_main
+from hardware import Hardware, choose_hardware, keep_freed_memory
+from loss import IGNORE, chunked_cross_entropy, cross_entropy
+from model import Transformer
+from optim import build_optimizer, clip_gradients, lr_at_step
+from report import plan, print_verdict
+from runs import Run, find_start, print_note
+
+
+class LitTransformer(L.LightningModule):
+    """The Transformer as Lightning trains it: loss, optimizer, schedule, clip, and the counts behind the metrics."""
+
+    def __init__(self, config: Config, data: PreparedData, fused: bool = True):
+        super().__init__()
+        self.save_hyperparameters(config.to_dict())
+        self.config, self.tokenizer_state, self.fused = config, data.tokenizer.state(), fused
+        self.val_bytes = data.val.header.bytes
+        self.model = Transformer(config.model)
+        self.tokens_seen = 0  # targets trained on, up to the last interval
+        self.validation: dict[str, float] = {}
+        self.grad_norm = torch.zeros(())
+        self.on_fit_start()
+
+    def on_fit_start(self) -> None:
+        """Begin the counters, on the device that the batches will be on."""
+        self.interval_nats = torch.zeros((), device=self.device)
+        self.interval_targets = torch.zeros((), dtype=torch.long, device=self.device)
+        self.step_targets = torch.zeros((), dtype=torch.long, device=self.device)
+
+    # ---- one step ----
+
+    def nats(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed cross-entropy of the batch's targets."""
+        hidden = self.model.hidden(batch["input_ids"], doc_ids=batch.get("doc_ids"))
+        if self.config.training.loss_chunk and self.training and hidden.device.type != "mps":
+            return chunked_cross_entropy(hidden, self.model.head_weight, batch["targets"], self.config.training.loss_chunk)
+        return cross_entropy(self.model.logits(hidden), batch["targets"])
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        nats, targets = self.nats(batch), batch["targets"]
+        count = (targets != IGNORE).sum()
+        self.interval_nats += nats.detach()
+        self.interval_targets += count
+        self.step_targets += count
+        return nats / targets.numel()  # configure_gradient_clipping corrects this where targets are missing
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        t = self.config.training
+        return build_optimizer(self.model, optimizer=t.optimizer, lr=t.lr, weight_decay=t.weight_decay, betas=t.betas, eps=t.eps, fused=self.fused)
+
+    def current_lr(self) -> float:
+        """Peak rate times the schedule, for the step in hand; a pure function of the step, so nothing of it is saved."""
+        t = self.config.training
+        return t.lr * lr_at_step(self.trainer.global_step, max_steps=t.max_steps, warmup_steps=t.warmup_steps,
+                                 min_lr_ratio=t.min_lr_ratio, schedule=t.schedule)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.current_lr()
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        """Make the step's gradient the mean over its targets, however they fell into batches, and clip its norm."""
+        t = self.config.training
+        targets = self.trainer.strategy.reduce(self.step_targets, reduce_op="sum") if self.trainer.world_size > 1 else self.step_targets
+        full = t.grad_accum_steps * t.micro_batch_size * t.seq_len * self.trainer.world_size
+        self.grad_norm = clip_gradients(self.model.parameters(), t.grad_clip, full / targets)
+        self.step_targets.zero_()
+        if self.device.type == "cpu" and not torch.isfinite(self.grad_norm):  # elsewhere a look would wait for the device
+            raise UserError(cb.non_finite("the gradient", self.trainer.global_step + 1))
+
+    def take_interval(self) -> tuple[float, int]:
+        """Nats and targets since the last call, on this device's share of the batches."""
+        nats, targets = self.interval_nats.item(), int(self.interval_targets)
+        self.interval_nats.zero_()
+        self.interval_targets.zero_()
+        self.tokens_seen += targets * self.trainer.world_size
+        return nats, targets
+
+    # ---- validation: sums, divided once ----
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_nats = torch.zeros((), device=self.device)
+        self.val_targets = torch.zeros((), dtype=torch.long, device=self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+        self.val_nats += self.nats(batch)
+        self.val_targets += (batch["targets"] != IGNORE).sum()
+
+    def on_validation_epoch_end(self) -> None:
+        nats, targets = (float(self.trainer.strategy.reduce(x.float(), reduce_op="sum")) for x in (self.val_nats, self.val_targets))
+        loss = nats / targets
+        self.validation = {"loss": loss, "bpb": nats / math.log(2) / self.val_bytes, "perplexity": math.exp(min(loss, 700))}
+
+    # ---- checkpoints ----
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["kit"] = kit_entry(self.config, self.tokenizer_state, tokens=self.tokens_seen + int(self.interval_targets) * self.trainer.world_size,
+                                      val_loss=self.validation.get("loss"))
+        checkpoint["interval"] = {"nats": self.interval_nats.item(), "targets": int(self.interval_targets), "tokens_seen": self.tokens_seen,
+                                  "validation": self.validation}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed = checkpoint["interval"]
+
+    def on_train_start(self) -> None:
+        resumed = getattr(self, "_resumed", None)
+        if resumed:
+            self.interval_nats.fill_(resumed["nats"])
+            self.interval_targets.fill_(resumed["targets"])
+            self.tokens_seen, self.validation = resumed["tokens_seen"], resumed["validation"]
+
+
+class DurableCheckpointIO(CheckpointIO):
+    """Lightning's way to the disk: whole files, checked when read, plain types only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        save_whole(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def loaders(config: Config, data: PreparedData, hardware: Hardware, rank: int = 0, world_size: int = 1) -> tuple[ResumableLoader, ResumableLoader]:
+    """The endless training loader and the validation loader of one rank."""
+    t = config.training
+    train, val = (PackedLMDataset(shard, t.seq_len, config.data.document_mask) for shard in (data.train, data.val))
+    pin = hardware.accelerator == "cuda"
+    train_order = TrainingOrder(len(train), t.micro_batch_size, t.seed, rank, world_size)
+    val_order = ValidationOrder(len(val), t.micro_batch_size, rank, world_size)
+    return ResumableLoader(train, train_order, config.hardware.num_workers, pin), ResumableLoader(val, val_order, 0, pin)
+
+
+def fit(config: Config, data: PreparedData, hardware: Hardware, run: Run, start: tuple[Path, dict[str, Any]] | None) -> tuple[L.Trainer, LitTransformer, cb.Samples, cb.Checkpoints]:
+    """Train from the start, or from a checkpoint and its content, to max_steps or a signal."""
+    t = config.training
+    L.seed_everything(t.seed, verbose=False)
+    module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
+    if hardware.compile:
+        module.model.hidden = torch.compile(module.model.hidden, dynamic=False)
+    first_step = start[1]["global_step"] if start else 0
+    metrics = cb.Metrics(run, t, data.train.header.bytes / data.train.header.tokens, first_step)
+    checkpoints, samples = cb.Checkpoints(run, t), cb.Samples(data, config.model.max_seq_len)
+    trainer = L.Trainer(
+        accelerator=hardware.accelerator, devices=config.hardware.devices, precision=hardware.precision,
+        max_steps=t.max_steps, max_epochs=-1, accumulate_grad_batches=t.grad_accum_steps,
+        val_check_interval=t.val_every_steps * t.grad_accum_steps, check_val_every_n_epoch=None, num_sanity_val_steps=0,
+        logger=cb.tensorboard(run, first_step), plugins=[DurableCheckpointIO()], use_distributed_sampler=False,
+        callbacks=[cb.RandomState(), metrics, samples, checkpoints, cb.StopCleanly(checkpoints), cb.ClockGuard(metrics)],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )
+    train_loader, val_loader = loaders(config, data, hardware, trainer.global_rank, trainer.world_size)
+    trainer.fit(module, train_loader, val_loader, ckpt_path=start[0] if start else None, weights_only=True)
+    return trainer, module, samples, checkpoints
+
+
+def quiet_libraries() -> None:
+    """Keep Lightning's notices, which this program's own lines replace, off the screen."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a small language model.")
+    parser.add_argument("--config", default="config.yaml", help="a YAML file with what differs from the defaults (default %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="move this run's old outputs into old-<time>/ and begin anew")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, tokens, steps and time; train nothing")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes a key, for example training.max_steps=20")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    begin = time.perf_counter()
+    args = parse_args(argv)
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    keep_freed_memory()
+    quiet_libraries()
+    hardware = choose_hardware(config.hardware, config.training.precision)
+    data = prepare(config.data)
+    config = config.with_vocab_size(data.tokenizer.vocab_size)
+    Console(stderr=not args.dry_run, highlight=False, soft_wrap=True).print(plan(config, data, hardware))
+    if args.dry_run:
+        return 0
+    run = Run(config.run.name)
+    with run.lock():
+        if args.fresh:
+            for folder in run.move_aside():
+                print_note(f"moved the old outputs to {folder}")
+        start = find_start(run, config)
+        if start:
+            print_note(f"continuing {start[0]} from step {start[1]['global_step']}")
+            before = start[1]["kit"]["config"]["training"]["max_steps"]
+            if before != config.training.max_steps:
+                print_note(f"training.max_steps {before} -> {config.training.max_steps}: the schedule is that of the new length from here on")
+        trainer, module, samples, checkpoints = fit(config, data, hardware, run, start)
+        trainer.logger.log_hyperparams(config.to_dict(), {f"hp/val_{name}": value for name, value in module.validation.items()})
+        trainer.logger.finalize("success")
+        print_verdict(config, data, run, module.validation, checkpoints.best, samples.latest, time.perf_counter() - begin)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
