@@ -157,7 +157,7 @@ class Checkpoints(StepCallback):
         step = trainer.global_step
         if step == self.training.max_steps:
             trainer.should_stop = True  # Lightning then validates before it ends
-        elif step % self.training.save_every_steps == 0 and step % self.training.val_every_steps:
+        elif step % self.training.save_every_steps == 0 and not self.training.validates(step):
             self.save(trainer, "last.ckpt")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -230,7 +230,14 @@ class StopCleanly(StepCallback):
         os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.signal and not trainer.should_stop:
+        if not self.checkpoints.training.validates(trainer.global_step):  # else once the validation is in the books
+            self.stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.stop_if_asked(trainer)
+
+    def stop_if_asked(self, trainer: L.Trainer) -> None:
+        if self.signal and trainer.global_step < self.checkpoints.training.max_steps:
             self.checkpoints.save(trainer, "last.ckpt")
             print_note(f"stopped at step {trainer.global_step}; the same command continues from {self.checkpoints.run.checkpoints / 'last.ckpt'}")
             raise SystemExit(128 + self.signal)

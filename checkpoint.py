@@ -7,8 +7,10 @@ No Lightning here: inference must not wait for it.
 
 import hashlib
 import os
+import shutil
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,16 +44,17 @@ def kit_entry(config: Config, tokenizer_state: dict, **counters: Any) -> dict[st
     return {"format": FORMAT, "config": config.to_dict(), "tokenizer": tokenizer_state, **counters}
 
 
-def save_whole(state: dict[str, Any], path: Path) -> None:
-    """Write `state` to `path` so that after a crash the file is the old one or the new one, never a part.
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the name `path` only when all of it is on the disk.
 
     Raises UserError where the disk refuses; what stood at `path` is then untouched.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with unfinished.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
+        unfinished.unlink(missing_ok=True)
+        yield unfinished
+        with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
         sync_folder(path.parent)
@@ -64,20 +67,19 @@ def save_whole(state: dict[str, Any], path: Path) -> None:
         ) from error
 
 
+def save_whole(state: dict[str, Any], path: Path) -> None:
+    """Write `state` to `path` so that after a crash the file is the old one or the new one, never a part."""
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        torch.save(state, file)
+
+
 def link_or_copy(source: Path, path: Path) -> None:
     """Give the finished file `source` the second name `path`, replacing what had that name in one step."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    unfinished.unlink(missing_ok=True)
-    try:
-        os.link(source, unfinished)
-    except OSError:  # no hard links on this file system
-        with source.open("rb") as old, unfinished.open("wb") as new:
-            while piece := old.read(1 << 20):
-                new.write(piece)
-            new.flush()
-            os.fsync(new.fileno())
-    os.replace(unfinished, path)
-    sync_folder(path.parent)
+    with whole_file(path) as unfinished:
+        try:
+            os.link(source, unfinished)
+        except OSError:  # no hard links on this file system
+            shutil.copyfile(source, unfinished)
 
 
 def sync_folder(folder: Path) -> None:

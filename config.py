@@ -80,6 +80,10 @@ class TrainingConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}; each lies from 0 to below 1")
 
+    def validates(self, step: int) -> bool:
+        """Whether a validation follows optimizer step `step`; one always follows the last."""
+        return step % self.val_every_steps == 0 or step == self.max_steps
+
 
 @dataclass(frozen=True)
 class HardwareConfig:
@@ -142,7 +146,7 @@ for tag, pattern, first in [
 
 
 def parse_yaml(text: str, place: str) -> tuple[Any, dict[tuple[str, ...], str]]:
-    """The value of a YAML text, and for each key's path the place it stands at, as `file:line`."""
+    """The value of a YAML text, and for the path of each key and list item the place it stands at, as `file:line`."""
     places: dict[tuple[str, ...], str] = {}
 
     def visit(node: yaml.Node, path: tuple[str, ...]) -> None:
@@ -153,6 +157,10 @@ def parse_yaml(text: str, place: str) -> tuple[Any, dict[tuple[str, ...], str]]:
                     raise UserError(f"{place}:{key.start_mark.line + 1}: {'.'.join(at)} stands already at {places[at]}; remove one")
                 places[at] = f"{place}:{key.start_mark.line + 1}"
                 visit(value, at)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                places[*path, str(index)] = f"{place}:{item.start_mark.line + 1}"
+                visit(item, (*path, str(index)))
 
     loader = StrictLoader(text)
     try:

@@ -79,8 +79,8 @@ class MuonAdamW(torch.optim.AdamW):
                 same_shape[p.shape].append(p)
         for shape, params in same_shape.items():
             for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                if not self.state[p]:  # AdamW's loading asks every state for a step
+                    self.state[p].update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))
             momenta = [self.state[p]["momentum_buffer"] for p in params]
             grads = [p.grad for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - self.momentum)

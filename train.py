@@ -160,8 +160,9 @@ def loaders(config: Config, data: PreparedData, hardware: Hardware, rank: int = 
     return ResumableLoader(train, train_order, config.hardware.num_workers, pin), ResumableLoader(val, val_order, 0, pin)
 
 
-def fit(config: Config, data: PreparedData, hardware: Hardware, run: Run, start: tuple[Path, dict[str, Any]] | None) -> tuple[L.Trainer, LitTransformer, cb.Samples, cb.Checkpoints]:
-    """Train from the start, or from a checkpoint and its content, to max_steps or a signal."""
+def fit(config: Config, data: PreparedData, hardware: Hardware, run: Run,
+        start: tuple[Path, dict[str, Any]] | None) -> tuple[L.Trainer, LitTransformer, cb.Samples, cb.Checkpoints]:
+    """Train to max_steps, from the beginning or from `start`: a checkpoint and its content."""
     t = config.training
     L.seed_everything(t.seed, verbose=False)
     module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")

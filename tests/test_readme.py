@@ -1,0 +1,112 @@
+"""What the README and the shipped files say is so."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config import Config, load_config
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["training.max_steps=3", "training.warmup_steps=1", "model.n_layers=1", "model.d_model=24", "training.seq_len=32", "training.micro_batch_size=2"]
+NOT_RUN = ("pip ", "git ", "source ", "python3 -m venv", "python -m pytest")  # what stands between a reader and the commands below
+
+
+def readme_commands() -> list[str]:
+    """The lines of the README's bash blocks, split at &&, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip() and not part.strip().startswith("#")]
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run_in_order(tmp_path):
+    """Word for word, in a copy of the project; train.py gets a small override, and tensorboard is asked for its runs."""
+    for name in ROOT.glob("*.py"):
+        shutil.copy(name, tmp_path)
+    for name in ("config.yaml", "presets", "cases"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    (ROOT / "data").mkdir(exist_ok=True)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ran = []
+    for command in readme_commands():
+        words = shlex.split(command)
+        if command.startswith(NOT_RUN):
+            continue
+        if words[0] == "tensorboard":
+            check_tensorboard(words, tmp_path, environment)
+            continue
+        assert words[0] == "python", f"no way to run {command!r} is known"
+        if words[1] == "train.py" and "--print-config" not in words:
+            words += SMALL
+        if words[1] == "infer.py" and "--max-new-tokens" not in words:
+            words += ["--max-new-tokens", "5"]
+        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert done.stdout.strip()
+        ran.append(words[1])
+    assert {"train.py", "infer.py", "evaluate_checkpoints.py"} <= set(ran)
+
+
+def check_tensorboard(words: list[str], folder: Path, environment: dict[str, str]) -> None:
+    with subprocess.Popen([*words, "--port", "6123"], cwd=folder, env=environment, stderr=subprocess.PIPE) as server:
+        try:
+            for _ in range(120):
+                try:
+                    tags = urllib.request.urlopen("http://localhost:6123/data/plugin/scalars/tags", timeout=2).read().decode()
+                    if "val/bpb" in tags:
+                        break
+                except OSError:
+                    pass
+                time.sleep(0.5)
+            assert "val/bpb" in tags
+        finally:
+            server.terminate()
+
+
+def test_the_readme_lists_every_file_once_in_its_reading_order():
+    text = (ROOT / "README.md").read_text()
+    listed = re.findall(r"^\| `([\w./]+)` \|", text, re.MULTILINE)
+    python = {p.name for p in ROOT.glob("*.py")}
+    assert python <= set(listed)
+    assert len(listed) == len(set(listed))
+    assert all((ROOT / name).exists() for name in listed)
+
+
+def test_the_readmes_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_config_yaml_states_every_key_and_its_default():
+    path = ROOT / "config.yaml"
+    assert load_config(path) == Config()
+    stated = yaml.safe_load(path.read_text())
+    assert {s: set(keys) for s, keys in stated.items()} == {s: set(keys) for s, keys in Config().to_dict().items()}
+    assert all("#" in line for line in path.read_text().splitlines() if re.match(r"  \w+:", line))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("presets/*.yaml")), ids=lambda p: p.name)
+def test_each_preset_loads_and_holds_only_differences(path):
+    config = load_config(path)
+    assert config.run.name == path.stem
+    given, default = yaml.safe_load(path.read_text()), Config().to_dict()
+    same = [f"{s}.{k}" for s, keys in given.items() for k in keys if config.to_dict()[s][k] == default[s][k] and (s, k) != ("model", "n_kv_heads")]
+    assert not same
+
+
+def test_every_requirement_is_pinned():
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            requirement = line.split("#")[0].strip()
+            assert not requirement or requirement in ("pip", "-r requirements.txt") or "==" in requirement, line

@@ -1,0 +1,59 @@
+"""The numbers a run prints about itself."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import report
+from config import DataConfig, config_from_dict
+from data import prepare
+from hardware import Hardware
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the cat sat on the mat. the dog sat on the log. " * 20 + "a zebra!")
+    return prepare(DataConfig(path="text.txt", tokenizer="byte", val_share=0.1))
+
+
+def test_baselines_equal_plain_counting(data):
+    """The same three models written again with dictionaries, a token at a time."""
+    train, val = data.train.tokens.tolist(), data.val.tokens.tolist()
+    vocab, unigrams, pairs, histories = 257, Counter(train), Counter(zip(train, train[1:], strict=False)), Counter(train[:-1])
+    kinds = Counter(a for a, _ in pairs)
+    bits = dict.fromkeys(("uniform", "unigram", "bigram"), 0.0)
+    for a, b in zip(val, val[1:], strict=False):
+        p1 = (unigrams[b] + 1) / (len(train) + vocab)
+        p2 = max(pairs[a, b] - 0.75, 0) / histories[a] + 0.75 * kinds[a] / histories[a] * p1 if histories[a] else p1
+        for name, p in (("uniform", 1 / vocab), ("unigram", p1), ("bigram", p2)):
+            bits[name] -= math.log2(p)
+    assert report.baselines(data) == pytest.approx({name: value / data.val.header.bytes for name, value in bits.items()}, rel=1e-9)
+
+
+def test_the_bigram_baseline_is_a_probability_distribution(data):
+    """Its probabilities over the vocabulary sum to one after every history, seen or not."""
+    train = np.asarray(data.train.tokens, np.int64)
+    for history in (ord("t"), ord("z"), ord("Q")):
+        total = 0.0
+        for target in range(257):
+            data.val.__dict__["tokens"] = np.array([history, target])
+            total += 2 ** (-report.baselines(data)["bigram"] * data.val.header.bytes)
+        assert total == pytest.approx(1, abs=1e-9), (history, len(train))
+
+
+@pytest.mark.parametrize("train, val, best, word", [(3.0, 3.1, 3.1, "underfitting"), (2.0, 3.0, 3.0, "Beginning to overfit"), (1.0, 3.5, 3.0, "Overfitting")])
+def test_the_verdict_tells_under_from_overfitting(train, val, best, word):
+    assert word in report.fit_sentence(train, val, best, 1.0)
+
+
+def test_the_plan_states_counts_and_reasons(data):
+    config = config_from_dict({"data": {"tokenizer": "byte"}}).with_vocab_size(257)
+    hardware = Hardware("cpu", "32-true", False, {"accelerator": "why-a", "precision": "why-p", "compile": "why-c"})
+    table = report.plan(config, data, hardware)
+    text = " ".join(str(cell) for column in table.columns for cell in column.cells)
+    for part in (f"{config.model.n_parameters:,} parameters", f"{data.train.header.tokens:,} and {data.val.header.tokens:,}", "why-a", "why-p", "why-c", "GB", "minutes"):
+        assert part in text

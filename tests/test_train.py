@@ -1,0 +1,276 @@
+"""Training as a whole: exact resume, refusals, stopping, metrics, checkpoints. Tiny runs of the real train.main."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import callbacks
+import train
+from checkpoint import load_checkpoint, read_checkpoint
+from config import load_config
+from data import PackedLMDataset, prepare
+from errors import UserError
+from loss import cross_entropy
+
+ROOT = Path(__file__).parent.parent
+TINY = ["model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.n_kv_heads=1", "model.dropout=0.1", "training.seq_len=16",
+        "training.micro_batch_size=4", "training.grad_accum_steps=2", "training.max_steps=12", "training.warmup_steps=2",
+        "training.val_every_steps=5", "training.save_every_steps=3", "training.log_every_steps=2", "data.path=text.txt",
+        "data.tokenizer=byte", "training.precision=32-true", "hardware.accelerator=cpu"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a text that one epoch of 7 steps reads, and a config."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(50)))
+    (tmp_path / "config.yaml").write_text("model: {}\n")
+    return tmp_path
+
+
+def run(*overrides: str, flags: tuple[str, ...] = ()) -> None:
+    assert train.main(["--config", "config.yaml", *flags, *TINY, *overrides]) == 0
+
+
+def weights_and_optimizer(path: str) -> list[torch.Tensor]:
+    state = read_checkpoint(path)
+    moments = [value for p in state["optimizer_states"][0]["state"].values() for value in p.values()]
+    return [*state["state_dict"].values(), *moments]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal when `step` has been taken."""
+    original = callbacks.Metrics.on_step
+
+    def on_step(self, trainer, module):
+        original(self, trainer, module)
+        if trainer.global_step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(callbacks.Metrics, "on_step", on_step)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_stopped_after_any_step_ends_as_the_uninterrupted_one(folder, monkeypatch, optimizer, workers):
+    """With dropout, accumulation, two epochs, and stops that do and do not fall on a validation, a save and an epoch's end."""
+    options = [f"training.optimizer={optimizer}", f"hardware.num_workers={workers}"]
+    run("run.name=whole", *options)
+    whole = weights_and_optimizer("checkpoints/whole/final.ckpt")
+    rows = Path("logs/whole/metrics.csv").read_text().splitlines()
+    for step in range(1, 12) if workers == 0 and optimizer == "muon" else (5, 7):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(SystemExit) as stop:
+                run(f"run.name=stopped{step}", *options)
+            assert stop.value.code == 128 + signal.SIGTERM
+        assert read_checkpoint(f"checkpoints/stopped{step}/last.ckpt")["global_step"] == step
+        run(f"run.name=stopped{step}", *options)
+        assert same(weights_and_optimizer(f"checkpoints/stopped{step}/final.ckpt"), whole), step
+        resumed = Path(f"logs/stopped{step}/metrics.csv").read_text().splitlines()
+        assert [r.split(",")[:6] + r.split(",")[8:] for r in resumed] == [r.split(",")[:6] + r.split(",")[8:] for r in rows], step
+
+
+def test_a_killed_process_continues_from_its_last_save_and_ends_the_same(folder):
+    """SIGKILL leaves no time for anything; the same command again, in a new process, must do."""
+    run("run.name=whole")
+    killer = ("import os, signal, sys, callbacks, train; original = callbacks.Metrics.on_step\n"
+              "def on_step(self, trainer, module):\n"
+              "    original(self, trainer, module)\n"
+              "    if trainer.global_step == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
+              "callbacks.Metrics.on_step = on_step\n"
+              "train.main(sys.argv[1:])")
+    command = ["--config", "config.yaml", *TINY, "run.name=killed"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", killer, *command], capture_output=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    again = subprocess.run([sys.executable, ROOT / "train.py", *command], capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "continuing checkpoints/killed/last.ckpt from step 6" in again.stderr
+    assert same(weights_and_optimizer("checkpoints/killed/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(folder, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        with pytest.raises(SystemExit):
+            run()
+    for name in ("last.ckpt", "step-00000008.ckpt"):
+        path = Path("checkpoints") / name
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data[: len(data) // 2])
+    run()
+    said = capsys.readouterr().err
+    assert "checkpoints/last.ckpt is truncated" in said
+    assert "continuing checkpoints/step-00000006.ckpt from step 6" in said
+
+
+def test_a_finished_run_and_one_with_another_config_are_refused_and_left_alone(folder):
+    run()
+    before = {p: p.read_bytes() for p in Path("checkpoints").glob("*.ckpt")}
+    with pytest.raises(UserError, match=r"finished: 12 of 12 steps; raise training.max_steps.*--fresh.*run.name=NAME"):
+        run()
+    with pytest.raises(UserError, match=r"another config \(training.lr: 0.004 -> 0.001\).*--fresh"):
+        run("training.lr=1e-3")
+    assert {p: p.read_bytes() for p in Path("checkpoints").glob("*.ckpt")} == before
+
+
+def test_fresh_moves_only_the_runs_own_files_aside_and_deletes_nothing(folder):
+    run("training.max_steps=3")
+    run("training.max_steps=3", "run.name=other")
+    files = {p.name: p.read_bytes() for p in Path("checkpoints").glob("*") if p.is_file() and p.name != ".lock"}
+    run("training.max_steps=3", flags=("--fresh",))
+    [moved] = Path("checkpoints").glob("old-*")
+    assert {p.name: p.read_bytes() for p in moved.glob("*")} == files
+    assert Path("checkpoints/other/final.ckpt").exists() and len(list(Path("logs").glob("old-*"))) == 1
+
+
+def test_raising_max_steps_goes_on(folder, capsys):
+    run("training.max_steps=6")
+    run("training.max_steps=12")
+    assert "training.max_steps 6 -> 12" in capsys.readouterr().err
+    assert read_checkpoint("checkpoints/final.ckpt")["global_step"] == 12
+
+
+def test_a_second_process_in_the_same_folder_is_refused(folder):
+    from runs import Run
+
+    with Run("").lock(), pytest.raises(UserError, match="another process is training in checkpoints"):
+        run()
+
+
+def test_checkpoints_are_named_by_step_pruned_and_load_with_weights_only(folder):
+    run("training.keep_checkpoints=2")
+    assert sorted(p.name for p in Path("checkpoints").glob("*.ckpt")) == [
+        "best.ckpt", "final.ckpt", "last.ckpt", "step-00000010.ckpt", "step-00000012.ckpt"]
+    state = torch.load("checkpoints/final.ckpt", weights_only=True)
+    assert state["pytorch-lightning_version"] and state["kit"]["config"]["model"]["d_model"] == 16
+    assert torch.serialization.get_unsafe_globals_in_checkpoint("checkpoints/final.ckpt") == []
+
+
+def test_the_same_scalars_stand_in_tensorboard_and_csv_with_text_and_hparams(folder):
+    run()
+    events = EventAccumulator("logs")
+    events.Reload()
+    with Path("logs/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = ["train/loss", "train/bpb", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/memory_mb", "val/loss", "val/bpb", "val/perplexity"]
+    for name in names:
+        expected = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert expected and [s for s, _ in shown] == [s for s, _ in expected]
+        assert [v for _, v in shown] == pytest.approx([v for _, v in expected], rel=1e-4)  # the CSV has six digits
+    tags = events.Tags()["tensors"]
+    assert "config/text_summary" in tags and "samples/text_summary" in tags
+    assert events.Scalars("hp/val_loss")[0].value == pytest.approx(float(rows[-1]["val/loss"]), rel=1e-4)
+    assert Path("checkpoints/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_validation_is_the_sum_over_every_target_divided_once(folder):
+    """Held to a plain loop over the whole validation shard, whose last window is short."""
+    run("model.dropout=0", "training.max_steps=5")
+    checkpoint = load_checkpoint("checkpoints/final.ckpt")
+    data = prepare(checkpoint.config.data)
+    windows = PackedLMDataset(data.val, 16)
+    nats = sum(cross_entropy(checkpoint.model(row["input_ids"][None]), row["targets"]).item() for row in windows[:].values()) if False else sum(
+        cross_entropy(checkpoint.model(windows[i]["input_ids"][None]), windows[i]["targets"]).item() for i in range(len(windows)))
+    with Path("logs/metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    text = (folder / "text.txt").read_text()
+    val_bytes = len(text.encode()) - int(len(text.encode()) * 0.95)
+    assert float(last["val/loss"]) == pytest.approx(nats / (data.val.header.tokens - 1), rel=1e-5)
+    assert float(last["val/bpb"]) == pytest.approx(nats / math.log(2) / val_bytes, rel=1e-5)
+
+
+def test_accumulated_small_batches_equal_one_large_batch_where_targets_are_missing(folder):
+    """The text's last window is short, so the batches of a step have unequal numbers of targets (a mean of means would differ)."""
+    options = ["model.dropout=0", "training.max_steps=8", "training.optimizer=adamw"]
+    run("run.name=large", *options, "training.micro_batch_size=8", "training.grad_accum_steps=1")
+    run("run.name=small", *options, "training.micro_batch_size=2", "training.grad_accum_steps=4")
+    large, small = (read_checkpoint(f"checkpoints/{name}/final.ckpt")["state_dict"] for name in ("large", "small"))
+    for name in large:  # sums in another order: 1e-7 a step, magnified by AdamW's division
+        torch.testing.assert_close(small[name], large[name], atol=2e-5, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(folder, monkeypatch):
+    original = train.LitTransformer.training_step
+
+    def training_step(self, batch, index):
+        return original(self, batch, index) * (float("nan") if self.trainer.global_step == 7 else 1)
+
+    monkeypatch.setattr(train.LitTransformer, "training_step", training_step)
+    with pytest.raises(UserError, match="the gradient is not finite at step 8"):
+        run()
+    for path in Path("checkpoints").glob("*.ckpt"):
+        assert all(torch.isfinite(p).all() for p in read_checkpoint(path)["state_dict"].values())
+
+
+def test_the_learning_rate_of_each_step_is_the_schedules(folder):
+    from optim import lr_at_step
+
+    run("training.log_every_steps=1")
+    with Path("logs/metrics.csv").open() as file:
+        rates = [float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]]
+    assert rates == pytest.approx([4e-3 * lr_at_step(s, max_steps=12, warmup_steps=2, min_lr_ratio=0, schedule="linear") for s in range(12)], rel=1e-5)
+
+
+def test_print_config_prints_yaml_that_loads_to_the_same(folder, capsys):
+    assert train.main(["--config", "config.yaml", *TINY, "--print-config"]) == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    assert load_config("printed.yaml") == load_config("config.yaml", TINY)
+
+
+def test_a_dry_run_reports_and_leaves_no_run_behind(folder, capsys):
+    assert train.main(["--config", "config.yaml", *TINY, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for word in ("device", "precision", "documents", "parameters", "steps", "memory", "minutes"):
+        assert word in said
+    assert not Path("checkpoints").exists() and not Path("logs").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--config", "none.yaml"], "there is no config none.yaml"),
+    (["--config", "config.yaml", "training.lrr=1"], "did you mean lr"),
+    (["--config", "config.yaml", "data.path=missing.txt"], "missing.txt is not a file"),
+    (["--config", "config.yaml", "data.source=wikki"], "did you mean wiki"),
+    (["--config", "config.yaml", "hardware.accelerator=cuda", "data.path=text.txt", "data.tokenizer=byte"], "this machine has cpu"),
+])
+def test_a_mistake_gets_one_sentence_and_status_2(folder, arguments, message):
+    if "hardware.accelerator=cuda" in arguments and torch.cuda.is_available():
+        arguments, message = [a.replace("cuda", "mps") for a in arguments], "this machine has"
+    done = subprocess.run([sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not Path("checkpoints").exists()
+
+
+def test_a_full_disk_is_a_sentence_and_the_old_checkpoint_stays(folder, monkeypatch):
+    import checkpoint
+
+    original = checkpoint.os.fsync
+    calls = []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) > 6:
+            raise OSError(28, "No space left on device")
+        original(handle)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*No space left.*untouched"):
+        run()
+    monkeypatch.undo()
+    assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] >= 3
+    assert not list((folder / "checkpoints").glob(".*.unfinished"))
