@@ -25,8 +25,19 @@ from hardware import memory_in_use
 from infer import SamplingParams, generate
 from runs import Run, print_note
 
-CSV_COLUMNS = ["step", "tokens", "train/loss", "train/bpb", "train/lr", "train/grad_norm", "perf/tokens_per_second",
-               "perf/memory_mb", "val/loss", "val/bpb", "val/perplexity"]
+CSV_COLUMNS = [
+    "step",
+    "tokens",
+    "train/loss",
+    "train/bpb",
+    "train/lr",
+    "train/grad_norm",
+    "perf/tokens_per_second",
+    "perf/memory_mb",
+    "val/loss",
+    "val/bpb",
+    "val/perplexity",
+]
 
 
 class StepCallback(L.Callback):
@@ -54,8 +65,14 @@ class Metrics(StepCallback):
         self._cut_csv(self.first_step)
         trainer.logger.experiment.add_text("config", "```yaml\n" + to_yaml(module.config) + "```", self.first_step)
         if self.console.is_terminal:
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                                TextColumn("{task.fields[text]}"), console=self.console)
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+            )
             self.bar.start()
             self.task = self.bar.add_task("step", total=self.training.max_steps, completed=self.first_step, text="")
 
@@ -75,11 +92,19 @@ class Metrics(StepCallback):
         if not math.isfinite(loss):
             raise UserError(non_finite("the training loss", step))
         speed = targets * trainer.world_size / seconds
-        self.write(trainer, step, module.tokens_seen, {
-            "train/loss": loss, "train/bpb": loss / math.log(2) / self.bytes_per_token, "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/grad_norm": float(module.grad_norm), "perf/tokens_per_second": speed,
-            "perf/memory_mb": memory_in_use(module.device.type),
-        })
+        self.write(
+            trainer,
+            step,
+            module.tokens_seen,
+            {
+                "train/loss": loss,
+                "train/bpb": loss / math.log(2) / self.bytes_per_token,
+                "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "train/grad_norm": float(module.grad_norm),
+                "perf/tokens_per_second": speed,
+                "perf/memory_mb": memory_in_use(module.device.type),
+            },
+        )
         per_step = (now - self.start - self.not_training) / (step - self.start_step)
         left = (self.training.max_steps - step) * per_step
         if step > self.start_step + 1:  # and the validations still to come take as long as those before
@@ -94,7 +119,11 @@ class Metrics(StepCallback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         values = module.validation
         self.write(trainer, trainer.global_step, module.tokens_seen, {f"val/{name}": value for name, value in values.items()})
-        self.say(trainer.global_step, f"validation loss {values['loss']:.4f}  bits per byte {values['bpb']:.4f}  perplexity {values['perplexity']:.1f}", always=True)
+        self.say(
+            trainer.global_step,
+            f"validation loss {values['loss']:.4f}  bits per byte {values['bpb']:.4f}  perplexity {values['perplexity']:.1f}",
+            always=True,
+        )
 
     def resume_clock(self) -> None:
         """Called when everything around a validation is over: its time is not training's."""
@@ -239,7 +268,9 @@ class StopCleanly(StepCallback):
     def stop_if_asked(self, trainer: L.Trainer) -> None:
         if self.signal and trainer.global_step < self.checkpoints.training.max_steps:
             self.checkpoints.save(trainer, "last.ckpt")
-            print_note(f"stopped at step {trainer.global_step}; the same command continues from {self.checkpoints.run.checkpoints / 'last.ckpt'}")
+            print_note(
+                f"stopped at step {trainer.global_step}; the same command continues from {self.checkpoints.run.checkpoints / 'last.ckpt'}"
+            )
             raise SystemExit(128 + self.signal)
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
@@ -286,8 +317,10 @@ class ClockGuard(L.Callback):
 
 
 def non_finite(what: str, step: int) -> str:
-    return (f"{what} is not finite at step {step}; training has stopped and the checkpoints on disk are from before. "
-            "Lower training.lr or raise training.warmup_steps, and begin with --fresh or another run.name")
+    return (
+        f"{what} is not finite at step {step}; training has stopped and the checkpoints on disk are from before. "
+        "Lower training.lr or raise training.warmup_steps, and begin with --fresh or another run.name"
+    )
 
 
 def as_clock(seconds: float) -> str:

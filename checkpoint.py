@@ -131,7 +131,9 @@ def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Chec
     model = model.to_empty(device="cpu")
     model.load_state_dict(weights)
     model.reset_tables()
-    return Checkpoint(Path(path), model.eval(), tokenizer, config, state["global_step"], kit["tokens"], kit["val_loss"], hash_weights(weights))
+    return Checkpoint(
+        Path(path), model.eval(), tokenizer, config, state["global_step"], kit["tokens"], kit["val_loss"], hash_weights(weights)
+    )
 
 
 def hash_weights(weights: dict[str, torch.Tensor]) -> str:

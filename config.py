@@ -69,7 +69,15 @@ class TrainingConfig:
     keep_checkpoints: int = 3  # numbered checkpoints kept, newest first; 0: all
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "micro_batch_size", "grad_accum_steps", "max_steps", "log_every_steps", "val_every_steps", "save_every_steps"):
+        for name in (
+            "seq_len",
+            "micro_batch_size",
+            "grad_accum_steps",
+            "max_steps",
+            "log_every_steps",
+            "val_every_steps",
+            "save_every_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         for name in ("min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "loss_chunk", "keep_checkpoints", "seed"):
@@ -114,7 +122,9 @@ class Config:
         """This config for a tokenizer of `vocab_size`. Raises UserError where the model was given a smaller one."""
         given = self.model.vocab_size
         if given is not None and given < vocab_size:
-            raise UserError(f"model.vocab_size is {given}, but the tokenizer {self.data.tokenizer!r} has {vocab_size} entries; leave it empty")
+            raise UserError(
+                f"model.vocab_size is {given}, but the tokenizer {self.data.tokenizer!r} has {vocab_size} entries; leave it empty"
+            )
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=given or vocab_size))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

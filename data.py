@@ -303,8 +303,9 @@ class ResumableLoader(DataLoader):
 
     def __init__(self, dataset: PackedLMDataset, order: TrainingOrder | ValidationOrder, num_workers: int = 0, pin_memory: bool = False):
         self.handed_out = 0
-        super().__init__(dataset, batch_sampler=order, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory,
-                         generator=torch.Generator())  # its own: the default would draw from the global generator
+        super().__init__(
+            dataset, batch_sampler=order, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory, generator=torch.Generator()
+        )  # its own: the default would draw from the global generator
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if isinstance(self.batch_sampler, ValidationOrder):

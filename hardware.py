@@ -116,4 +116,6 @@ def memory_in_use(accelerator: str) -> float:
 def device_name(accelerator: str) -> str:
     if accelerator == "cuda":
         return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads" if accelerator == "cpu" else platform.machine()
+    return (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads" if accelerator == "cpu" else platform.machine()
+    )

@@ -113,7 +113,7 @@ def generate(model: Transformer, prompt_ids: Tensor, params: SamplingParams, eos
     for _ in range(params.max_new_tokens):
         if cache.length + new.size(1) > context_size:  # full: begin again from the last half
             cache.length = 0
-            new = ids[:, -max(1, context_size // 2):]
+            new = ids[:, -max(1, context_size // 2) :]
         logits = model.logits(model.hidden(new.to(weight.device), cache=cache)[:, -1])
         token = sample(logits.cpu(), params, ids, generator)
         if eos_id is not None:
@@ -128,7 +128,7 @@ def generate(model: Transformer, prompt_ids: Tensor, params: SamplingParams, eos
 def complete(checkpoint: Checkpoint, prompt: str, params: SamplingParams) -> Iterator[tuple[int, str]]:
     """(sample's number, piece of text) as the completions of `prompt` grow. A stop text ends its sample."""
     if not prompt:
-        raise UserError("the prompt is empty; give some text to continue, for example --prompt \"The history of\"")
+        raise UserError('the prompt is empty; give some text to continue, for example --prompt "The history of"')
     try:
         ids = checkpoint.tokenizer.encode(prompt)
     except UnicodeEncodeError as error:
@@ -221,8 +221,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p,
-                                args.repetition_penalty, tuple(args.stop), args.seed, args.num_samples)
+        params = SamplingParams(
+            args.max_new_tokens,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            args.min_p,
+            args.repetition_penalty,
+            tuple(args.stop),
+            args.seed,
+            args.num_samples,
+        )
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', str(error).split()[0].count('_'))}") from None
     prompt = read_prompt(args)

@@ -25,15 +25,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), dtype=torch.float32 if dtype != torch.float64 else dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight)
-        for rows in torch.arange(hidden.size(0), device="cpu").split(chunk):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        for first in range(0, hidden.size(0), chunk):
+            rows = slice(first, first + chunk)
             kept = (targets[rows] != IGNORE).to(nats.dtype)
             target = targets[rows].clamp(min=0)
             logits = h[rows] @ w.T
             target_logit = logits.gather(1, target[:, None])[:, 0].to(nats.dtype)
             largest = logits.amax(1, keepdim=True)
             e = logits.sub_(largest).exp_()  # in place, and never divided: the row sums divide the small factors below
-            total = e.sum(1, dtype=nats.dtype)
+            total = torch.cat([part.to(nats.dtype).sum(1) for part in e.split(64)])  # sum(dtype=) converts 25 times slower
             nats += ((total.log() + largest[:, 0] - target_logit) * kept).sum()
             share = (kept / total)[:, None]
             d_hidden[rows] = (e @ w) * share - w[target] * kept[:, None]

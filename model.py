@@ -55,9 +55,7 @@ class ModelConfig:
             )
         if self.n_heads % self.n_kv_heads:
             divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            raise ValueError(
-                f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; take one of {divisors}"
-            )
+            raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; take one of {divisors}")
         if self.head_dim % 2:
             raise ValueError(f"d_model / n_heads is {self.head_dim}; RoPE rotates pairs and needs an even number")
         if not 0 <= self.dropout < 1:
@@ -246,8 +244,9 @@ class Transformer(nn.Module):
         """The (V, C) matrix that turns a hidden state into logits."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, input_ids: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None,
-               cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, input_ids: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Final hidden states (B, T, C) of input_ids (B, T).
 
         positions (B, T): places in the context; by default they count on from the cache.
@@ -288,8 +287,9 @@ class Transformer(nn.Module):
             return torch.cat([F.linear(hidden, part) for part in self.head_weight.split(MPS_INNER_LIMIT // 2)], dim=-1)
         return F.linear(hidden, self.head_weight)
 
-    def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Logits (B, T, V); the arguments are those of `hidden`."""
         return self.logits(self.hidden(input_ids, positions=positions, doc_ids=doc_ids, cache=cache))
 

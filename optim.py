@@ -32,16 +32,16 @@ def lr_at_step(step: int, *, max_steps: int, warmup_steps: int, min_lr_ratio: fl
     return min_lr_ratio + (1 - min_lr_ratio) * left
 
 
-def build_optimizer(model: nn.Module, *, optimizer: str, lr: float, weight_decay: float, betas: tuple[float, float],
-                    eps: float, fused: bool) -> torch.optim.Optimizer:
-    """AdamW, or Muon for the blocks' matrices with AdamW for the rest. Each group keeps its peak rate in `peak_lr`."""
+def build_optimizer(
+    model: nn.Module, *, optimizer: str, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, fused: bool
+) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the blocks' matrices with AdamW for the rest."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, p in model.named_parameters():
         muon = optimizer == "muon" and p.dim() == 2 and ".layers." in f".{name}"
         groups[muon, p.dim() >= 2].append(p)
     param_groups = [
-        {"params": params, "weight_decay": weight_decay if decays else 0.0, "muon": muon, "peak_lr": lr}
-        for (muon, decays), params in groups.items()
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "muon": muon} for (muon, decays), params in groups.items()
     ]
     assert sum(len(g["params"]) for g in param_groups) == len(list(model.parameters()))
     kind = MuonAdamW if optimizer == "muon" else torch.optim.AdamW

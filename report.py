@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from config import Config
@@ -47,14 +48,16 @@ def plan(config: Config, data: PreparedData, hardware: Hardware) -> Table:
     model, training, train, val = config.model, config.training, data.train.header, data.val.header
     step_tokens = tokens_per_step(config)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    entries = f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries"
+    heads = f"{model.n_heads} heads, {model.n_kv_heads} key/value heads"
     rows = [
         ("device", f"{hardware.accelerator} ({device_name(hardware.accelerator)}): {hardware.reasons['accelerator']}"),
         ("precision", f"{hardware.precision}: {hardware.reasons['precision']}"),
         ("compile", f"{'on' if hardware.compile else 'off'}: {hardware.reasons['compile']}"),
         ("corpus", f"{data.source}: {train.documents:,} documents to train on, {val.documents:,} to validate on"),
-        ("tokens", f"{train.tokens:,} and {val.tokens:,}, {train.bytes / train.tokens:.2f} bytes each ({data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries)"),
-        ("model", f"{model.n_parameters:,} parameters: {model.n_layers} layers, d_model {model.d_model}, {model.n_heads} heads, "
-                  f"{model.n_kv_heads} key/value heads, d_ff {model.d_ff}, context {model.max_seq_len}"),
+        ("tokens", f"{train.tokens:,} and {val.tokens:,}, {train.bytes / train.tokens:.2f} bytes each ({entries})"),
+        ("parameters", f"{model.n_parameters:,}"),
+        ("model", f"{model.n_layers} layers, d_model {model.d_model}, {heads}, d_ff {model.d_ff}, context {model.max_seq_len}"),
         ("steps", f"{training.max_steps:,} of {step_tokens:,} tokens: {training.max_steps * step_tokens / train.tokens:.2f} epochs"),
         ("memory", f"about {estimated_memory(config) / 1000:.1f} GB"),
         ("time", f"about {estimated_seconds(config, data, hardware) / 60:.1f} minutes, from the speed of a matmul"),
@@ -112,9 +115,8 @@ def draw_loss(run: Run, baseline_loss: dict[str, float]) -> Path:
     axes.plot(steps, losses, color="#1f4e79", marker="o", markersize=3.5, label="validation")
     axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(0, 8), ha="right", color="#1f4e79")
     for name, loss in baseline_loss.items():
-        if name != "uniform":
-            axes.axhline(loss, color="#b0b0b0", linestyle=":", linewidth=1)
-            axes.text(0.995, loss, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="#808080", fontsize=8)
+        axes.axhline(loss, color="#b0b0b0", linestyle=":", linewidth=1)
+        axes.text(0.995, loss, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="#808080", fontsize=8)
     axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title=run.name or "loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper center")
@@ -125,47 +127,46 @@ def draw_loss(run: Run, baseline_loss: dict[str, float]) -> Path:
 
 
 def fit_sentence(train_loss: float, val_loss: float, best_loss: float, epochs: float) -> str:
-    """Under- or overfitting, in a sentence. Losses in nats per token, over equal documents' worth of tokens."""
-    gap = val_loss - train_loss
+    """Under- or overfitting, in a sentence; losses in nats per token."""
+    apart = f"training loss {train_loss:.3f} and validation loss {val_loss:.3f} after {epochs:.1f} epochs"
     if val_loss > best_loss + 0.02:
-        return f"Overfitting: validation loss rose from its best {best_loss:.3f} to {val_loss:.3f}; best.ckpt is the one to use. More text, dropout or fewer steps would help."
-    if gap > 0.1 * val_loss:
-        return f"Beginning to overfit: training loss {train_loss:.3f} is {gap:.2f} below validation after {epochs:.1f} epochs. More text or dropout would help more than more steps."
-    return f"Still underfitting: training loss {train_loss:.3f} and validation loss {val_loss:.3f} are {abs(gap):.2f} apart after {epochs:.1f} epochs. More steps or a larger model would help."
+        return f"Overfitting: {apart}, which was {best_loss:.3f} at its best. Use best.ckpt; more text, dropout or fewer steps would help."
+    if val_loss - train_loss > 0.1 * val_loss:
+        return f"Beginning to overfit: {apart}. More text or dropout would help more than more steps."
+    return f"Still underfitting: {apart}. More steps or a larger model would help."
 
 
-def print_verdict(config: Config, data: PreparedData, run: Run, validation: dict[str, float], best_loss: float,
-                  samples: list[tuple[str, str]], seconds: float) -> None:
-    """The closing words of a run, on stdout."""
-    console = Console(highlight=False, soft_wrap=True)
+def print_verdict(
+    config: Config, data: PreparedData, run: Run, validation: dict[str, float], best: float, samples: list[tuple[str, str]], seconds: float
+) -> None:
+    """The closing words of a run, on stdout. `validation` is that of the last step, `best` the lowest loss of all."""
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(f"\nDone: {config.training.max_steps:,} steps in {seconds / 60:.1f} minutes.\n")
     counted = baselines(data)
-    bytes_per_target = data.val.header.bytes / (data.val.header.tokens - 1)
-    nats = {name: bits * math.log(2) * bytes_per_target for name, bits in counted.items()}
-    picture = draw_loss(run, nats)
-    epochs = config.training.max_steps * tokens_per_step(config) / data.train.header.tokens
-    console.print(f"\nDone: {config.training.max_steps:,} steps in {seconds / 60:.1f} minutes.\n")
-    table = Table(title=f"{data.val.header.documents:,} validation documents, never trained on", title_justify="left", box=None, padding=(0, 3, 0, 0))
+    per_target = math.log(2) * data.val.header.bytes / (data.val.header.tokens - 1)  # bits per byte -> nats per token
+    scores = {name: (bits * per_target, math.exp(bits * per_target), bits) for name, bits in counted.items()}
+    scores["[bold]this model"] = (validation["loss"], validation["perplexity"], validation["bpb"])
+    table = Table(title=f"{data.val.header.documents:,} validation documents, never trained on", title_justify="left", box=None)
     for title in ("", "loss (nats/token)", "perplexity", "bits per byte"):
         table.add_column(title, justify="right" if title else "left")
-    for name, bits in counted.items():
-        table.add_row(name, f"{nats[name]:.3f}", f"{math.exp(nats[name]):,.1f}", f"{bits:.3f}")
-    table.add_row("[bold]this model[/bold]", f"[bold]{validation['loss']:.3f}[/bold]", f"[bold]{validation['perplexity']:,.1f}[/bold]", f"[bold]{validation['bpb']:.3f}[/bold]")
-    console.print(table)
-    worst = next((name for name in ("bigram", "unigram", "uniform") if counted[name] <= validation["bpb"]), None)
-    if worst:
-        console.print(f"\nThe model has not beaten the {worst} counts yet: train longer, or look at training.lr.")
-    train_loss = float(np.mean(read_metrics(run.metrics_file, "train/loss")[1][-5:]))
-    console.print("\n" + fit_sentence(train_loss, validation["loss"], best_loss, epochs))
-    console.print("\nHow validation documents go on, by the model:")
+    for name, (loss, perplexity, bits) in scores.items():
+        table.add_row(name, f"{loss:.3f}", f"{perplexity:,.1f}", f"{bits:.3f}")
+    out.print(table)
+    if worse := [name for name, bits in counted.items() if bits <= validation["bpb"]]:
+        out.print(f"\nCounting ({', '.join(worse)}) is still better than this model: train longer, or look at training.lr.")
+    recent = float(np.mean(read_metrics(run.metrics_file, "train/loss")[1][-5:]))
+    epochs = config.training.max_steps * tokens_per_step(config) / data.train.header.tokens
+    out.print("\n" + fit_sentence(recent, validation["loss"], best, epochs))
+    out.print("\nHow validation documents go on, by the model:")
     for prompt, continuation in samples:
-        console.print(f"  [bold]{_plain(prompt)}[/bold]{_plain(continuation)}")
-    folder = run.checkpoints
-    console.print(f"\nLoss curve: {picture}\nNext:")
-    console.print(f"  python infer.py --ckpt {folder / 'final.ckpt'} --prompt {shlex.quote(samples[0][0].strip())}")
-    console.print(f"  python evaluate_checkpoints.py --checkpoints '{folder / '*.ckpt'}' --cases cases/wiki_basics.yaml")
-    console.print(f"  tensorboard --logdir {run.logs}")
+        out.print(f"  [bold]{one_line(prompt)}[/bold]{one_line(continuation)}")
+    out.print(f"\nLoss curve: {draw_loss(run, {name: loss for name, (loss, _, _) in scores.items() if name in ('unigram', 'bigram')})}")
+    out.print("Next:")
+    out.print(f"  python infer.py --ckpt {run.checkpoints / 'final.ckpt'} --prompt {shlex.quote(samples[0][0].strip())}")
+    out.print(f"  python evaluate_checkpoints.py --checkpoints '{run.checkpoints / '*.ckpt'}' --cases cases/wiki_basics.yaml")
+    out.print(f"  tensorboard --logdir {run.logs}")
 
 
-def _plain(text: str) -> str:
-    """One line, without rich's markup."""
-    return " ".join(text.split(" ")).replace("\n", " ⏎ ").replace("[", r"\[")
+def one_line(text: str) -> str:
+    """The text on one line, safe from rich's markup."""
+    return escape(text.replace("\n", " ⏎ "))

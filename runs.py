@@ -13,8 +13,15 @@ from config import Config, config_from_dict
 from errors import UserError
 
 # keys that may change between a run and its continuation, since no weight depends on them
-FREE_KEYS = {"run.name", "data.cache_dir", "training.max_steps", "training.log_every_steps", "training.val_every_steps",
-             "training.save_every_steps", "training.keep_checkpoints"}
+FREE_KEYS = {
+    "run.name",
+    "data.cache_dir",
+    "training.max_steps",
+    "training.log_every_steps",
+    "training.val_every_steps",
+    "training.save_every_steps",
+    "training.keep_checkpoints",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,9 @@ class Run:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"another process is training in {self.checkpoints}; wait for it, or give this run a name: run.name=NAME") from None
+            raise UserError(
+                f"another process is training in {self.checkpoints}; wait for it, or give this run a name: run.name=NAME"
+            ) from None
         for leftover in self.checkpoints.glob(".*.unfinished"):
             leftover.unlink()
         return lock
@@ -114,7 +123,8 @@ def differences(before: Config, now: Config) -> list[str]:
     old, new = before.to_dict(), now.to_dict()
     return [
         f"{section}.{key}: {value!r} -> {new[section][key]!r}"
-        for section, values in old.items() if section != "hardware"
+        for section, values in old.items()
+        if section != "hardware"
         for key, value in values.items()
         if f"{section}.{key}" not in FREE_KEYS and value != new[section][key]
     ]

@@ -129,8 +129,9 @@ class JsonTokenizer(Tokenizer):
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "JsonTokenizer":
         """Byte-level BPE with an end of document as id 0, trained on `texts`."""
         backend = byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
         backend.train_from_iterator(texts, trainer)
         return cls(backend.to_str(), f"bpe:{vocab_size}", None, 0)
 
@@ -238,10 +239,10 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         text = tokenizer.decode(before + piece)
         whole = text.removesuffix("\ufffd")
         if len(whole) > len(shown):
-            yield whole[len(shown):]
+            yield whole[len(shown) :]
             shown = whole
         if whole == text:
             before, piece = piece, []
             shown = text = tokenizer.decode(before)
     if len(text) > len(shown):
-        yield text[len(shown):]
+        yield text[len(shown) :]

@@ -73,13 +73,16 @@ class LitTransformer(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         t = self.config.training
-        return build_optimizer(self.model, optimizer=t.optimizer, lr=t.lr, weight_decay=t.weight_decay, betas=t.betas, eps=t.eps, fused=self.fused)
+        return build_optimizer(
+            self.model, optimizer=t.optimizer, lr=t.lr, weight_decay=t.weight_decay, betas=t.betas, eps=t.eps, fused=self.fused
+        )
 
     def current_lr(self) -> float:
         """Peak rate times the schedule, for the step in hand; a pure function of the step, so nothing of it is saved."""
         t = self.config.training
-        return t.lr * lr_at_step(self.trainer.global_step, max_steps=t.max_steps, warmup_steps=t.warmup_steps,
-                                 min_lr_ratio=t.min_lr_ratio, schedule=t.schedule)
+        return t.lr * lr_at_step(
+            self.trainer.global_step, max_steps=t.max_steps, warmup_steps=t.warmup_steps, min_lr_ratio=t.min_lr_ratio, schedule=t.schedule
+        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
@@ -121,10 +124,18 @@ class LitTransformer(L.LightningModule):
     # ---- checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["kit"] = kit_entry(self.config, self.tokenizer_state, tokens=self.tokens_seen + int(self.interval_targets) * self.trainer.world_size,
-                                      val_loss=self.validation.get("loss"))
-        checkpoint["interval"] = {"nats": self.interval_nats.item(), "targets": int(self.interval_targets), "tokens_seen": self.tokens_seen,
-                                  "validation": self.validation}
+        checkpoint["kit"] = kit_entry(
+            self.config,
+            self.tokenizer_state,
+            tokens=self.tokens_seen + int(self.interval_targets) * self.trainer.world_size,
+            val_loss=self.validation.get("loss"),
+        )
+        checkpoint["interval"] = {
+            "nats": self.interval_nats.item(),
+            "targets": int(self.interval_targets),
+            "tokens_seen": self.tokens_seen,
+            "validation": self.validation,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._resumed = checkpoint["interval"]
@@ -150,7 +161,9 @@ class DurableCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def loaders(config: Config, data: PreparedData, hardware: Hardware, rank: int = 0, world_size: int = 1) -> tuple[ResumableLoader, ResumableLoader]:
+def loaders(
+    config: Config, data: PreparedData, hardware: Hardware, rank: int = 0, world_size: int = 1
+) -> tuple[ResumableLoader, ResumableLoader]:
     """The endless training loader and the validation loader of one rank."""
     t = config.training
     train, val = (PackedLMDataset(shard, t.seq_len, config.data.document_mask) for shard in (data.train, data.val))
@@ -160,8 +173,9 @@ def loaders(config: Config, data: PreparedData, hardware: Hardware, rank: int = 
     return ResumableLoader(train, train_order, config.hardware.num_workers, pin), ResumableLoader(val, val_order, 0, pin)
 
 
-def fit(config: Config, data: PreparedData, hardware: Hardware, run: Run,
-        start: tuple[Path, dict[str, Any]] | None) -> tuple[L.Trainer, LitTransformer, cb.Samples, cb.Checkpoints]:
+def fit(
+    config: Config, data: PreparedData, hardware: Hardware, run: Run, start: tuple[Path, dict[str, Any]] | None
+) -> tuple[L.Trainer, LitTransformer, cb.Samples, cb.Checkpoints]:
     """Train to max_steps, from the beginning or from `start`: a checkpoint and its content."""
     t = config.training
     L.seed_everything(t.seed, verbose=False)
@@ -172,12 +186,22 @@ def fit(config: Config, data: PreparedData, hardware: Hardware, run: Run,
     metrics = cb.Metrics(run, t, data.train.header.bytes / data.train.header.tokens, first_step)
     checkpoints, samples = cb.Checkpoints(run, t), cb.Samples(data, config.model.max_seq_len)
     trainer = L.Trainer(
-        accelerator=hardware.accelerator, devices=config.hardware.devices, precision=hardware.precision,
-        max_steps=t.max_steps, max_epochs=-1, accumulate_grad_batches=t.grad_accum_steps,
-        val_check_interval=t.val_every_steps * t.grad_accum_steps, check_val_every_n_epoch=None, num_sanity_val_steps=0,
-        logger=cb.tensorboard(run, first_step), plugins=[DurableCheckpointIO()], use_distributed_sampler=False,
+        accelerator=hardware.accelerator,
+        devices=config.hardware.devices,
+        precision=hardware.precision,
+        max_steps=t.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=t.grad_accum_steps,
+        val_check_interval=t.val_every_steps * t.grad_accum_steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=cb.tensorboard(run, first_step),
+        plugins=[DurableCheckpointIO()],
+        use_distributed_sampler=False,
         callbacks=[cb.RandomState(), metrics, samples, checkpoints, cb.StopCleanly(checkpoints), cb.ClockGuard(metrics)],
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
     )
     train_loader, val_loader = loaders(config, data, hardware, trainer.global_rank, trainer.world_size)
     trainer.fit(module, train_loader, val_loader, ckpt_path=start[0] if start else None, weights_only=True)
@@ -227,7 +251,9 @@ def main(argv: list[str] | None = None) -> int:
             print_note(f"continuing {start[0]} from step {start[1]['global_step']}")
             before = start[1]["kit"]["config"]["training"]["max_steps"]
             if before != config.training.max_steps:
-                print_note(f"training.max_steps {before} -> {config.training.max_steps}: the schedule is that of the new length from here on")
+                print_note(
+                    f"training.max_steps {before} -> {config.training.max_steps}: the schedule is that of the new length from here on"
+                )
         trainer, module, samples, checkpoints = fit(config, data, hardware, run, start)
         trainer.logger.log_hyperparams(config.to_dict(), {f"hp/val_{name}": value for name, value in module.validation.items()})
         trainer.logger.finalize("success")

@@ -21,7 +21,12 @@ from model import Transformer
 from tokenizer import ByteTokenizer, CharTokenizer, JsonTokenizer
 
 ROOT = Path(__file__).parent.parent
-CASES = [ev.Case("a", "one two", " three"), ev.Case("b", "x", " y"), ev.Case("c", "the longest prompt of them all", " ends"), ev.Case("d", "ab", "c")]
+CASES = [
+    ev.Case("a", "one two", " three"),
+    ev.Case("b", "x", " y"),
+    ev.Case("c", "the longest prompt of them all", " ends"),
+    ev.Case("d", "ab", "c"),
+]
 
 
 def make_model(vocab_size: int = 257) -> Transformer:
@@ -34,20 +39,42 @@ def make_model(vocab_size: int = 257) -> Transformer:
 
 
 def save(path: Path, model: Transformer, step: int = 1) -> None:
-    config = config_from_dict({"model": {k: getattr(model.config, k) for k in ("n_layers", "d_model", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")},
-                               "data": {"tokenizer": "byte"}, "training": {"seq_len": 64}})
+    config = config_from_dict(
+        {
+            "model": {k: getattr(model.config, k) for k in ("n_layers", "d_model", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")},
+            "data": {"tokenizer": "byte"},
+            "training": {"seq_len": 64},
+        }
+    )
     path.parent.mkdir(exist_ok=True)
-    save_whole({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}, "global_step": step,
-                "kit": kit_entry(config, ByteTokenizer().state(), tokens=step * 10, val_loss=2.0)}, path)
+    save_whole(
+        {
+            "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()},
+            "global_step": step,
+            "kit": kit_entry(config, ByteTokenizer().state(), tokens=step * 10, val_loss=2.0),
+        },
+        path,
+    )
 
 
 def test_scores_equal_the_loss_sums_of_transformers_llama():
     """LlamaForCausalLM with labels on the target alone: its mean loss times the target's tokens."""
     model = make_model()
     c = model.config
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
-                                         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.norm_eps,
-                                         rope_theta=c.rope_theta, tie_word_embeddings=True, max_position_embeddings=64)).eval()
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            intermediate_size=c.d_ff,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            rms_norm_eps=c.norm_eps,
+            rope_theta=c.rope_theta,
+            tie_word_embeddings=True,
+            max_position_embeddings=64,
+        )
+    ).eval()
     llama.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()}, strict=False)
     for case, score in zip(CASES, ev.score_cases(model, ByteTokenizer(), CASES, 5), strict=True):
         ids = [256, *(case.prompt + case.target).encode()]
@@ -115,7 +142,9 @@ def test_copies_of_the_same_weights_are_shown_once_and_the_better_model_stands_f
     assert ev.main(["--cases", "cases.yaml", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [r["names"] for r in report["checkpoints"]] == [
-        ["checkpoints/trained.ckpt"], ["checkpoints/elsewhere.ckpt", "checkpoints/last.ckpt", "checkpoints/step-1.ckpt"]]
+        ["checkpoints/trained.ckpt"],
+        ["checkpoints/elsewhere.ckpt", "checkpoints/last.ckpt", "checkpoints/step-1.ckpt"],
+    ]
     assert ev.main(["--cases", "cases.yaml", "--csv", "--tokenizer", "byte"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["checkpoint"] for row in rows] == ["checkpoints/trained.ckpt", "checkpoints/elsewhere.ckpt"]
@@ -127,13 +156,26 @@ def test_copies_of_the_same_weights_are_shown_once_and_the_better_model_stands_f
     assert "top 3 next tokens" in table
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "a list of cases"), ("[]", "a list of cases"), ("a: 1", "a list of cases"), ("- 3", "bad.yaml:1: a case is"),
-    ('- {name: a, prompt: p, target: " t"}\n- {name: a, prompt: q, target: " u"}', "bad.yaml:2: the name of 'a' stands already at bad.yaml:1"),
-    ('- {name: a, prompt: p, target: " t"}\n- {name: b, prompt: p, target: " t"}', "the prompt and target of 'b' stands already"),
-    ('- {name: a, prompt: "", target: " t"}', "prompt is ''"), ("- {name: a, prompt: p}", "has no target"), ("- {name: a, prompt: p, target: 12}", "quote numbers"),
-    ('- {name: a, promt: p, target: " t"}', "did you mean prompt"), ("- {name: a, name: b}", "stands already"), ("- {name: [", "not valid YAML"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "a list of cases"),
+        ("[]", "a list of cases"),
+        ("a: 1", "a list of cases"),
+        ("- 3", "bad.yaml:1: a case is"),
+        (
+            '- {name: a, prompt: p, target: " t"}\n- {name: a, prompt: q, target: " u"}',
+            "bad.yaml:2: the name of 'a' stands already at bad.yaml:1",
+        ),
+        ('- {name: a, prompt: p, target: " t"}\n- {name: b, prompt: p, target: " t"}', "the prompt and target of 'b' stands already"),
+        ('- {name: a, prompt: "", target: " t"}', "prompt is ''"),
+        ("- {name: a, prompt: p}", "has no target"),
+        ("- {name: a, prompt: p, target: 12}", "quote numbers"),
+        ('- {name: a, promt: p, target: " t"}', "did you mean prompt"),
+        ("- {name: a, name: b}", "stands already"),
+        ("- {name: [", "not valid YAML"),
+    ],
+)
 def test_a_wrong_suite_is_refused_with_its_line(tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text(text)

@@ -16,7 +16,14 @@ import yaml
 from config import Config, load_config
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["training.max_steps=3", "training.warmup_steps=1", "model.n_layers=1", "model.d_model=24", "training.seq_len=32", "training.micro_batch_size=2"]
+SMALL = [
+    "training.max_steps=3",
+    "training.warmup_steps=1",
+    "model.n_layers=1",
+    "model.d_model=24",
+    "training.seq_len=32",
+    "training.micro_batch_size=2",
+]
 NOT_RUN = ("pip ", "git ", "source ", "python3 -m venv", "python -m pytest")  # what stands between a reader and the commands below
 
 
@@ -50,7 +57,9 @@ def test_the_readmes_commands_run_in_order(tmp_path):
             words += SMALL
         if words[1] == "infer.py" and "--max-new-tokens" not in words:
             words += ["--max-new-tokens", "5"]
-        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            [sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert done.stdout.strip()
         ran.append(words[1])
@@ -101,7 +110,12 @@ def test_each_preset_loads_and_holds_only_differences(path):
     config = load_config(path)
     assert config.run.name == path.stem
     given, default = yaml.safe_load(path.read_text()), Config().to_dict()
-    same = [f"{s}.{k}" for s, keys in given.items() for k in keys if config.to_dict()[s][k] == default[s][k] and (s, k) != ("model", "n_kv_heads")]
+    same = [
+        f"{s}.{k}"
+        for s, keys in given.items()
+        for k in keys
+        if config.to_dict()[s][k] == default[s][k] and (s, k) != ("model", "n_kv_heads")
+    ]
     assert not same
 
 

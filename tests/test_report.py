@@ -45,7 +45,9 @@ def test_the_bigram_baseline_is_a_probability_distribution(data):
         assert total == pytest.approx(1, abs=1e-9), (history, len(train))
 
 
-@pytest.mark.parametrize("train, val, best, word", [(3.0, 3.1, 3.1, "underfitting"), (2.0, 3.0, 3.0, "Beginning to overfit"), (1.0, 3.5, 3.0, "Overfitting")])
+@pytest.mark.parametrize(
+    "train, val, best, word", [(3.0, 3.1, 3.1, "underfitting"), (2.0, 3.0, 3.0, "Beginning to overfit"), (1.0, 3.5, 3.0, "Overfitting")]
+)
 def test_the_verdict_tells_under_from_overfitting(train, val, best, word):
     assert word in report.fit_sentence(train, val, best, 1.0)
 
@@ -55,5 +57,13 @@ def test_the_plan_states_counts_and_reasons(data):
     hardware = Hardware("cpu", "32-true", False, {"accelerator": "why-a", "precision": "why-p", "compile": "why-c"})
     table = report.plan(config, data, hardware)
     text = " ".join(str(cell) for column in table.columns for cell in column.cells)
-    for part in (f"{config.model.n_parameters:,} parameters", f"{data.train.header.tokens:,} and {data.val.header.tokens:,}", "why-a", "why-p", "why-c", "GB", "minutes"):
+    for part in (
+        f"{config.model.n_parameters:,}",
+        f"{data.train.header.tokens:,} and {data.val.header.tokens:,}",
+        "why-a",
+        "why-p",
+        "why-c",
+        "GB",
+        "minutes",
+    ):
         assert part in text

@@ -21,10 +21,25 @@ from errors import UserError
 from loss import cross_entropy
 
 ROOT = Path(__file__).parent.parent
-TINY = ["model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.n_kv_heads=1", "model.dropout=0.1", "training.seq_len=16",
-        "training.micro_batch_size=4", "training.grad_accum_steps=2", "training.max_steps=12", "training.warmup_steps=2",
-        "training.val_every_steps=5", "training.save_every_steps=3", "training.log_every_steps=2", "data.path=text.txt",
-        "data.tokenizer=byte", "training.precision=32-true", "hardware.accelerator=cpu"]
+TINY = [
+    "model.n_layers=2",
+    "model.d_model=16",
+    "model.n_heads=2",
+    "model.n_kv_heads=1",
+    "model.dropout=0.1",
+    "training.seq_len=16",
+    "training.micro_batch_size=4",
+    "training.grad_accum_steps=2",
+    "training.max_steps=12",
+    "training.warmup_steps=2",
+    "training.val_every_steps=5",
+    "training.save_every_steps=3",
+    "training.log_every_steps=2",
+    "data.path=text.txt",
+    "data.tokenizer=byte",
+    "training.precision=32-true",
+    "hardware.accelerator=cpu",
+]
 
 
 @pytest.fixture
@@ -86,12 +101,14 @@ def test_a_run_stopped_after_any_step_ends_as_the_uninterrupted_one(folder, monk
 def test_a_killed_process_continues_from_its_last_save_and_ends_the_same(folder):
     """SIGKILL leaves no time for anything; the same command again, in a new process, must do."""
     run("run.name=whole")
-    killer = ("import os, signal, sys, callbacks, train; original = callbacks.Metrics.on_step\n"
-              "def on_step(self, trainer, module):\n"
-              "    original(self, trainer, module)\n"
-              "    if trainer.global_step == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "callbacks.Metrics.on_step = on_step\n"
-              "train.main(sys.argv[1:])")
+    killer = (
+        "import os, signal, sys, callbacks, train; original = callbacks.Metrics.on_step\n"
+        "def on_step(self, trainer, module):\n"
+        "    original(self, trainer, module)\n"
+        "    if trainer.global_step == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "callbacks.Metrics.on_step = on_step\n"
+        "train.main(sys.argv[1:])"
+    )
     command = ["--config", "config.yaml", *TINY, "run.name=killed"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run([sys.executable, "-c", killer, *command], capture_output=True, env=environment)
@@ -155,7 +172,12 @@ def test_a_second_process_in_the_same_folder_is_refused(folder):
 def test_checkpoints_are_named_by_step_pruned_and_load_with_weights_only(folder):
     run("training.keep_checkpoints=2")
     assert sorted(p.name for p in Path("checkpoints").glob("*.ckpt")) == [
-        "best.ckpt", "final.ckpt", "last.ckpt", "step-00000010.ckpt", "step-00000012.ckpt"]
+        "best.ckpt",
+        "final.ckpt",
+        "last.ckpt",
+        "step-00000010.ckpt",
+        "step-00000012.ckpt",
+    ]
     state = torch.load("checkpoints/final.ckpt", weights_only=True)
     assert state["pytorch-lightning_version"] and state["kit"]["config"]["model"]["d_model"] == 16
     assert torch.serialization.get_unsafe_globals_in_checkpoint("checkpoints/final.ckpt") == []
@@ -167,7 +189,17 @@ def test_the_same_scalars_stand_in_tensorboard_and_csv_with_text_and_hparams(fol
     events.Reload()
     with Path("logs/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    names = ["train/loss", "train/bpb", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/memory_mb", "val/loss", "val/bpb", "val/perplexity"]
+    names = [
+        "train/loss",
+        "train/bpb",
+        "train/lr",
+        "train/grad_norm",
+        "perf/tokens_per_second",
+        "perf/memory_mb",
+        "val/loss",
+        "val/bpb",
+        "val/perplexity",
+    ]
     for name in names:
         expected = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         shown = [(event.step, event.value) for event in events.Scalars(name)]
@@ -185,8 +217,11 @@ def test_validation_is_the_sum_over_every_target_divided_once(folder):
     checkpoint = load_checkpoint("checkpoints/final.ckpt")
     data = prepare(checkpoint.config.data)
     windows = PackedLMDataset(data.val, 16)
-    nats = sum(cross_entropy(checkpoint.model(row["input_ids"][None]), row["targets"]).item() for row in windows[:].values()) if False else sum(
-        cross_entropy(checkpoint.model(windows[i]["input_ids"][None]), windows[i]["targets"]).item() for i in range(len(windows)))
+    nats = (
+        sum(cross_entropy(checkpoint.model(row["input_ids"][None]), row["targets"]).item() for row in windows[:].values())
+        if False
+        else sum(cross_entropy(checkpoint.model(windows[i]["input_ids"][None]), windows[i]["targets"]).item() for i in range(len(windows)))
+    )
     with Path("logs/metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     text = (folder / "text.txt").read_text()
@@ -224,7 +259,9 @@ def test_the_learning_rate_of_each_step_is_the_schedules(folder):
     run("training.log_every_steps=1")
     with Path("logs/metrics.csv").open() as file:
         rates = [float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]]
-    assert rates == pytest.approx([4e-3 * lr_at_step(s, max_steps=12, warmup_steps=2, min_lr_ratio=0, schedule="linear") for s in range(12)], rel=1e-5)
+    assert rates == pytest.approx(
+        [4e-3 * lr_at_step(s, max_steps=12, warmup_steps=2, min_lr_ratio=0, schedule="linear") for s in range(12)], rel=1e-5
+    )
 
 
 def test_print_config_prints_yaml_that_loads_to_the_same(folder, capsys):
@@ -241,13 +278,16 @@ def test_a_dry_run_reports_and_leaves_no_run_behind(folder, capsys):
     assert not Path("checkpoints").exists() and not Path("logs").exists()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--config", "none.yaml"], "there is no config none.yaml"),
-    (["--config", "config.yaml", "training.lrr=1"], "did you mean lr"),
-    (["--config", "config.yaml", "data.path=missing.txt"], "missing.txt is not a file"),
-    (["--config", "config.yaml", "data.source=wikki"], "did you mean wiki"),
-    (["--config", "config.yaml", "hardware.accelerator=cuda", "data.path=text.txt", "data.tokenizer=byte"], "this machine has cpu"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config", "none.yaml"], "there is no config none.yaml"),
+        (["--config", "config.yaml", "training.lrr=1"], "did you mean lr"),
+        (["--config", "config.yaml", "data.path=missing.txt"], "missing.txt is not a file"),
+        (["--config", "config.yaml", "data.source=wikki"], "did you mean wiki"),
+        (["--config", "config.yaml", "hardware.accelerator=cuda", "data.path=text.txt", "data.tokenizer=byte"], "this machine has cpu"),
+    ],
+)
 def test_a_mistake_gets_one_sentence_and_status_2(folder, arguments, message):
     if "hardware.accelerator=cuda" in arguments and torch.cuda.is_available():
         arguments, message = [a.replace("cuda", "mps") for a in arguments], "this machine has"
