@@ -62,6 +62,9 @@ class Metrics(StepCallback):
         self.paused = 0.0  # seconds since the last log that were not training
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            self.console.quiet = True
+            return
         self._cut_csv(self.first_step)
         trainer.logger.experiment.add_text("config", "```yaml\n" + to_yaml(module.config) + "```", self.first_step)
         if self.console.is_terminal:
@@ -91,7 +94,7 @@ class Metrics(StepCallback):
         loss = nats / targets
         if not math.isfinite(loss):
             raise UserError(non_finite("the training loss", step))
-        speed = targets * trainer.world_size / seconds
+        speed = targets / seconds
         self.write(
             trainer,
             step,
@@ -266,6 +269,8 @@ class StopCleanly(StepCallback):
         self.stop_if_asked(trainer)
 
     def stop_if_asked(self, trainer: L.Trainer) -> None:
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
+            self.signal = self.signal or signal.SIGTERM  # one process was asked: all stop at the same step
         if self.signal and trainer.global_step < self.checkpoints.training.max_steps:
             self.checkpoints.save(trainer, "last.ckpt")
             print_note(

@@ -1,6 +1,5 @@
 """The one exception for a user's mistake, and how a command line reports it."""
 
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -11,14 +10,19 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Exit with main's status; a UserError, or a disk that refuses, becomes one line on stderr and status 2."""
+    """Exit with main's status. A UserError, and whatever the system refuses (a full or read-only disk, a folder that is
+    a file), becomes one line on stderr and status 2."""
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG):
-            raise
-        place = f" {error.filename}" if error.filename else ""
-        print(f"error: cannot write{place}: {os.strerror(error.errno)}; free space or choose another folder", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}; nothing was changed there. Mend that or choose another folder", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(2)

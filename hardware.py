@@ -12,6 +12,7 @@ import torch
 
 from config import HardwareConfig
 from errors import UserError
+from model import MPS_INNER_LIMIT
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ def choose_compile(asked: str, accelerator: str) -> tuple[bool, str]:
     if accelerator == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name):
         return False, "asked for, but there is no C++ compiler on the PATH, which it needs"
     return True, "as asked" if asked == "on" else "pays back on CUDA"
+
+
+def check_matmul_sizes(accelerator: str, tokens: int) -> None:
+    """Raise UserError for more tokens in a forward pass than a matmul on MPS sums rightly (in a weight's gradient)."""
+    if accelerator == "mps" and tokens >= MPS_INNER_LIMIT:
+        raise UserError(
+            f"training.micro_batch_size x training.seq_len is {tokens:,}; on MPS sums of {MPS_INNER_LIMIT:,} terms or more have "
+            "been silently wrong: take a smaller micro_batch_size and a larger grad_accum_steps"
+        )
 
 
 def choose_hardware(config: HardwareConfig, precision: str) -> Hardware:

@@ -52,4 +52,5 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
     """Summed nats of targets (B, T) under the head `weight` (V, C) over hidden (B, T, C), `chunk` tokens at a time."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = torch.float32 if dtype == torch.float16 else dtype  # shares of 1/50,000 are below float16's range
     return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype)

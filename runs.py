@@ -1,7 +1,9 @@
 """The folders of a run and what is in them already: continue it, refuse, or move it aside. Nothing is overwritten."""
 
+import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +48,13 @@ class Run:
         """The checkpoints with a step in their name, newest first."""
         return sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
 
-    def lock(self) -> FileLock:
-        """Make the folders and keep other processes out until this one ends. Raises UserError where one is in already."""
+    def lock(self) -> AbstractContextManager:
+        """Make the folders and keep other runs out until this one ends. Raises UserError where one is in already.
+
+        Of the processes of one run, which share the folders, the first locks for all.
+        """
+        if not is_first_process():
+            return nullcontext()
         for folder in (self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.checkpoints / ".lock")
@@ -99,7 +106,12 @@ def print_note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def find_start(run: Run, config: Config) -> tuple[Path, dict[str, Any]] | None:
+def is_first_process() -> bool:
+    """Whether this is the first of the processes of a run on several devices or machines, or the only one."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
+
+
+def find_start(run: Run, config: Config, data_sha256: str) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that `config` continues, or None to begin. Raises UserError for a finished or a different run."""
     found = run.newest()
     if found is None:
@@ -108,7 +120,10 @@ def find_start(run: Run, config: Config) -> tuple[Path, dict[str, Any]] | None:
     step = state["global_step"]
     ways_out = "--fresh moves the old outputs aside and begins anew; run.name=NAME keeps both"
     before = config_from_dict(state["kit"]["config"], origin=str(path))
-    if changed := differences(before, config):
+    changed = differences(before, config)
+    if state["kit"].get("data_sha256") != data_sha256:
+        changed.append("the tokens to train on")
+    if changed:
         raise UserError(f"{run.checkpoints} holds a run with another config ({', '.join(changed)}); {ways_out}")
     if step >= config.training.max_steps:
         raise UserError(

@@ -26,12 +26,12 @@ from checkpoint import kit_entry, read_checkpoint, save_whole
 from config import Config, load_config, to_yaml
 from data import PackedLMDataset, PreparedData, ResumableLoader, TrainingOrder, ValidationOrder, prepare
 from errors import UserError, run_main
-from hardware import Hardware, choose_hardware, keep_freed_memory
+from hardware import Hardware, check_matmul_sizes, choose_hardware, keep_freed_memory
 from loss import IGNORE, chunked_cross_entropy, cross_entropy
 from model import Transformer
 from optim import build_optimizer, clip_gradients, lr_at_step
 from report import plan, print_verdict
-from runs import Run, find_start, print_note
+from runs import Run, find_start, is_first_process, print_note
 
 
 class LitTransformer(L.LightningModule):
@@ -41,10 +41,11 @@ class LitTransformer(L.LightningModule):
         super().__init__()
         self.save_hyperparameters(config.to_dict())
         self.config, self.tokenizer_state, self.fused = config, data.tokenizer.state(), fused
-        self.val_bytes = data.val.header.bytes
+        self.val_bytes, self.data_sha256 = data.val.header.bytes, data.train.header.sha256
         self.model = Transformer(config.model)
         self.tokens_seen = 0  # targets trained on, up to the last interval
         self.validation: dict[str, float] = {}
+        self.resumed: dict[str, Any] = {}
         self.grad_norm = torch.zeros(())
         self.on_fit_start()
 
@@ -91,19 +92,23 @@ class LitTransformer(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Make the step's gradient the mean over its targets, however they fell into batches, and clip its norm."""
         t = self.config.training
-        targets = self.trainer.strategy.reduce(self.step_targets, reduce_op="sum") if self.trainer.world_size > 1 else self.step_targets
+        targets = self.total(self.step_targets)
         full = t.grad_accum_steps * t.micro_batch_size * t.seq_len * self.trainer.world_size
         self.grad_norm = clip_gradients(self.model.parameters(), t.grad_clip, full / targets)
         self.step_targets.zero_()
         if self.device.type == "cpu" and not torch.isfinite(self.grad_norm):  # elsewhere a look would wait for the device
             raise UserError(cb.non_finite("the gradient", self.trainer.global_step + 1))
 
+    def total(self, count: Tensor) -> Tensor:
+        """The sum of a count over all processes."""
+        return self.trainer.strategy.reduce(count.clone(), reduce_op="sum") if self.trainer.world_size > 1 else count
+
     def take_interval(self) -> tuple[float, int]:
-        """Nats and targets since the last call, on this device's share of the batches."""
-        nats, targets = self.interval_nats.item(), int(self.interval_targets)
+        """Nats and targets since the last call."""
+        nats, targets = self.total(self.interval_nats).item(), int(self.total(self.interval_targets))
         self.interval_nats.zero_()
         self.interval_targets.zero_()
-        self.tokens_seen += targets * self.trainer.world_size
+        self.tokens_seen += targets
         return nats, targets
 
     # ---- validation: sums, divided once ----
@@ -117,35 +122,27 @@ class LitTransformer(L.LightningModule):
         self.val_targets += (batch["targets"] != IGNORE).sum()
 
     def on_validation_epoch_end(self) -> None:
-        nats, targets = (float(self.trainer.strategy.reduce(x.float(), reduce_op="sum")) for x in (self.val_nats, self.val_targets))
+        nats, targets = float(self.total(self.val_nats)), int(self.total(self.val_targets))
         loss = nats / targets
         self.validation = {"loss": loss, "bpb": nats / math.log(2) / self.val_bytes, "perplexity": math.exp(min(loss, 700))}
 
     # ---- checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["kit"] = kit_entry(
-            self.config,
-            self.tokenizer_state,
-            tokens=self.tokens_seen + int(self.interval_targets) * self.trainer.world_size,
-            val_loss=self.validation.get("loss"),
-        )
-        checkpoint["interval"] = {
-            "nats": self.interval_nats.item(),
-            "targets": int(self.interval_targets),
-            "tokens_seen": self.tokens_seen,
-            "validation": self.validation,
-        }
+        nats, targets = self.total(self.interval_nats).item(), int(self.total(self.interval_targets))
+        tokens, val_loss = self.tokens_seen + targets, self.validation.get("loss")
+        checkpoint["kit"] = kit_entry(self.config, self.tokenizer_state, tokens=tokens, val_loss=val_loss, data_sha256=self.data_sha256)
+        checkpoint["interval"] = {"nats": nats, "targets": targets, "tokens_seen": self.tokens_seen, "validation": self.validation}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed = checkpoint["interval"]
+        self.resumed = checkpoint["interval"]
 
     def on_train_start(self) -> None:
-        resumed = getattr(self, "_resumed", None)
-        if resumed:
-            self.interval_nats.fill_(resumed["nats"])
-            self.interval_targets.fill_(resumed["targets"])
-            self.tokens_seen, self.validation = resumed["tokens_seen"], resumed["validation"]
+        if self.resumed:
+            self.tokens_seen, self.validation = self.resumed["tokens_seen"], self.resumed["validation"]
+            if self.trainer.is_global_zero:  # the counts were those of all processes
+                self.interval_nats.fill_(self.resumed["nats"])
+                self.interval_targets.fill_(self.resumed["targets"])
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -236,17 +233,19 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     quiet_libraries()
     hardware = choose_hardware(config.hardware, config.training.precision)
+    check_matmul_sizes(hardware.accelerator, config.training.micro_batch_size * config.training.seq_len)
     data = prepare(config.data)
     config = config.with_vocab_size(data.tokenizer.vocab_size)
-    Console(stderr=not args.dry_run, highlight=False, soft_wrap=True).print(plan(config, data, hardware))
+    if is_first_process():
+        Console(stderr=not args.dry_run, highlight=False, soft_wrap=True).print(plan(config, data, hardware))
     if args.dry_run:
         return 0
     run = Run(config.run.name)
     with run.lock():
-        if args.fresh:
+        if args.fresh and is_first_process():
             for folder in run.move_aside():
                 print_note(f"moved the old outputs to {folder}")
-        start = find_start(run, config)
+        start = find_start(run, config, data.train.header.sha256)
         if start:
             print_note(f"continuing {start[0]} from step {start[1]['global_step']}")
             before = start[1]["kit"]["config"]["training"]["max_steps"]
@@ -255,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
                     f"training.max_steps {before} -> {config.training.max_steps}: the schedule is that of the new length from here on"
                 )
         trainer, module, samples, checkpoints = fit(config, data, hardware, run, start)
+        if not trainer.is_global_zero:
+            return 0
         trainer.logger.log_hyperparams(config.to_dict(), {f"hp/val_{name}": value for name, value in module.validation.items()})
         trainer.logger.finalize("success")
         print_verdict(config, data, run, module.validation, checkpoints.best, samples.latest, time.perf_counter() - begin)

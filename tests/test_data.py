@@ -75,14 +75,15 @@ def test_the_validation_documents_of_wiki_never_change(wiki):
 
 def test_shakespeare_is_38_plays(plays):
     assert len(plays) == len(set(plays)) == 38
-    assert all(play.splitlines()[0].endswith(":") and play.splitlines()[0].isupper() for play in plays)
+    assert all(play.splitlines()[0].endswith(":") and play.endswith("\n") for play in plays)
+    assert "\n\nHAMLET:\nTo be, or not to be: that is the question:\n" in "".join(plays)
 
 
 def test_shakespeare_keeps_no_markdown(plays):
     """A speaker may stand on the second line of a paragraph, behind a stage direction."""
     lines = [line for play in plays for line in play.splitlines()]
     assert [line for line in lines if "**" in line or line.startswith("#") or "\\" in line] == []
-    assert [line for line in lines if "_" in line or line.startswith("*")] == []
+    assert [line for line in lines if "_" in line or "*" in line] == []
 
 
 def test_shakespeare_keeps_no_stage_directions(plays):
@@ -136,7 +137,7 @@ def test_a_tenth_of_tiny_shakespeares_bytes():
 def test_a_trained_tokenizer_sees_the_training_part_only(kind, tmp_path, monkeypatch):
     documents = [f"word {i} and more" for i in range(60)]
     secret = next(f"{i} ßß ßß ßß" for i in range(1000) if is_validation(f"{i} ßß ßß ßß", 0.2))
-    given_documents(monkeypatch, [*documents, *[f"{secret}"] * 30])
+    given_documents(monkeypatch, [*documents, *[secret] * 30])
     prepared = prepare(DataConfig(tokenizer=kind, cache_dir=str(tmp_path), val_share=0.2))
     seen = "".join(document for document in documents if not is_validation(document, 0.2))
     if kind == "char":
@@ -229,7 +230,7 @@ def test_a_shard_cut_off_anywhere_is_refused_by_name(tmp_path):
         TokenShard(path)
 
 
-def test_a_flipped_bit_in_a_shard_is_refused_by_name_or_harmless(tmp_path):
+def test_a_flipped_bit_in_a_shard_is_refused_or_harmless(tmp_path):
     """Tokens, offsets and the header that says how many there are: none of them may change unnoticed."""
     path = tmp_path / "train.bin"
     write_shard(path, ByteTokenizer(), ["abc" * 20, "def"])
@@ -238,9 +239,10 @@ def test_a_flipped_bit_in_a_shard_is_refused_by_name_or_harmless(tmp_path):
     for place in used:
         path.write_bytes(raw[:place] + bytes([raw[place] ^ 1 << place % 7]) + raw[place + 1 :])
         try:
-            assert whole(path) == good, f"byte {place} is {raw[place : place + 1]!r}"
-        except UserError as error:
-            assert "train.bin" in str(error)
+            read = whole(path)
+        except UserError:
+            continue
+        assert read == good, f"byte {place} was {raw[place : place + 1]!r}"
 
 
 def test_a_foreign_and_a_missing_shard_are_refused_by_name(tmp_path):

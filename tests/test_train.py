@@ -145,6 +145,16 @@ def test_a_finished_run_and_one_with_another_config_are_refused_and_left_alone(f
     assert {p: p.read_bytes() for p in Path("checkpoints").glob("*.ckpt")} == before
 
 
+def test_a_run_does_not_continue_on_a_text_that_has_changed(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(SystemExit):
+            run()
+    (folder / "text.txt").write_text("something else. " * 100)
+    with pytest.raises(UserError, match=r"another config \(the tokens to train on\)"):
+        run()
+
+
 def test_fresh_moves_only_the_runs_own_files_aside_and_deletes_nothing(folder):
     run("training.max_steps=3")
     run("training.max_steps=3", "run.name=other")
@@ -276,6 +286,21 @@ def test_a_dry_run_reports_and_leaves_no_run_behind(folder, capsys):
     for word in ("device", "precision", "documents", "parameters", "steps", "memory", "minutes"):
         assert word in said
     assert not Path("checkpoints").exists() and not Path("logs").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_weights_of_one_with_twice_the_rows(folder):
+    """DistributedDataParallel on two CPU processes; they see the rows of one, in another grouping, with unequal targets."""
+    options = ["model.dropout=0", "training.optimizer=adamw", "training.max_steps=6"]
+    run("run.name=one", *options)
+    command = [sys.executable, ROOT / "train.py", "--config", "config.yaml", *TINY, *options]
+    done = subprocess.run([*command, "run.name=two", "hardware.devices=2", "training.micro_batch_size=2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (read_checkpoint(f"checkpoints/{name}/final.ckpt") for name in ("one", "two"))
+    assert two["kit"]["tokens"] == one["kit"]["tokens"]
+    assert two["kit"]["val_loss"] == pytest.approx(one["kit"]["val_loss"], abs=1e-4)
+    for name in one["state_dict"]:  # sums in another order, magnified by AdamW's division
+        torch.testing.assert_close(two["state_dict"][name], one["state_dict"][name], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

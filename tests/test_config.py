@@ -1,0 +1,339 @@
+"""Settings: strict loading of files and overrides, a sentence for every mistake, and what the hardware section leads to."""
+
+import dataclasses
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import hardware
+from config import (
+    SECTIONS,
+    Config,
+    DataConfig,
+    HardwareConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    config_from_dict,
+    load_config,
+    to_yaml,
+)
+from errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str, *overrides: str) -> Config:
+    Path("c.yaml").write_text(text, encoding="utf-8")
+    return load_config("c.yaml", overrides)
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_the_file_changes_the_defaults_and_overrides_change_the_file():
+    file = "training: {lr: 1e-3, max_steps: 7}\ndata: {path: a.txt}"
+    config = load(file, "training.max_steps=9", "run.name=x", "training.betas=[0.8, 0.9]")
+    assert config == dataclasses.replace(
+        Config(),
+        run=RunConfig(name="x"),
+        data=DataConfig(path="a.txt"),
+        training=TrainingConfig(lr=0.001, max_steps=9, betas=(0.8, 0.9)),
+    )
+
+
+@pytest.mark.parametrize("text", ["", "# a comment", "training:", "training: {}\nmodel:\n"])
+def test_an_empty_file_or_section_is_the_defaults(text):
+    assert load(text) == Config()
+
+
+@pytest.mark.parametrize("text, value", [
+    ("3e-4", 3e-4), ("3E-4", 3e-4), ("1", 1.0), (".5", 0.5), ("5.", 5.0), ("+1.5e+3", 1500.0), ("1e3", 1000.0), ("007", 7.0),
+])  # fmt: skip
+def test_numbers_are_yaml_1_2_numbers(text, value):
+    lr = load(f"training: {{lr: {text}}}").training.lr
+    assert type(lr) is float and lr == value
+
+
+@pytest.mark.parametrize("text, value", [("010", 10), ("08", 8), ("+3", 3)])
+def test_integers_are_decimal_whatever_they_begin_with(text, value):
+    """YAML 1.1 reads 010 as eight; YAML 1.2's core schema and every reader of a config read ten."""
+    assert load("", f"training.seed={text}").training.seed == value
+
+
+@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "12:30", "1_000", "2024-01-01", "0x10", "1e", "True story"])
+def test_what_only_looks_like_another_type_stays_text(text):
+    assert load(f"data: {{path: {text}}}").data.path == text
+    for key in ("model.tie_embeddings", "training.seed"):
+        with pytest.raises(UserError, match=f"{key} is '{text}'"):
+            load("", f"{key}={text}")
+
+
+def test_the_context_is_a_training_row_unless_given():
+    assert load("training: {seq_len: 77}").model.max_seq_len == 77
+    assert load("training: {seq_len: 77}\nmodel: {max_seq_len: 99}").model.max_seq_len == 99
+    with pytest.raises(UserError, match="seq_len 77 does not fit model.max_seq_len 50"):
+        load("training: {seq_len: 77}\nmodel: {max_seq_len: 50}")
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_a_larger_one_is_given():
+    assert Config().with_vocab_size(257).model.vocab_size == 257
+    padded = Config(model=ModelConfig(vocab_size=320))
+    assert padded.with_vocab_size(257).model.vocab_size == padded.with_vocab_size(320).model.vocab_size == 320
+    with pytest.raises(UserError, match="320.*'gpt2'.*321"):
+        padded.with_vocab_size(321)
+
+
+def test_an_override_with_no_value_is_null():
+    assert load("data: {path: b.txt}", "data.path=").data.path is None
+    assert load("run: {name: a}", 'run.name=""').run.name == ""
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+BOMB = "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]"
+MISTAKES = {
+    "malformed": ("training:\n  lr: [1, 2\n", ["c.yaml:", "not valid YAML"]),
+    "tab": ("training:\n\tlr: 1\n", ["c.yaml:2", "not valid YAML"]),
+    "list at the top": ("- training", ["c.yaml", "['training']", "mapping of sections"]),
+    "text at the top": ("training", ["c.yaml", "'training'", "mapping of sections"]),
+    "two documents": ("--- {}\n--- {}", ["c.yaml:2"]),
+    "unknown section": ("run: {}\ntrainin: {lr: 1}", ["c.yaml:2", "'trainin'", "did you mean training?"]),
+    "far from any section": ("zzz: {}", ["c.yaml:1", "'zzz'", "run, model, data, training, hardware"]),
+    "number for a section": ("12: {}", ["c.yaml:1", "12"]),
+    "section that is a number": ("training: 5", ["c.yaml:1", "training", "5"]),
+    "unknown key": ("training:\n  lr: 1\n  max_step: 1", ["c.yaml:3", "'max_step'", "did you mean max_steps?"]),
+    "text for a number": ("training:\n  lr: fast", ["c.yaml:2", "training.lr", "'fast'", "number"]),
+    "number for text": ("run:\n  name: 3", ["c.yaml:2", "run.name", "3", "string"]),
+    "fraction for a count": ("training: {seed: 1.5}", ["c.yaml:1", "training.seed", "1.5", "integer"]),
+    "bool for a count": ("training: {seed: true}", ["training.seed", "True", "integer"]),
+    "null for a count": ("training: {seed: }", ["training.seed", "None", "integer"]),
+    "one beta": ("training: {betas: [0.9]}", ["c.yaml:1", "training.betas", "[0.9]"]),
+    "beta of 1": ("training: {betas: [0.9, 1.0]}", ["c.yaml:1", "training.betas", "1.0"]),
+    "no such choice": ("training: {optimizer: sgd}", ["c.yaml:1", "training.optimizer", "'sgd'", "'adamw' or 'muon'"]),
+    "duplicate key": ("training:\n  seed: 1\n  lr: 1\n  seed: 2", ["c.yaml:4", "training.seed", "c.yaml:2"]),
+    "duplicate section": ("training: {seed: 1}\ntraining: {lr: 2}", ["c.yaml:2", "training", "c.yaml:1"]),
+    "alias": (BOMB, ["c.yaml:2", "aliases", "write the value out"]),
+    "python tag": ("training:\n  seed: !!python/object/apply:os.getpid []", ["c.yaml:2", "not valid YAML", "python"]),
+    "nan": ("training:\n  lr: .nan", ["c.yaml:2", "lr nan"]),
+    "inf": ("training:\n  lr: .inf", ["c.yaml:2", "lr inf"]),
+    "negative": ("training:\n  warmup_steps: -1", ["c.yaml:2", "training.warmup_steps", "-1", "0 or more"]),
+    "zero": ("training:\n  max_steps: 0", ["c.yaml:2", "training.max_steps", "0", "1 or more"]),
+    "share of 1": ("data:\n  val_share: 1", ["c.yaml:2", "data.val_share", "1.0", "0.05"]),
+    "heads do not divide": ("model:\n  d_model: 100\n  n_heads: 8", ["c.yaml:2", "d_model 100", "n_heads 8", "96"]),
+    "groups do not divide": ("model:\n  n_heads: 8\n  n_kv_heads: 3", ["c.yaml:2", "n_heads 8", "n_kv_heads 3", "[1, 2, 4, 8]"]),
+    "odd head": ("model: {d_model: 24, n_heads: 8}", ["c.yaml:1", "is 3", "even"]),
+    "dropout of 1": ("model: {dropout: 1}", ["c.yaml:1", "model.dropout", "1.0"]),
+    "slash in a name": ("run:\n  name: a/b", ["c.yaml:2", "run.name", "'a/b'", "letters"]),
+    "hidden name": ("run: {name: .x}", ["c.yaml:1", "run.name", "'.x'"]),
+    "name of an old run": ("run: {name: old-1}", ["c.yaml:1", "run.name", "'old-1'"]),
+    "control character": ("training: {lr: 1\x07}", ["c.yaml"]),
+    "number that is no octal": ("training:\n  seed: !!int 1x", ["c.yaml:2"]),
+    "bool tag": ("training:\n  seed: !!bool maybe", ["c.yaml:2"]),
+    "date tag": ("training:\n  seed: !!timestamp 2020-01-01", ["c.yaml:2"]),
+    "set tag": ("training:\n  betas: !!set {0.9, 0.95}", ["c.yaml:2"]),
+    "half a character": ('data:\n  path: "\\ud800"', ["c.yaml:2"]),
+    "deep list": ("training:\n  betas: " + "[" * 300 + "]" * 300, ["c.yaml:2"]),
+    "very deep list": ("[" * 5000, ["c.yaml"]),
+    "5,000 digits": ("training:\n  seed: " + "9" * 5000, ["c.yaml:2"]),
+}
+
+
+@pytest.mark.parametrize("text, said", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_a_file_names_the_line_the_value_and_the_remedy(text, said):
+    with pytest.raises(UserError) as error:
+        load(text)
+    assert [part for part in said if part not in str(error.value)] == [], str(error.value)
+
+
+@pytest.mark.parametrize("key", [
+    "model.rope_theta", "model.norm_eps", "model.dropout", "data.val_share", "training.lr", "training.eps",
+    "training.weight_decay", "training.min_lr_ratio", "training.grad_clip",
+])  # fmt: skip
+def test_no_number_may_be_nan(key):
+    with pytest.raises(UserError, match=rf"{key.partition('.')[2]}\b.*nan"):
+        load("", f"{key}=.nan")
+
+
+@pytest.mark.parametrize("override", [
+    "hardware.devices=0", "hardware.num_workers=-1", "model.norm_eps=.inf", "model.rope_theta=.inf", "training.weight_decay=.inf",
+    "training.min_lr_ratio=.inf", "training.seed=99999999999999999999",
+])  # fmt: skip
+def test_a_value_that_no_run_can_have_is_refused_at_the_start(override):
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        load("", override)
+
+
+@pytest.mark.parametrize("override, said", [
+    ("training", "section.key=value"), ("training=1", "section.key=value"), ("training.=1", "section.key=value"), 
+    ("", "section.key=value"), ("=", "section.key=value"), (".lr=1", "no section ''"), ("trainin.lr=1", "did you mean training?"),
+    ("training.lrr=1", "did you mean lr?"),
+    ("training.lr.x=1", "no key 'lr.x'"), ("training.lr=[", "not valid YAML"), ("training.lr=x", "training.lr is 'x'"),
+    ("training.lr=*x", "aliases"), ("training.lr=\x07", "training.lr"), ("data.path=\udcff", "data.path"),
+])  # fmt: skip
+def test_a_mistake_in_an_override_says_so(override, said):
+    with pytest.raises(UserError) as error:
+        load("", override)
+    assert said in str(error.value)
+
+
+def test_an_override_does_not_hide_a_mistake_in_the_file():
+    with pytest.raises(UserError, match="c.yaml:1: training is a section"):
+        load("training: [1, 2]", "training.lr=1")
+
+
+def test_a_file_that_cannot_be_read_is_named():
+    Path("near.yaml").write_text("")
+    with pytest.raises(UserError, match="no config gone.yaml; here are near.yaml"):
+        load_config("gone.yaml")
+    Path("latin.yaml").write_bytes(b"run: {name: \xe9}")
+    with pytest.raises(UserError, match="latin.yaml.*position 12"):
+        load_config("latin.yaml")
+    with pytest.raises(UserError, match="cannot read the config ."):
+        load_config(".")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text() | st.text(alphabet="training:modelrunsd {}[],-.0189e\n\t !&*'\"#?|>%@~<=", max_size=60))
+@example("training: {seed: 08}")
+@example("\x00")
+@example("? {a: 1}\n: 2")
+@example("training: {seed: !!null x}")
+def test_any_text_loads_or_is_a_user_error(text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.yaml"
+        path.write_bytes(text.encode())
+        try:
+            config = load_config(path)
+        except UserError:
+            return
+        assert isinstance(config, Config)
+
+
+# ---- writing it out --------------------------------------------------------------------------------------------------
+
+CHANGED = Config(
+    run=RunConfig("a-1.b"),
+    model=ModelConfig(vocab_size=300, n_kv_heads=2, rope_theta=5e5, norm_eps=1e-6, tie_embeddings=False),
+    data=DataConfig(path="é 😀: #.txt", val_share=1e-3),
+    training=TrainingConfig(lr=3e-4, eps=1e-12, betas=(0.0, 0.999), precision="32-true"),
+    hardware=HardwareConfig(compile="off"),
+)
+
+
+@pytest.mark.parametrize("config", [Config(), CHANGED], ids=["defaults", "changed"])
+def test_yaml_and_plain_dicts_lead_back_to_the_same_config(config):
+    assert load(to_yaml(config)) == config
+    assert config_from_dict(config.to_dict()) == config
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert set(config.to_dict()) == set(SECTIONS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="0123456789eE.xobn_-tru", min_size=1, max_size=6).filter(lambda name: name[0] != "."))
+@example("1e3")
+@example("08")
+@example("true")
+@example("2024-01-01")
+def test_a_name_that_looks_like_a_number_is_written_so_that_it_loads_back(name):
+    """PyYAML writes 1e3 without quotes, since YAML 1.1 sees no number in it; the strict loader does."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.yaml"
+        path.write_text(to_yaml(Config(run=RunConfig(name=name))))
+        assert load_config(path).run.name == name
+
+
+# ---- hardware --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Make this machine have the named devices and a CPU without bfloat16."""
+
+    def has(*names: str, bf16: bool = True) -> None:
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in names)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in names)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+        monkeypatch.setattr(hardware, "has_bfloat16_cpu", lambda: False)
+
+    has()
+    return has
+
+
+def choose(precision: str = "auto", **section: str) -> tuple[str, str, bool]:
+    chosen = hardware.choose_hardware(HardwareConfig(**section), precision)
+    assert set(chosen.reasons) == {"accelerator", "precision", "compile"} and all(chosen.reasons.values())
+    return chosen.accelerator, chosen.precision, chosen.compile
+
+
+def test_auto_prefers_mps_then_cuda_then_cpu(machine):
+    machine("mps", "cuda")
+    assert choose() == ("mps", "32-true", False)
+    machine("cuda")
+    assert choose() == ("cuda", "bf16-mixed", True)
+    machine()
+    assert choose() == ("cpu", "32-true", False)
+
+
+def test_gpu_means_cuda_even_where_mps_is(machine):
+    machine("mps", "cuda")
+    assert choose(accelerator="gpu") == choose(accelerator="cuda") == ("cuda", "bf16-mixed", True)
+
+
+def test_a_gpu_without_bfloat16_gets_float16_with_loss_scaling(machine):
+    machine("cuda", bf16=False)  # bfloat16 that is only emulated does not count
+    assert choose() == ("cuda", "16-mixed", True)
+
+
+def test_a_cpu_with_bfloat16_uses_it(machine, monkeypatch):
+    monkeypatch.setattr(hardware, "has_bfloat16_cpu", lambda: True)
+    assert choose() == ("cpu", "bf16-mixed", False)
+    assert choose("32-true") == ("cpu", "32-true", False)
+
+
+def test_what_is_asked_for_is_done(machine):
+    machine("mps", "cuda")
+    assert choose("bf16-mixed", accelerator="mps") == ("mps", "bf16-mixed", False)
+    assert choose("16-mixed", accelerator="cuda", compile="off") == ("cuda", "16-mixed", False)
+    assert choose(accelerator="mps", compile="on") == ("mps", "32-true", False)  # and reasons["compile"] says why not
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "mps"])
+def test_float16_is_refused_off_cuda(machine, accelerator):
+    machine("mps")
+    with pytest.raises(UserError, match=f"16-mixed.*{accelerator}.*32-true"):
+        choose("16-mixed", accelerator=accelerator)
+
+
+@pytest.mark.parametrize("asked", ["mps", "cuda", "gpu"])
+def test_an_accelerator_that_is_not_there_is_refused_by_name(machine, asked):
+    with pytest.raises(UserError, match=f"'{asked}'.*cpu"):
+        choose(accelerator=asked)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_compile_needs_a_compiler_and_says_so(machine, monkeypatch, tmp_path, accelerator):
+    """Inductor builds its kernels' callers with a C++ compiler on a CPU, and Triton its launchers with a C one on CUDA."""
+    machine("cuda")
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiles, why = hardware.choose_compile("on", accelerator)
+    assert not compiles and "compiler" in why
+    for name in ("g++", "gcc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    assert hardware.choose_compile("on", accelerator) == (True, "as asked")
+
+
+def test_the_measured_rate_is_a_finite_speed():
+    assert 0 < hardware.matmul_rate("cpu", "32-true", size=64) < math.inf

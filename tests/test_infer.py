@@ -1,0 +1,413 @@
+"""Sampling and generation against transformers and against uncached passes, stop texts, and the command line."""
+
+import dataclasses
+import io
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import infer
+from checkpoint import kit_entry, load_checkpoint
+from config import Config, DataConfig, ModelConfig, TrainingConfig
+from errors import UserError, run_main
+from infer import SamplingParams, filter_logits, generate, sample, until_stop
+from model import Transformer
+from tokenizer import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer
+
+ROOT = Path(__file__).parent.parent
+SIZES = dict(vocab_size=61, max_seq_len=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2)
+PLAIN = SamplingParams(temperature=1.0, top_p=1.0)
+
+
+def random_model(seed: int = 0, **sizes: object) -> Transformer:
+    """A tiny model with weights so large that its greedy text does not repeat itself at once."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(**SIZES | sizes)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=2 * p.size(1) ** -0.5) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
+    return model
+
+
+def random_ids(length: int, batch: int = 1) -> Tensor:
+    return torch.randint(SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def tokens_of(model: Transformer, ids: Tensor, eos_id: int | None = None, **params: object) -> list[list[int | None]]:
+    """One list a row."""
+    return [list(row) for row in zip(*generate(model, ids, dataclasses.replace(PLAIN, **params), eos_id), strict=True)]
+
+
+# ---- the distribution ------------------------------------------------------------------------------------------------
+
+EACH = [
+    dict(temperature=0.7), dict(temperature=3.0), dict(top_k=1), dict(top_k=5), dict(top_k=500), dict(top_p=0.3), dict(top_p=1e-6),
+    dict(top_p=0.95), dict(min_p=0.2), dict(min_p=1.0), dict(repetition_penalty=1.7), dict(repetition_penalty=0.6),
+    dict(temperature=1.4, top_k=20, top_p=0.7, min_p=0.05, repetition_penalty=1.3),
+]  # fmt: skip
+
+
+def their_processors(params: SamplingParams):
+    """Hugging Face's processors, in the order in which its `generate` calls them."""
+    from transformers import generation as hf
+
+    processors = [hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty), hf.TemperatureLogitsWarper(params.temperature)]
+    processors += [hf.TopKLogitsWarper(params.top_k)] if params.top_k else []
+    processors += [hf.TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
+    processors += [hf.MinPLogitsWarper(params.min_p)] if params.min_p else []
+    return hf.LogitsProcessorList(processors)
+
+
+@pytest.mark.parametrize("changes", EACH, ids=str)
+def test_filtered_logits_equal_transformers(changes):
+    params = dataclasses.replace(PLAIN, **changes)
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(16, 100, generator=generator)
+    context = torch.randint(100, (16, 30), generator=generator)  # with repeated ids: each is penalised once
+    before = logits.clone()
+    ours, theirs = filter_logits(logits, params, context), their_processors(params)(context, logits.clone())
+    assert torch.equal(ours.isinf(), theirs.isinf())
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)  # the same float32 operations, a rounding apart at most
+    assert torch.equal(logits, before)
+
+
+def test_a_filter_keeps_the_most_likely_token_always():
+    logits = torch.tensor([[1.0, 5.0, 2.0]])
+    kept = filter_logits(logits, SamplingParams(temperature=1.0, top_k=1, top_p=1e-9, min_p=1.0), torch.zeros(1, 0, dtype=torch.long))
+    assert kept.tolist() == [[-math.inf, 5.0, -math.inf]]
+
+
+def test_greedy_takes_the_largest_and_the_first_of_equals():
+    logits = torch.tensor([[0.0, 7.0, 7.0], [1.0, 0.0, -1.0]])
+    nothing = torch.zeros(2, 0, dtype=torch.long)
+    assert sample(logits, SamplingParams(temperature=0), nothing, torch.Generator()).tolist() == [1, 0]
+
+
+def test_drawn_tokens_have_the_probabilities_of_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(20_000, 1)
+    drawn = sample(logits, PLAIN, torch.zeros(20_000, 0, dtype=torch.long), torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=4) / 20_000
+    torch.testing.assert_close(shares, logits[0].softmax(0), rtol=0, atol=0.018)  # five standard deviations of a share of a half
+
+
+BAD = [
+    ("max_new_tokens", 0), ("max_new_tokens", -1), ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf),
+    ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("top_p", -0.5), ("top_p", math.nan), ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan),
+    ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", math.inf), ("repetition_penalty", math.nan),
+    ("num_samples", 0), ("stop", ("a", "")), ("seed", -1), ("seed", 2**63),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_a_bad_value_is_refused_by_its_name(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is "):
+        SamplingParams(**{name: value})
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_text_equals_transformers(tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = random_model(tie_embeddings=tied)
+    c = model.config
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    ))  # fmt: skip
+    weights = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in model.state_dict().items()}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"] if tied else [], [])
+    theirs.tie_weights()
+    prompt = random_ids(11)
+    expected = theirs.eval().generate(prompt, do_sample=False, max_new_tokens=40, attention_mask=torch.ones_like(prompt))[0, 11:].tolist()
+    assert len(set(expected)) > 10  # a text that could go wrong
+    assert tokens_of(model, prompt, temperature=0, max_new_tokens=40) == [expected]
+
+
+def uncached(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """Greedy text without a cache: a full pass over the window for every token."""
+    size = model.config.max_seq_len
+    ids, window = list(prompt), prompt[-size:]
+    for _ in range(count):
+        if len(window) > size:
+            window = ids[-max(1, size // 2) :]
+        token = int(model(torch.tensor([window]))[0, -1].argmax())
+        ids, window = [*ids, token], [*window, token]
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 40])
+def test_text_beyond_the_context_goes_on_from_its_last_half(length):
+    """And a prompt longer than the context keeps its last tokens."""
+    model, prompt = random_model(max_seq_len=16), random_ids(length)
+    with torch.inference_mode():
+        expected = uncached(model, prompt[0].tolist(), 40)
+    assert len(set(expected)) > 8
+    assert tokens_of(model, prompt, temperature=0, max_new_tokens=40) == [expected]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_smallest_contexts_work(size):
+    model, prompt = random_model(max_seq_len=size), random_ids(4)
+    with torch.inference_mode():
+        expected = uncached(model, prompt[0].tolist(), 12)
+    assert tokens_of(model, prompt, temperature=0, max_new_tokens=12) == [expected]
+
+
+def test_only_the_end_of_a_long_prompt_matters():
+    model = random_model(max_seq_len=16)
+    long = random_ids(40)
+    for count in (1, 30):
+        assert tokens_of(model, long, seed=1, max_new_tokens=count) == tokens_of(model, long[:, -16:], seed=1, max_new_tokens=count)
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another():
+    model, prompt = random_model(), random_ids(5)
+    torch.manual_seed(1)
+    first = tokens_of(model, prompt, seed=7, max_new_tokens=30)
+    torch.manual_seed(2)
+    assert tokens_of(model, prompt, seed=7, max_new_tokens=30) == first
+    assert tokens_of(model, prompt, seed=8, max_new_tokens=30) != first
+    hot = dict(temperature=50.0, max_new_tokens=30)  # nearly uniform: 61^30 texts
+    assert tokens_of(model, prompt, **hot) != tokens_of(model, prompt, **hot)
+
+
+def test_samples_of_one_prompt_differ_and_greedy_ones_do_not():
+    model, prompt = random_model(), random_ids(5)
+    rows = tokens_of(model, prompt, num_samples=4, seed=1, max_new_tokens=20)
+    assert len(rows) == len({tuple(row) for row in rows}) == 4
+    greedy = tokens_of(model, prompt, num_samples=3, temperature=0, max_new_tokens=20)
+    assert greedy == 3 * tokens_of(model, prompt, temperature=0, max_new_tokens=20)
+
+
+def test_the_rows_of_a_batch_do_not_meet():
+    model, prompts = random_model(), random_ids(6, batch=3)
+    alone = [tokens_of(model, prompt[None], temperature=0, max_new_tokens=20)[0] for prompt in prompts]
+    assert tokens_of(model, prompts, temperature=0, max_new_tokens=20) == alone
+
+
+def test_the_end_of_a_document_ends_a_row_and_the_last_one_ends_it_all():
+    model, prompts = random_model(), random_ids(6, batch=3)
+    free = tokens_of(model, prompts, temperature=0, max_new_tokens=40)
+    eos = next(token for token in free[0][5:] if all(token in row for row in free))  # a token that every row comes to
+    ends = [row.index(eos) for row in free]
+    assert len(set(ends)) > 1
+    rows = tokens_of(model, prompts, eos, temperature=0, max_new_tokens=40)
+    assert [row[:end] for row, end in zip(rows, ends, strict=True)] == [row[:end] for row, end in zip(free, ends, strict=True)]
+    assert all(token is None for row, end in zip(rows, ends, strict=True) for token in row[end:])
+    assert {len(row) for row in rows} == {max(ends) + 1}
+
+
+# ---- stop texts ------------------------------------------------------------------------------------------------------
+
+pieces_of = st.lists(st.text(alphabet="abc\n", max_size=4), max_size=12)
+a_stop = st.text(alphabet="abc\n", min_size=1, max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces_of, a_stop)
+def test_a_stop_text_cuts_at_its_first_occurrence_wherever_the_pieces_end(pieces, stop):
+    assert "".join(until_stop(iter(pieces), (stop,))) == "".join(pieces).partition(stop)[0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces_of, st.lists(a_stop, max_size=3).map(tuple))
+@example(["abc"], ("abc", "b"))
+def test_of_several_stop_texts_the_first_that_is_complete_cuts(pieces, stops):
+    """So the result is the same however the text is cut into pieces, a character at a time too."""
+    text = "".join(pieces)
+    for end in range(len(text) + 1):
+        if found := [stop for stop in stops if text[:end].endswith(stop)]:
+            text = text[: end - max(map(len, found))]
+            break
+    assert "".join(until_stop(iter(pieces), stops)) == text
+
+
+def test_nothing_is_held_back_that_cannot_become_a_stop_text():
+    taken = []
+    pieces = until_stop((taken.append(piece) or piece for piece in "abcdefgh"), ("xyz",))
+    for number, piece in enumerate(pieces):
+        if piece:
+            assert piece == "abcdefgh"[number : number + 1] or len(taken) == 8
+        assert len(taken) <= number + 3
+    assert "".join(until_stop(iter(["ab", "cd"]), ())) == "abcd"
+    assert next(until_stop(iter(["ab", "cd"]), ())) == "ab"
+
+
+def test_nothing_is_drawn_after_a_stop_text():
+    drawn = []
+    assert "".join(until_stop((drawn.append(piece) or piece for piece in ["a", "b", "c", "d"]), ("b",))) == "a"
+    assert drawn == ["a", "b"]
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    path: Path, *, seed: int = 0, val_loss: float | None = 1.0, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
+) -> Path:
+    """What train.py would write for a tiny model of random weights."""
+    tokenizer = tokenizer or ByteTokenizer()
+    model = random_model(seed, vocab_size=vocab_size or tokenizer.vocab_size)
+    config = Config(
+        model=model.config, data=DataConfig(tokenizer=tokenizer.name), training=TrainingConfig(seq_len=model.config.max_seq_len)
+    )
+    kit = kit_entry(config, tokenizer.state(), tokens=5, val_loss=val_loss)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}, "global_step": 7, "kit": kit}, path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("checkpoints/best.ckpt"))
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture, *args: str) -> tuple[str, str]:
+    """stdout and stderr of `python infer.py --device cpu` with `args`."""
+    assert infer.main(["--device", "cpu", "--seed", "3", "--max-new-tokens", "12", *args]) == 0
+    return capsys.readouterr()
+
+
+def expected_text(checkpoint: Path, prompt: str, **params: object) -> str:
+    """The completion, from the parts that the tests above check: [eos] prompt in, ids out, bytes read as UTF-8."""
+    loaded = load_checkpoint(checkpoint)
+    ids = torch.tensor([[256, *prompt.encode()]])
+    changes = dict(temperature=0.8, top_p=0.95, seed=3, max_new_tokens=12) | params
+    return bytes(i for i in tokens_of(loaded.model, ids, 256, **changes)[0] if i is not None).decode(errors="replace")
+
+
+def test_prompt_file_and_standard_input_give_the_same_completion_alone(folder, capsys, monkeypatch):
+    expected = expected_text(Path("checkpoints/best.ckpt"), "Où 😀") + "\n"
+    out, err = run(capsys, "--prompt", "Où 😀")
+    assert out == expected
+    assert err == "checkpoints/best.ckpt: step 7, float32 on cpu\n"
+    Path("prompt.txt").write_text("Où 😀\n", encoding="utf-8")
+    assert run(capsys, "--prompt-file", "prompt.txt")[0] == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Où 😀\n".encode())))
+    assert run(capsys)[0] == expected
+
+
+def test_the_options_reach_the_sampling(folder, capsys):
+    greedy = run(capsys, "--prompt", "a", "--temperature", "0")[0]
+    assert greedy == expected_text(Path("checkpoints/best.ckpt"), "a", temperature=0.0) + "\n"
+    assert run(capsys, "--prompt", "a", "--top-k", "1", "--temperature", "5")[0] == greedy
+    assert run(capsys, "--prompt", "a", "--temperature", "0", "--stop", greedy[3])[0] == greedy[: greedy.index(greedy[3])] + "\n"
+    assert len(run(capsys, "--prompt", "a", "--temperature", "0", "--max-new-tokens", "1")[0]) == 2
+
+
+def test_several_samples_are_numbered_and_equal_the_rows(folder, capsys):
+    rows = tokens_of(load_checkpoint("checkpoints/best.ckpt").model, torch.tensor([[256, 97]]), 256, temperature=0.8, top_p=0.95, seed=3,
+                     max_new_tokens=12, num_samples=3)  # fmt: skip
+    texts = [bytes(i for i in row if i is not None).decode(errors="replace") for row in rows]
+    out = run(capsys, "--prompt", "a", "--num-samples", "3")[0]
+    assert out == "".join(f"--- {number} ---\n{text}\n" for number, text in enumerate(texts, 1)) + "\n"
+
+
+def test_a_vocabulary_larger_than_the_tokenizers_does_not_end_in_a_traceback(folder, capsys):
+    path = write_checkpoint(Path("padded.ckpt"), tokenizer=CharTokenizer("ab"), vocab_size=64)
+    out, _ = run(capsys, "--ckpt", str(path), "--prompt", "ab", "--temperature", "9", "--max-new-tokens", "40")
+    assert set(out) <= set("ab\ufffd\n")
+
+
+def test_the_tokenizer_may_be_named_if_it_is_the_same(folder, capsys):
+    assert run(capsys, "--prompt", "a", "--tokenizer", "byte")[0] == run(capsys, "--prompt", "a")[0]
+
+
+def test_the_short_form_takes_the_unnamed_run_else_the_named_one_with_the_lowest_loss(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, loss in [("a", 2.0), ("oak", 1.5), ("old-2024", 0.1), ("z", 3.0)]:
+        write_checkpoint(Path("checkpoints", name, "best.ckpt"), val_loss=loss)
+    write_checkpoint(Path("checkpoints/oak/last.ckpt"), val_loss=0.2)
+    assert run(capsys, "--prompt", "a")[1].startswith("checkpoints/oak/best.ckpt: step 7")
+    write_checkpoint(Path("checkpoints/best.ckpt"), val_loss=9.0)
+    assert run(capsys, "--prompt", "a")[1].startswith("checkpoints/best.ckpt: step 7")
+    assert run(capsys, "--prompt", "a", "--ckpt", "checkpoints/z/best.ckpt")[1].startswith("checkpoints/z/best.ckpt: step 7")
+
+
+MISTAKES = {
+    "--tokenizer char --prompt a": "'byte', not 'char'",
+    "--tokenizer bpe:300 --prompt a": "'byte', not 'bpe:300'",
+    "--prompt-file empty.txt": "the prompt is empty",
+    "--prompt-file latin.txt": "byte 3 is 0xe9",
+    "--prompt-file gone.txt": "gone.txt",
+    "--prompt-file .": "a directory",
+    "--prompt a\udcff": "not valid Unicode",
+    "--prompt a --ckpt gone.ckpt": "no checkpoint gone.ckpt; here are checkpoints/best.ckpt",
+    "--prompt a --ckpt empty.txt": "empty.txt is truncated or not a checkpoint",
+    "--prompt a --temperature -1": "--temperature is -1.0",
+    "--prompt a --temperature nan": "--temperature is nan",
+    "--prompt a --top-p 0": "--top-p is 0.0",
+    "--prompt a --repetition-penalty 0": "--repetition-penalty is 0.0",
+    "--prompt a --max-new-tokens 0": "--max-new-tokens is 0",
+    "--prompt a --num-samples 0": "--num-samples is 0",
+    "--prompt a --stop=": "--stop is ('',)",
+    "--prompt=": "the prompt is empty",
+    "--prompt a --device cuda": "'cuda'",
+    "--prompt a --device cpu --dtype float16": "--dtype float16",
+}
+
+
+@pytest.mark.parametrize("args, said", MISTAKES.items(), ids=ascii)
+def test_a_mistake_is_one_line_on_stderr_and_status_2(folder, capsys, monkeypatch, args, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("empty.txt").write_text("\n")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(SystemExit) as exit_:
+        run_main(lambda: infer.main(args.split()))
+    out, err = capsys.readouterr()
+    assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert said in err
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), JsonTokenizer.train_bpe(["a"], 257)], ids=["byte", "bpe:257"])
+def test_half_a_character_in_the_prompt_is_a_mistake(tmp_path, tokenizer):
+    """A shell hands over bytes that are not UTF-8 as lone surrogates."""
+    path = write_checkpoint(tmp_path / "x.ckpt", tokenizer=tokenizer)
+    with pytest.raises(UserError, match="not valid Unicode"):
+        list(infer.complete(load_checkpoint(path), "a\udcff", PLAIN))
+
+
+def command(folder: Path, *args: str, given: bytes = b"") -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *args], cwd=folder, env=environment, input=given, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--tokenizer", "char"], b"'byte', not 'char'"),
+    (["--temperature", "-1"], b"--temperature is -1.0"),
+    (["--device", "cuda"], b"'cuda'"),
+])  # fmt: skip
+def test_the_program_itself_exits_with_status_2_and_no_traceback(folder, args, said):
+    done = command(folder, str(ROOT / "infer.py"), "--prompt", "a", *args)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
+    assert done.stderr.startswith(b"error: ")
+    assert said in done.stderr
+
+
+def test_the_program_itself_completes_standard_input(folder):
+    done = command(folder, str(ROOT / "infer.py"), "--temperature", "0", "--max-new-tokens", "12", "--device", "cpu", given="Où\n".encode())
+    assert done.returncode == 0
+    assert done.stdout.decode() == expected_text(Path("checkpoints/best.ckpt"), "Où", temperature=0.0) + "\n"
+    assert done.stderr.decode() == "checkpoints/best.ckpt: step 7, float32 on cpu\n"
+
+
+def test_importing_infer_brings_no_trainer_and_prints_nothing(tmp_path):
+    heavy = ["lightning", "pytorch_lightning", "datasets", "transformers", "torchmetrics", "pandas"]
+    done = command(tmp_path, "-c", f"import sys, infer; print([name for name in {heavy} if name in sys.modules])")
+    assert (done.stdout, done.stderr) == (b"[]\n", b"")
+    assert list(tmp_path.iterdir()) == []
