@@ -8,6 +8,7 @@ S tokens seen so far (those in the cache and the T new ones).
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -149,12 +150,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         if mask is None and q.size(2) > 1 and dtype != torch.float32:  # is_causal has leaked the future in half precision
             mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    autocast = nullcontext()
     if device == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled():
         q, k, v = q.float(), k.float(), v.float()  # the bf16 backward is 4 times slower than float32's
-    with torch.autocast(device, enabled=False):
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, is_causal=mask is None and q.size(2) > 1, enable_gqa=q.size(1) != k.size(1)
-        )
+        autocast = torch.autocast("cpu", enabled=False)  # which would take them back
+    causal, grouped = mask is None and q.size(2) > 1, q.size(1) != k.size(1)
+    with autocast:
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
     return y.to(dtype)
 
 

@@ -92,7 +92,7 @@ class MuonAdamW(torch.optim.AdamW):
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Map each matrix of (n, rows, cols) towards U V^T of its singular value decomposition, by Newton-Schulz in bf16.
 
-    The quintic's coefficients are Muon's own: singular values end between 0.7 and 1.2, not at 1. Runs in float32 on MPS.
+    The quintic's coefficients are Muon's own: singular values end between about 0.67 and 1.15, not at 1. Runs in float32 on MPS.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.float() if matrices.device.type == "mps" else matrices.bfloat16()

@@ -117,9 +117,9 @@ def draw_loss(run: Run, baseline_loss: dict[str, float]) -> Path:
     for name, loss in baseline_loss.items():
         axes.axhline(loss, color="#b0b0b0", linestyle=":", linewidth=1)
         axes.text(0.995, loss, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="#808080", fontsize=8)
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title=run.name or "loss")
+    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title=run.name or "default run")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper center")
+    axes.legend(frameon=False)
     path = run.checkpoints / "loss.png"
     figure.savefig(path)
     plt.close(figure)
