@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from checkpoint import link_or_copy
 from config import TrainingConfig, to_yaml
@@ -68,16 +68,10 @@ class Metrics(StepCallback):
         self._cut_csv(self.first_step)
         trainer.logger.experiment.add_text("config", "```yaml\n" + to_yaml(module.config) + "```", self.first_step)
         if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[text]}"),
-                console=self.console,
-            )
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(16), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*columns, console=self.console)
             self.bar.start()
-            self.task = self.bar.add_task("step", total=self.training.max_steps, completed=self.first_step, text="")
+            self.task = self.bar.add_task("", total=self.training.max_steps, completed=self.first_step, text="")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.start = self.last = time.perf_counter()
@@ -148,10 +142,10 @@ class Metrics(StepCallback):
         """On a terminal the bar moves; elsewhere a line is printed."""
         if self.bar is None:
             self.console.print(f"step {step}/{self.training.max_steps}  {text}", soft_wrap=True)
-            return
-        self.bar.update(self.task, completed=step, text=text)
-        if always:
+        elif always:
             self.bar.console.print(f"step {step}  {text}", soft_wrap=True)
+        else:
+            self.bar.update(self.task, completed=step, text=text)
 
     def _cut_csv(self, step: int) -> None:
         """Drop the rows beyond `step`: they were of progress that is lost and will be made again."""
@@ -224,9 +218,11 @@ class Samples(L.Callback):
     def __init__(self, data: PreparedData, context: int, count: int = 3):
         self.tokenizer = data.tokenizer
         length = min(9, context // 2)  # the token before the text and eight of it, the same for all: one batch
-        begins = [int(b) for b in data.val.offsets]
-        long_enough = [b for b, e in zip(begins, [*begins[1:], data.val.header.tokens], strict=True) if e - b > length]
-        begins = (long_enough or [0])[:: max(1, len(long_enough) // count)][:count]
+        last = data.val.header.tokens - length
+        begins = [int(b) for b in data.val.offsets if b <= last]
+        if len(begins) < count:  # few documents: anywhere in them
+            begins = list(range(0, max(1, last), max(1, last // count)))
+        begins = begins[:: len(begins) // count or 1][:count]
         self.prompts = torch.stack([torch.from_numpy(data.val.tokens[b : b + length].astype("int64")) for b in begins])
         self.latest: list[tuple[str, str]] = []
 

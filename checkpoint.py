@@ -7,6 +7,7 @@ No Lightning here: inference must not wait for it.
 
 import hashlib
 import os
+import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -59,12 +60,13 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise UserError(
             f"cannot write the checkpoint {path}: {error}; what stood there is untouched. "
             "Make room or choose another folder, then run the same command again"
         ) from error
+    finally:  # also where `path` is the same file already, which a rename leaves with both names
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def save_whole(state: dict[str, Any], path: Path) -> None:
@@ -105,10 +107,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except zipfile.BadZipFile:
         raise UserError(f"{path} is truncated or not a checkpoint; take another one") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is not a checkpoint of this program: it holds more than tensors and plain types") from None
     except Exception as error:  # unpicklers fail in a dozen ways, and every one means the same here
-        raise UserError(f"{path} is not a checkpoint of this program: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a checkpoint of this program, or damaged: {reason}") from error
     kit = state.get("kit") if isinstance(state, dict) else None
-    if not isinstance(kit, dict) or "state_dict" not in state:
+    if not isinstance(kit, dict) or not isinstance(kit.get("format"), int) or "state_dict" not in state:
         raise UserError(f"{path} is not a checkpoint of this program: it carries no config and tokenizer")
     if kit["format"] > FORMAT:
         raise UserError(f"{path} has format {kit['format']}; this program reads up to {FORMAT}: update it")
@@ -129,7 +134,10 @@ def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Chec
     with torch.device("meta"):
         model = Transformer(config.model)
     model = model.to_empty(device="cpu")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"the weights of {path} do not fit its config: {' '.join(str(error).split())[:300]}") from None
     model.reset_tables()
     return Checkpoint(
         Path(path), model.eval(), tokenizer, config, state["global_step"], kit["tokens"], kit["val_loss"], hash_weights(weights)
@@ -147,7 +155,8 @@ def hash_weights(weights: dict[str, torch.Tensor]) -> str:
 
 def known_checkpoints() -> str:
     """A sentence that names the checkpoints there are, for messages."""
-    found = sorted(str(p) for p in [*Path("checkpoints").glob("*.ckpt"), *Path("checkpoints").glob("[!o]*/*.ckpt")])
+    named = (p for p in Path("checkpoints").glob("*/*.ckpt") if not p.parent.name.startswith("old-"))
+    found = sorted(str(p) for p in [*Path("checkpoints").glob("*.ckpt"), *named])
     return f"here are {', '.join(found)}" if found else "train one with: python train.py --config config.yaml"
 
 

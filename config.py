@@ -37,7 +37,7 @@ class DataConfig:
     path: str | None = None  # a text file; takes the place of `source`
     tokenizer: str = "gpt2"  # byte, char, bpe:SIZE, gpt2, a tokenizer.json, a Hugging Face folder or name
     val_share: float = 0.05  # share of the documents (of a single document's end) kept for validation
-    document_mask: bool = False  # tokens attend within their own document only
+    document_mask: bool = True  # tokens attend within their own document only
     cache_dir: str = "data"  # fetched corpora and token shards
 
     def __post_init__(self) -> None:
@@ -50,9 +50,9 @@ class TrainingConfig:
     seq_len: int = 256  # tokens in a row
     micro_batch_size: int = 8  # rows in one forward pass, on each device
     grad_accum_steps: int = 1  # forward passes in one optimizer step
-    max_steps: int = 527  # optimizer steps
+    max_steps: int = 700  # optimizer steps
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: the blocks' matrices by Muon, the rest by AdamW
-    lr: float = 4e-3  # peak learning rate
+    lr: float = 6e-3  # peak learning rate
     min_lr_ratio: float = 0.0  # final learning rate as a share of the peak
     schedule: Literal["cosine", "linear", "constant"] = "linear"  # from the peak to the end
     warmup_steps: int = 30  # optimizer steps from 0 to the peak
@@ -81,8 +81,8 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         for name in ("min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "loss_chunk", "keep_checkpoints", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more, and below 2^63")
         if not (0 < self.lr < math.inf and 0 < self.eps < math.inf):
             raise ValueError(f"lr {self.lr} and eps {self.eps} must be above 0 and finite")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -99,6 +99,12 @@ class HardwareConfig:
     devices: int = 1  # how many of them
     num_workers: int = 0  # processes that prepare batches; 0: the training process itself
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA only
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise ValueError(f"devices is {self.devices}; it must be 1 or more")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers is {self.num_workers}; it must be 0 or more")
 
 
 SECTIONS = {"run": RunConfig, "model": ModelConfig, "data": DataConfig, "training": TrainingConfig, "hardware": HardwareConfig}
@@ -134,56 +140,80 @@ class Config:
         return plain
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: 3e-4 is a number, `no` and 12:30 are text. Duplicate keys and aliases are refused."""
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: 3e-4 is a number, 010 is ten, `no` and 12:30 are text."""
 
     yaml_implicit_resolvers: dict = {}
 
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not used here; write the value out", problem_mark=mark)
-        return super().compose_node(parent, index)
+
+class Dumper(yaml.SafeDumper):
+    """Quotes the texts that Loader would take for something else."""
+
+    yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
 
-for tag, pattern, first in [
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
-]:
-    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+SCALARS = {  # tag: pattern, first characters, meaning
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text[0] in "tT"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
+    "int": (r"[-+]?[0-9]+", "-+0123456789", int),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+        lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    ),
+    "str": (r"(?s:.*)", None, str),
+}
+for tag, (pattern, first, _) in SCALARS.items():
+    if first:
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
 
 
 def parse_yaml(text: str, place: str) -> tuple[Any, dict[tuple[str, ...], str]]:
-    """The value of a YAML text, and for the path of each key and list item the place it stands at, as `file:line`."""
+    """The value of a YAML text in plain types, and for the path of each key and list item its place, as `file:line`.
+
+    Nothing but mappings, lists and scalars is built: no aliases, no other tags, no duplicate keys, no depth beyond 9.
+    """
     places: dict[tuple[str, ...], str] = {}
 
-    def visit(node: yaml.Node, path: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
+    def refuse(node: yaml.Node | yaml.Event, reason: str) -> UserError:
+        return UserError(f"{place}:{node.start_mark.line + 1}: {reason}")
+
+    def build(node: yaml.Node, path: tuple[str, ...]) -> Any:
+        places[path] = f"{place}:{node.start_mark.line + 1}"
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if len(path) == 10:
+            raise refuse(node, "this is nested more than 9 deep")
+        if isinstance(node, yaml.SequenceNode) and kind == "seq":
+            return [build(item, (*path, str(index))) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode) and kind == "map":
+            values = {}
             for key, value in node.value:
                 at = (*path, str(key.value))
                 if at in places:
-                    raise UserError(f"{place}:{key.start_mark.line + 1}: {'.'.join(at)} stands already at {places[at]}; remove one")
+                    raise refuse(key, f"{'.'.join(at)} stands already at {places[at]}; remove one")
+                values[str(key.value)] = build(value, at)
                 places[at] = f"{place}:{key.start_mark.line + 1}"
-                visit(value, at)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                places[*path, str(index)] = f"{place}:{item.start_mark.line + 1}"
-                visit(item, (*path, str(index)))
+            return values
+        if not isinstance(node, yaml.ScalarNode) or kind not in SCALARS or not re.fullmatch(SCALARS[kind][0], node.value):
+            raise refuse(node, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} does not go with this value")
+        try:
+            node.value.encode()
+            return SCALARS[kind][2](node.value)
+        except ValueError as error:  # half a character, or thousands of digits
+            raise refuse(node, f"not a value: {error}") from None
 
-    loader = StrictLoader(text)
     try:
-        if (node := loader.get_single_node()) is None:
-            return {}, places
-        visit(node, ())
-        return loader.construct_document(node), places
+        if (alias := next((e for e in yaml.parse(text, Loader) if isinstance(e, yaml.AliasEvent)), None)) is not None:
+            raise refuse(alias, "aliases (*name) are not used here; write the value out")
+        node = yaml.compose(text, Loader)
+        return (None if node is None else build(node, ())), places
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{place}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise UserError(f"{place}{line}: not valid YAML: {reason}") from error
+    except RecursionError:
+        raise UserError(f"{place}: not valid YAML: nested too deep") from None
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -196,6 +226,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config {path}: {error}") from None
     values, places = parse_yaml(text, str(path))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {values!r}")
     for override in overrides:
@@ -204,10 +235,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         if not (equals and dot and name):
             raise UserError(f"{override!r} is not an override; write section.key=value, for example training.max_steps=20")
         check_key(section, list(SECTIONS), f"on the command line: {key}")
-        if not isinstance(values.get(section), dict):
+        value = parse_yaml(value, f"on the command line: {key}")[0]
+        if values.get(section) is None:
             values[section] = {}
-        values[section][name] = parse_yaml(value, f"on the command line: {key}")[0]
-        places[section, name] = "on the command line"
+        if isinstance(values[section], dict):  # else the file's mistake is told below
+            values[section][name] = value
+            places[section, name] = "on the command line"
     return config_from_dict(values, places, str(path))
 
 
@@ -254,4 +287,4 @@ def check_key(key: str, known: list[str], place: str, section: str = "") -> None
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that loads back to the same."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None)
+    return yaml.dump(config.to_dict(), Dumper=Dumper, sort_keys=False, default_flow_style=None)

@@ -69,8 +69,9 @@ def choose_compile(asked: str, accelerator: str) -> tuple[bool, str]:
         return False, "compiling takes longer than it saves in a short run here; hardware.compile=on to try"
     if accelerator == "mps":
         return False, "torch.compile for MPS is a prototype"
-    if accelerator == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name):
-        return False, "asked for, but there is no C++ compiler on the PATH, which it needs"
+    compilers = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "cl")
+    if not any(shutil.which(name) for name in compilers if name):
+        return False, "there is no C++ compiler on the PATH, which torch.compile needs"
     return True, "as asked" if asked == "on" else "pays back on CUDA"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from checkpoint import Checkpoint, best_checkpoint, load_checkpoint
 from errors import UserError, run_main
 from model import KVCache, Transformer
-from tokenizer import stream_text
+from tokenizer import Tokenizer, stream_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -126,31 +126,29 @@ def generate(model: Transformer, prompt_ids: Tensor, params: SamplingParams, eos
 
 
 def complete(checkpoint: Checkpoint, prompt: str, params: SamplingParams) -> Iterator[tuple[int, str]]:
-    """(sample's number, piece of text) as the completions of `prompt` grow. A stop text ends its sample."""
+    """(sample's number, piece of text) as the completions of `prompt` grow; one sample streams, several come whole.
+
+    Raises UserError at once for a prompt that is empty or not Unicode. A stop text ends its sample.
+    """
     if not prompt:
         raise UserError('the prompt is empty; give some text to continue, for example --prompt "The history of"')
     try:
-        ids = checkpoint.tokenizer.encode(prompt)
+        prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid Unicode: {error.reason} at character {error.start}") from None
-    prompt_ids = torch.tensor([checkpoint.tokenizer.prefix + ids])
-    queues: list[list[int]] = [[] for _ in range(params.num_samples)]
-    texts = [until_stop(stream_text(checkpoint.tokenizer, drain(queue)), params.stop) for queue in queues]
-    if params.num_samples == 1:  # one token in, one piece of text out
-        ids = (row[0] for row in generate(checkpoint.model, prompt_ids, params, checkpoint.tokenizer.eos_id) if row[0] is not None)
-        for piece in until_stop(stream_text(checkpoint.tokenizer, ids), params.stop):
-            yield 0, piece
-        return
-    for row in generate(checkpoint.model, prompt_ids, params, checkpoint.tokenizer.eos_id):
-        for queue, token in zip(queues, row, strict=True):
-            if token is not None:
-                queue.append(token)
-    for number, text in enumerate(texts):
-        yield number, "".join(text)
+    tokenizer = checkpoint.tokenizer
+    rows = generate(checkpoint.model, torch.tensor([tokenizer.prefix + tokenizer.encode(prompt)]), params, tokenizer.eos_id)
+    if params.num_samples == 1:
+        ids = (row[0] for row in rows if row[0] is not None)
+        return ((0, piece) for piece in until_stop(stream_text(tokenizer, ids), params.stop))
+    return complete_whole(tokenizer, rows, params)
 
 
-def drain(queue: list[int]) -> Iterator[int]:
-    yield from queue
+def complete_whole(tokenizer: Tokenizer, rows: Iterator[list[int | None]], params: SamplingParams) -> Iterator[tuple[int, str]]:
+    """The samples one after the other, when all have ended."""
+    for number, ids in enumerate(zip(*rows, strict=True)):
+        text = tokenizer.decode([i for i in ids if i is not None])
+        yield number, "".join(until_stop(iter([text]), params.stop))
 
 
 def until_stop(pieces: Iterator[str], stops: tuple[str, ...]) -> Iterator[str]:
@@ -163,9 +161,9 @@ def until_stop(pieces: Iterator[str], stops: tuple[str, ...]) -> Iterator[str]:
     longest = max(map(len, stops), default=1)
     for piece in pieces:
         held += piece
-        found = [at for stop in stops if (at := held.find(stop)) >= 0]
-        if found:
-            yield held[: min(found)]
+        found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
+        if found:  # the stop that was complete first
+            yield held[: min(found)[1]]
             return
         free = len(held) - (longest - 1)
         if free > 0:
@@ -238,10 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     path = args.ckpt or best_checkpoint()
     checkpoint = load_checkpoint(path, args.tokenizer)
     device = place(checkpoint, args.device, args.dtype)
+    pieces = complete(checkpoint, prompt, params)
     print(f"{path}: step {checkpoint.step}, {args.dtype} on {device}", file=sys.stderr)
     if sys.stdout.isatty():  # a person reads on from the prompt; a pipe gets the completion alone
         print(prompt, end="", file=sys.stderr, flush=True)
-    for number, piece in complete(checkpoint, prompt, params):
+    for number, piece in pieces:
         if params.num_samples > 1:
             print(f"--- {number + 1} ---\n{piece}")
         else:

@@ -50,7 +50,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """Summed nats of targets (B, T) under the head `weight` (V, C) over hidden (B, T, C), `chunk` tokens at a time."""
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    if not torch.is_grad_enabled():  # no gradients to make beside the loss
+        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        return torch.stack([cross_entropy(F.linear(h, weight), t) for h, t in parts]).sum()
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     dtype = torch.float32 if dtype == torch.float16 else dtype  # shares of 1/50,000 are below float16's range
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, dtype)

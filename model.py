@@ -22,7 +22,7 @@ MPS_INNER_LIMIT = 32_767  # Apple M1/M2, torch 2.13: a matmul whose inner dimens
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model. `None` means: derived, as the comment says.
+    """Sizes of the model; the defaults are the default run's. `None` means: derived, as the comment says.
 
     Raises ValueError with a sentence for a person where the sizes do not fit together.
     """
@@ -30,9 +30,9 @@ class ModelConfig:
     vocab_size: int | None = None  # entries; from the tokenizer
     max_seq_len: int | None = None  # tokens of context; training.seq_len
     n_layers: int = 4
-    d_model: int = 256  # width of the residual stream
-    n_heads: int = 8  # query heads; head_dim = d_model / n_heads
-    n_kv_heads: int | None = None  # key/value heads; n_heads (fewer is grouped-query attention)
+    d_model: int = 128  # width of the residual stream
+    n_heads: int = 4  # query heads; head_dim = d_model / n_heads
+    n_kv_heads: int | None = 2  # key/value heads; fewer than n_heads is grouped-query attention; None: n_heads
     d_ff: int | None = None  # width inside the MLP; 8/3 d_model rounded up to a multiple of 64
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-5
@@ -61,8 +61,9 @@ class ModelConfig:
             raise ValueError(f"d_model / n_heads is {self.head_dim}; RoPE rotates pairs and needs an even number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it is a probability from 0 to below 1")
-        if self.rope_theta <= 0 or self.norm_eps <= 0:
-            raise ValueError(f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
 
     @property
     def head_dim(self) -> int:

@@ -146,7 +146,9 @@ def print_verdict(
     per_target = math.log(2) * data.val.header.bytes / (data.val.header.tokens - 1)  # bits per byte -> nats per token
     scores = {name: (bits * per_target, math.exp(bits * per_target), bits) for name, bits in counted.items()}
     scores["[bold]this model"] = (validation["loss"], validation["perplexity"], validation["bpb"])
-    table = Table(title=f"{data.val.header.documents:,} validation documents, never trained on", title_justify="left", box=None)
+    kept = data.val.header
+    title = f"Validation: {kept.documents:,} document{'s' * (kept.documents > 1)}, {kept.bytes:,} bytes, never trained on"
+    table = Table(title=title, title_justify="left", box=None)
     for title in ("", "loss (nats/token)", "perplexity", "bits per byte"):
         table.add_column(title, justify="right" if title else "left")
     for name, (loss, perplexity, bits) in scores.items():

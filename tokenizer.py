@@ -98,7 +98,7 @@ class CharTokenizer(Tokenizer):
         return [self.ids.get(character, 0) for character in text]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join("\ufffd" if i == 0 else self.symbols[i - 2] for i in ids if i != 1)
+        return "".join(self.symbols[i - 2] if 2 <= i < self.vocab_size else "\ufffd" for i in ids if i != 1)
 
     def state(self) -> dict:
         return {"kind": self.kind, "name": self.name, "symbols": self.symbols}
@@ -113,7 +113,9 @@ class JsonTokenizer(Tokenizer):
         self.text, self.name, self.bos_id, self.eos_id = text, name, bos_id, eos_id
         self.backend = hf.Tokenizer.from_str(text)
         self.backend.encode_special_tokens = True  # special-token text inside a document stays text
-        self.vocab_size = self.backend.get_vocab_size()
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.vocab_size = max(self.backend.get_vocab().values()) + 1  # ids may have gaps
 
     @classmethod
     def gpt2(cls, data_dir: str | Path) -> "JsonTokenizer":
@@ -141,8 +143,11 @@ class JsonTokenizer(Tokenizer):
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise UserError(f"{path} holds no tokenizer.json")
-        settings = file.with_name("tokenizer_config.json")
-        settings = json.loads(settings.read_text()) if settings.is_file() else {}
+        beside = file.with_name("tokenizer_config.json")
+        try:
+            settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        except ValueError as error:
+            raise UserError(f"{beside} is not JSON: {error}") from None
         try:
             text = file.read_text(encoding="utf-8")
             backend = hf.Tokenizer.from_str(text)

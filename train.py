@@ -60,7 +60,7 @@ class LitTransformer(L.LightningModule):
     def nats(self, batch: dict[str, Tensor]) -> Tensor:
         """Summed cross-entropy of the batch's targets."""
         hidden = self.model.hidden(batch["input_ids"], doc_ids=batch.get("doc_ids"))
-        if self.config.training.loss_chunk and self.training and hidden.device.type != "mps":
+        if self.config.training.loss_chunk and hidden.device.type != "mps":
             return chunked_cross_entropy(hidden, self.model.head_weight, batch["targets"], self.config.training.loss_chunk)
         return cross_entropy(self.model.logits(hidden), batch["targets"])
 

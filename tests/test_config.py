@@ -123,7 +123,7 @@ MISTAKES = {
     "duplicate key": ("training:\n  seed: 1\n  lr: 1\n  seed: 2", ["c.yaml:4", "training.seed", "c.yaml:2"]),
     "duplicate section": ("training: {seed: 1}\ntraining: {lr: 2}", ["c.yaml:2", "training", "c.yaml:1"]),
     "alias": (BOMB, ["c.yaml:2", "aliases", "write the value out"]),
-    "python tag": ("training:\n  seed: !!python/object/apply:os.getpid []", ["c.yaml:2", "python"]),
+    "python tag": ("training:\n  seed: !!python/object/apply:os.getpid []", ["c.yaml:2", "os.getpid"]),
     "nan": ("training:\n  lr: .nan", ["c.yaml:2", "lr nan"]),
     "inf": ("training:\n  lr: .inf", ["c.yaml:2", "lr inf"]),
     "negative": ("training:\n  warmup_steps: -1", ["c.yaml:2", "training.warmup_steps", "-1", "0 or more"]),

@@ -489,6 +489,7 @@ def rows(batches: Iterator[dict[str, torch.Tensor]]) -> list[list]:
     return [[batch["input_ids"].tolist(), batch["targets"].tolist()] for batch in batches]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_a_restored_loader_goes_on_with_the_very_next_batch(num_workers):
     tokens = np.arange(44)
