@@ -81,8 +81,8 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         for name in ("min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "loss_chunk", "keep_checkpoints", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more, and below 2^63")
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more, and below 2^32")
         if not (0 < self.lr < math.inf and 0 < self.eps < math.inf):
             raise ValueError(f"lr {self.lr} and eps {self.eps} must be above 0 and finite")
         if not all(0 <= beta < 1 for beta in self.betas):

