@@ -43,23 +43,34 @@ CSV_COLUMNS = [
 class StepCallback(L.Callback):
     """Calls `on_step(trainer, module)` once an optimizer step, after it, however many batches a step has."""
 
+    stepped = -1  # the step that on_step was last called for
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.stepped = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if not trainer.fit_loop._should_accumulate():
+        if trainer.global_step > self.stepped:
+            self.stepped = trainer.global_step
             self.on_step(trainer, module)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         raise NotImplementedError
 
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, module, "fit")  # Lightning calls it only where all went well
+
 
 class Metrics(StepCallback):
     """Scalars to TensorBoard and to metrics.csv, and the progress of the run to stderr."""
 
-    def __init__(self, run: Run, training: TrainingConfig, bytes_per_token: float, first_step: int):
-        self.run, self.training, self.bytes_per_token, self.first_step = run, training, bytes_per_token, first_step
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(self, run: Run, training: TrainingConfig, bytes_per_token: float, tokens_per_step: int, first_step: int):
+        self.run, self.training, self.bytes_per_token = run, training, bytes_per_token
+        self.tokens_per_step, self.first_step = tokens_per_step, first_step
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.paused = 0.0  # seconds since the last log that were not training
+        self.validation_start: float | None = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -74,9 +85,17 @@ class Metrics(StepCallback):
             self.task = self.bar.add_task("", total=self.training.max_steps, completed=self.first_step, text="")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
         self.start = self.last = time.perf_counter()
         self.start_step = self.last_step = trainer.global_step
         self.not_training = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if self.validation_start is not None:  # all that surrounds a validation is over: the clock of training goes on
+            spent = time.perf_counter() - self.validation_start
+            self.paused += spent
+            self.not_training += spent
+            self.validation_start = None
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -88,7 +107,7 @@ class Metrics(StepCallback):
         loss = nats / targets
         if not math.isfinite(loss):
             raise UserError(non_finite("the training loss", step))
-        speed = targets / seconds
+        speed = (step - self.last_step) * self.tokens_per_step / seconds
         self.write(
             trainer,
             step,
@@ -102,12 +121,11 @@ class Metrics(StepCallback):
                 "perf/memory_mb": memory_in_use(module.device.type),
             },
         )
-        per_step = (now - self.start - self.not_training) / (step - self.start_step)
-        left = (self.training.max_steps - step) * per_step
-        if step > self.start_step + 1:  # and the validations still to come take as long as those before
+        text = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
+        if step > self.start_step + 1:  # the first step is not like the others
             done = (step - self.start_step) / (self.training.max_steps - self.start_step)
-            left += self.not_training * (1 - done) / done
-        self.say(step, f"loss {loss:.3f}  {speed:,.0f} tokens/s  {as_clock(left)} left")
+            text += f"  {as_clock((now - self.start) * (1 - done) / done)} left"
+        self.say(step, text)
         self.last, self.last_step, self.paused = now, step, 0.0
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -115,18 +133,12 @@ class Metrics(StepCallback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         values = module.validation
-        self.write(trainer, trainer.global_step, module.tokens_seen, {f"val/{name}": value for name, value in values.items()})
+        self.write(trainer, trainer.global_step, module.tokens_so_far(), {f"val/{name}": value for name, value in values.items()})
         self.say(
             trainer.global_step,
             f"validation loss {values['loss']:.4f}  bits per byte {values['bpb']:.4f}  perplexity {values['perplexity']:.1f}",
             always=True,
         )
-
-    def resume_clock(self) -> None:
-        """Called when everything around a validation is over: its time is not training's."""
-        spent = time.perf_counter() - self.validation_start
-        self.paused += spent
-        self.not_training += spent
 
     def write(self, trainer: L.Trainer, step: int, tokens: int, scalars: dict[str, float]) -> None:
         if not trainer.is_global_zero:
@@ -163,6 +175,7 @@ class Metrics(StepCallback):
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if self.bar is not None:
             self.bar.stop()
+            self.bar = None
 
 
 class Checkpoints(StepCallback):
@@ -217,7 +230,7 @@ class Samples(L.Callback):
 
     def __init__(self, data: PreparedData, context: int, count: int = 3):
         self.tokenizer = data.tokenizer
-        length = min(9, context // 2)  # the token before the text and eight of it, the same for all: one batch
+        length = max(1, min(9, context // 2))  # the token before the text and eight of it, the same for all: one batch
         last = data.val.header.tokens - length
         begins = [int(b) for b in data.val.offsets if b <= last]
         if len(begins) < count:  # few documents: anywhere in them
@@ -249,6 +262,7 @@ class StopCleanly(StepCallback):
         self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, _: Any) -> None:
@@ -277,18 +291,20 @@ class StopCleanly(StepCallback):
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before = {}
 
 
 class RandomState(L.Callback):
-    """Lightning saves no random state; dropout needs torch's on a resume."""
+    """Lightning saves no random state; dropout needs torch's on a resume. The state saved is that of the first process."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int):
+        self.seed = seed
         self.restored: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
         if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state_all()
+            state["cuda"] = torch.cuda.get_rng_state()
         if torch.backends.mps.is_available():
             state["mps"] = torch.mps.get_rng_state()
         return state
@@ -297,24 +313,17 @@ class RandomState(L.Callback):
         self.restored = state
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.global_rank > 0:  # other processes drop other numbers, and after a resume new ones
+            torch.manual_seed(self.seed + 1_000_003 * trainer.global_rank + trainer.global_step)
+            return
         if not self.restored:
             return
         random.setstate(self.restored["python"])
         torch.set_rng_state(self.restored["torch"])
         if "cuda" in self.restored and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.restored["cuda"])
+            torch.cuda.set_rng_state(self.restored["cuda"])
         if "mps" in self.restored and torch.backends.mps.is_available():
             torch.mps.set_rng_state(self.restored["mps"])
-
-
-class ClockGuard(L.Callback):
-    """Stands last in the list: after every other callback is done with a validation, training's clock goes on."""
-
-    def __init__(self, metrics: Metrics):
-        self.metrics = metrics
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.metrics.resume_clock()
 
 
 def non_finite(what: str, step: int) -> str:

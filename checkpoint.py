@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ class Checkpoint:
     step: int  # optimizer steps
     tokens: int  # targets trained on
     val_loss: float | None  # nats per token when it was last measured
-    weights_sha256: str
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        return hash_weights(self.model.state_dict())
 
 
 def kit_entry(config: Config, tokenizer_state: dict, **counters: Any) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         unfinished.unlink(missing_ok=True)
         yield unfinished
-        with unfinished.open("rb") as file:
+        with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
         sync_folder(path.parent)
@@ -126,7 +130,7 @@ def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Chec
     kit = state["kit"]
     tokenizer = from_state(kit["tokenizer"])
     config = config_from_dict(kit["config"], origin=str(path))
-    if tokenizer_name is not None and tokenizer_name != tokenizer.name:
+    if tokenizer_name is not None and not tokenizer_name == tokenizer.name == "gpt2":  # which need not be fetched for this
         other = build_tokenizer(tokenizer_name, config.data.cache_dir)
         if other.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{path} was trained with the tokenizer {tokenizer.name!r}, not {tokenizer_name!r}; leave --tokenizer out")
@@ -139,9 +143,7 @@ def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Chec
     except RuntimeError as error:
         raise UserError(f"the weights of {path} do not fit its config: {' '.join(str(error).split())[:300]}") from None
     model.reset_tables()
-    return Checkpoint(
-        Path(path), model.eval(), tokenizer, config, state["global_step"], kit["tokens"], kit["val_loss"], hash_weights(weights)
-    )
+    return Checkpoint(Path(path), model.eval(), tokenizer, config, state["global_step"], kit["tokens"], kit["val_loss"])
 
 
 def hash_weights(weights: dict[str, torch.Tensor]) -> str:
@@ -161,10 +163,10 @@ def known_checkpoints() -> str:
 
 
 def best_checkpoint() -> Path:
-    """checkpoints/best.ckpt, else the best.ckpt of the named run with the lowest validation loss."""
-    unnamed = Path("checkpoints/best.ckpt")
-    if unnamed.is_file():
-        return unnamed
+    """checkpoints/best.ckpt (last.ckpt, if none is validated yet), else the named run's with the lowest validation loss."""
+    for unnamed in (Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt")):
+        if unnamed.is_file():
+            return unnamed
     runs = [p for p in sorted(Path("checkpoints").glob("*/best.ckpt")) if not p.parent.name.startswith("old-")]
     if not runs:
         raise UserError(f"there is no checkpoint yet in {unnamed.parent}; {known_checkpoints()}")

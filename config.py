@@ -50,14 +50,14 @@ class TrainingConfig:
     seq_len: int = 256  # tokens in a row
     micro_batch_size: int = 8  # rows in one forward pass, on each device
     grad_accum_steps: int = 1  # forward passes in one optimizer step
-    max_steps: int = 700  # optimizer steps
+    max_steps: int = 640  # optimizer steps
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: the blocks' matrices by Muon, the rest by AdamW
     lr: float = 6e-3  # peak learning rate
     min_lr_ratio: float = 0.0  # final learning rate as a share of the peak
     schedule: Literal["cosine", "linear", "constant"] = "linear"  # from the peak to the end
     warmup_steps: int = 30  # optimizer steps from 0 to the peak
     weight_decay: float = 0.1  # on matrices, not on norm gains
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW
+    betas: tuple[float, float] = (0.9, 0.998)  # AdamW
     eps: float = 1e-8  # AdamW
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clip
     loss_chunk: int = 1024  # tokens whose logits exist at a time; 0: all of them

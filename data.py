@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -321,7 +322,13 @@ class ResumableLoader(DataLoader):
     def __init__(self, dataset: PackedLMDataset, order: TrainingOrder | ValidationOrder, num_workers: int = 0, pin_memory: bool = False):
         self.handed_out = 0
         super().__init__(
-            dataset, batch_sampler=order, num_workers=num_workers, collate_fn=as_is, pin_memory=pin_memory, generator=torch.Generator()
+            dataset,
+            batch_sampler=order,
+            num_workers=num_workers,
+            collate_fn=as_is,
+            worker_init_fn=leave_signals_to_the_run,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
         )  # its own: the default would draw from the global generator
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -338,6 +345,12 @@ class ResumableLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.handed_out = state["handed_out"]
+
+
+def leave_signals_to_the_run(_: int) -> None:
+    """A worker process ends when its loader does; Ctrl-C is for the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:

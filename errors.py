@@ -12,6 +12,8 @@ class UserError(Exception):
 def run_main(main: Callable[[], int | None]) -> None:
     """Exit with main's status. A UserError, and whatever the system refuses (a full or read-only disk, a folder that is
     a file), becomes one line on stderr and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
     try:
         sys.exit(main())
     except UserError as error:

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from checkpoint import Checkpoint, load_checkpoint
+from checkpoint import Checkpoint, best_checkpoint, known_checkpoints, load_checkpoint
 from config import check_key, parse_yaml
 from errors import UserError, run_main
 from model import Transformer
@@ -122,6 +123,8 @@ def encode_case(tokenizer: Tokenizer, case: Case, context: int) -> tuple[list[in
     alone = tokenizer.encode(case.prompt)
     shared = next((i for i, (a, b) in enumerate(zip(alone, joint, strict=False)) if a != b), min(len(alone), len(joint)))
     ids, start = tokenizer.prefix + joint, len(tokenizer.prefix) + shared
+    if start == 0:
+        raise UserError(f"the case {case.name!r} leaves nothing before its target: its tokenizer has no token that begins a document")
     if len(ids) > context + 1:
         raise UserError(f"the case {case.name!r} has {len(ids)} tokens and the model a context of {context}; shorten it")
     return ids, start
@@ -178,7 +181,7 @@ def evaluate(paths: list[str], cases: list[Case], tokenizer_name: str | None, to
 
 def print_tables(results: list[Result], cases: list[Case], top_k: int) -> None:
     """The ranking over checkpoints, then the cases under the best of them."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 150)
     ranking = Table(title=f"{len(cases)} cases", title_justify="left")
     for title in (
         "",
@@ -197,7 +200,7 @@ def print_tables(results: list[Result], cases: list[Case], top_k: int) -> None:
         loss = "" if r.val_loss is None else f"{r.val_loss:.4f}"
         ranking.add_row(
             str(place),
-            "\n= ".join(r.names),
+            escape("\n= ".join(r.names)),
             f"{r.step:,}",
             f"{r.tokens:,}",
             loss,
@@ -212,9 +215,9 @@ def print_tables(results: list[Result], cases: list[Case], top_k: int) -> None:
     for title in ("case", "target", "log-prob", "rank", f"top {top_k} next tokens"):
         detail.add_column(title, justify="right" if title in ("log-prob", "rank") else "left")
     for score in results[0].scores:
-        top = "  ".join(f"{token!r} {p:.2f}" for token, p in score.top).replace("[", r"\[")
+        top = "  ".join(f"{token!r} {p:.2f}" for token, p in score.top)
         mark = "[bold]" if score.greedy else ""
-        detail.add_row(score.name, mark + repr(score.target), f"{score.logprob:.2f}", f"{score.rank:,}", top)
+        detail.add_row(escape(score.name), mark + escape(repr(score.target)), f"{score.logprob:.2f}", f"{score.rank:,}", escape(top))
     console.print(detail)
 
 
@@ -239,7 +242,9 @@ def print_csv(results: list[Result]) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score checkpoints on probes.")
-    parser.add_argument("--checkpoints", default="checkpoints/*.ckpt", help="files, as a quoted pattern (default %(default)s)")
+    parser.add_argument(
+        "--checkpoints", help="files, as a quoted pattern; by default those of the unnamed run, else of the best run there is"
+    )
     parser.add_argument("--cases", required=True, help="a YAML file of {name, prompt, target}")
     parser.add_argument("--tokenizer", help="checked against each checkpoint's own; never needed")
     parser.add_argument("--top-k", type=int, default=5, help="next tokens shown and counted (default %(default)s)")
@@ -249,14 +254,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def default_pattern() -> str:
+    """The checkpoints of the unnamed run, or of the named one with the lowest validation loss, which is then said."""
+    if glob.glob("checkpoints/*.ckpt"):
+        return "checkpoints/*.ckpt"
+    pattern = str(best_checkpoint().parent / "*.ckpt")
+    print(f"scoring {pattern}", file=sys.stderr)
+    return pattern
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.top_k < 1:
         raise UserError(f"--top-k is {args.top_k}; it must be 1 or more")
     cases = load_cases(args.cases)
-    paths = sorted(glob.glob(args.checkpoints))
+    pattern = args.checkpoints or default_pattern()
+    paths = sorted(glob.glob(pattern))
     if not paths:
-        raise UserError(f"no checkpoint matches {args.checkpoints!r}; train one with: python train.py --config config.yaml")
+        raise UserError(f"no checkpoint matches {pattern!r}; {known_checkpoints()}")
     results = evaluate(paths, cases, args.tokenizer, args.top_k)
     if args.json:
         print_json(results, cases)

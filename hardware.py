@@ -87,6 +87,9 @@ def check_matmul_sizes(accelerator: str, tokens: int) -> None:
 def choose_hardware(config: HardwareConfig, precision: str) -> Hardware:
     accelerator, why_accelerator = choose_accelerator(config.accelerator)
     precision, why_precision = choose_precision(precision, accelerator)
+    there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}[accelerator]
+    if config.devices > there:
+        raise UserError(f"hardware.devices is {config.devices}, and this machine has {there} of {accelerator}")
     compiles, why_compile = choose_compile(config.compile, accelerator)
     return Hardware(accelerator, precision, compiles, {"accelerator": why_accelerator, "precision": why_precision, "compile": why_compile})
 

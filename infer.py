@@ -137,7 +137,9 @@ def complete(checkpoint: Checkpoint, prompt: str, params: SamplingParams) -> Ite
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid Unicode: {error.reason} at character {error.start}") from None
     tokenizer = checkpoint.tokenizer
-    rows = generate(checkpoint.model, torch.tensor([tokenizer.prefix + tokenizer.encode(prompt)]), params, tokenizer.eos_id)
+    if not (ids := tokenizer.prefix + tokenizer.encode(prompt)):
+        raise UserError(f"the prompt {prompt!r} has no token in {tokenizer.name!r}; give some other text")
+    rows = generate(checkpoint.model, torch.tensor([ids]), params, tokenizer.eos_id)
     if params.num_samples == 1:
         ids = (row[0] for row in rows if row[0] is not None)
         return ((0, piece) for piece in until_stop(stream_text(tokenizer, ids), params.stop))

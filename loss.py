@@ -21,24 +21,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-        h, w = hidden.to(dtype), weight.to(dtype)
-        nats = torch.zeros((), dtype=torch.float32 if dtype != torch.float64 else dtype, device=hidden.device)
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight)
-        for first in range(0, hidden.size(0), chunk):
-            rows = slice(first, first + chunk)
-            kept = (targets[rows] != IGNORE).to(nats.dtype)
-            target = targets[rows].clamp(min=0)
-            logits = h[rows] @ w.T
-            target_logit = logits.gather(1, target[:, None])[:, 0].to(nats.dtype)
-            largest = logits.amax(1, keepdim=True)
-            e = logits.sub_(largest).exp_()  # in place, and never divided: the row sums divide the small factors below
-            total = torch.cat([part.to(nats.dtype).sum(1) for part in e.split(64)])  # sum(dtype=) converts 25 times slower
-            nats += ((total.log() + largest[:, 0] - target_logit) * kept).sum()
-            share = (kept / total)[:, None]
-            d_hidden[rows] = (e @ w) * share - w[target] * kept[:, None]
-            d_weight += e.T @ (h[rows] * share).to(dtype)
-            d_weight.index_add_(0, target, h[rows].to(d_weight.dtype) * -kept[:, None].to(d_weight.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):  # `dtype` decides
+            nats, d_hidden, d_weight = loss_and_gradients(hidden, weight, targets, chunk, dtype)
         ctx.save_for_backward(d_hidden, d_weight)
         return nats
 
@@ -46,6 +30,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * scale, d_weight * scale, None, None, None
+
+
+def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed nats and their gradients by hidden (N, C) and weight (V, C), with matmuls in `dtype` and sums in float32 at least."""
+    h, w = hidden.to(dtype), weight.to(dtype)
+    nats = torch.zeros((), dtype=torch.float32 if dtype != torch.float64 else dtype, device=hidden.device)
+    d_hidden = torch.empty_like(hidden)
+    d_weight = torch.zeros_like(weight)
+    for first in range(0, hidden.size(0), chunk):
+        rows = slice(first, first + chunk)
+        kept = (targets[rows] != IGNORE).to(nats.dtype)
+        target = targets[rows].clamp(min=0)
+        logits = h[rows] @ w.T
+        target_logit = logits.gather(1, target[:, None])[:, 0].to(nats.dtype)
+        largest = logits.amax(1, keepdim=True)
+        e = logits.sub_(largest).exp_()  # in place, and never divided: the row sums divide the small factors below
+        total = torch.cat([part.to(nats.dtype).sum(1) for part in e.split(64)])  # in parts: converts no more at a time
+        nats += ((total.log() + largest[:, 0] - target_logit) * kept).sum()
+        share = (kept / total)[:, None]
+        d_hidden[rows] = (e @ w) * share - w[target] * kept[:, None]
+        d_weight += e.T @ (h[rows] * share).to(dtype)
+        d_weight.index_add_(0, target, h[rows].to(d_weight.dtype) * -kept[:, None].to(d_weight.dtype))
+    return nats, d_hidden, d_weight
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:

@@ -62,8 +62,8 @@ def plan(config: Config, data: PreparedData, hardware: Hardware) -> Table:
         ("memory", f"about {estimated_memory(config) / 1000:.1f} GB"),
         ("time", f"about {estimated_seconds(config, data, hardware) / 60:.1f} minutes, from the speed of a matmul"),
     ]
-    for row in rows:
-        table.add_row(*row)
+    for name, value in rows:
+        table.add_row(name, escape(value))
     return table
 
 
@@ -140,7 +140,7 @@ def print_verdict(
     config: Config, data: PreparedData, run: Run, validation: dict[str, float], best: float, samples: list[tuple[str, str]], seconds: float
 ) -> None:
     """The closing words of a run, on stdout. `validation` is that of the last step, `best` the lowest loss of all."""
-    out = Console(highlight=False, soft_wrap=True)
+    out = Console(highlight=False, soft_wrap=True, emoji=False)
     out.print(f"\nDone: {config.training.max_steps:,} steps in {seconds / 60:.1f} minutes.\n")
     counted = baselines(data)
     per_target = math.log(2) * data.val.header.bytes / (data.val.header.tokens - 1)  # bits per byte -> nats per token
@@ -162,11 +162,16 @@ def print_verdict(
     out.print("\nHow validation documents go on, by the model:")
     for prompt, continuation in samples:
         out.print(f"  [bold]{one_line(prompt)}[/bold]{one_line(continuation)}")
-    out.print(f"\nLoss curve: {draw_loss(run, {name: loss for name, (loss, _, _) in scores.items() if name in ('unigram', 'bigram')})}")
-    out.print("Next:")
-    out.print(f"  python infer.py --ckpt {run.checkpoints / 'final.ckpt'} --prompt {shlex.quote(samples[0][0].strip())}")
-    out.print(f"  python evaluate_checkpoints.py --checkpoints '{run.checkpoints / '*.ckpt'}' --cases cases/wiki_basics.yaml")
-    out.print(f"  tensorboard --logdir {run.logs}")
+    folder = run.checkpoints
+    picture = draw_loss(run, {name: loss for name, (loss, _, _) in scores.items() if name in ("unigram", "bigram")})
+    words = [
+        f"\nLoss curve: {picture}",
+        "Next:",
+        f"  python infer.py --ckpt {folder / 'final.ckpt'} --prompt {shlex.quote(samples[0][0].strip())}",
+        f"  python evaluate_checkpoints.py --checkpoints '{folder / '*.ckpt'}' --cases cases/wiki_basics.yaml",
+        f"  tensorboard --logdir {run.logs}",
+    ]
+    out.print("\n".join(words), markup=False)
 
 
 def one_line(text: str) -> str:

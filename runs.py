@@ -59,14 +59,14 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.checkpoints / ".lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
                 f"another process is training in {self.checkpoints}; wait for it, or give this run a name: run.name=NAME"
             ) from None
         for leftover in self.checkpoints.glob(".*.unfinished"):
             leftover.unlink()
-        return lock
+        return held
 
     def move_aside(self) -> list[Path]:
         """Move this run's files into old-<time>/ beside them; return where to."""
@@ -83,7 +83,7 @@ class Run:
         return moved
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The readable checkpoint with the most steps, and its content; damaged ones are passed over, and named."""
+        """last.ckpt and its content, or else the newest readable checkpoint; damaged ones are passed over, and named."""
         damaged: list[str] = []
         for path in [self.checkpoints / "last.ckpt", *self.numbered(), self.checkpoints / "final.ckpt", self.checkpoints / "best.ckpt"]:
             if not path.exists():
@@ -102,8 +102,9 @@ class Run:
 
 
 def print_note(text: str) -> None:
-    """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr, once a run."""
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)
 
 
 def is_first_process() -> bool:
@@ -111,7 +112,16 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
-def find_start(run: Run, config: Config, data_sha256: str) -> tuple[Path, dict[str, Any]] | None:
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint a run goes on from, its step, and the length the run had."""
+
+    path: Path
+    step: int
+    max_steps: int
+
+
+def find_start(run: Run, config: Config, data_sha256: str) -> Start | None:
     """The checkpoint that `config` continues, or None to begin. Raises UserError for a finished or a different run."""
     found = run.newest()
     if found is None:
@@ -130,7 +140,7 @@ def find_start(run: Run, config: Config, data_sha256: str) -> tuple[Path, dict[s
             f"the run in {run.checkpoints} is finished: {step} of {config.training.max_steps} steps; "
             f"raise training.max_steps to go on; {ways_out}"
         )
-    return path, state
+    return Start(path, step, before.training.max_steps)
 
 
 def differences(before: Config, now: Config) -> list[str]:

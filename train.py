@@ -30,8 +30,8 @@ from hardware import Hardware, check_matmul_sizes, choose_hardware, keep_freed_m
 from loss import IGNORE, chunked_cross_entropy, cross_entropy
 from model import Transformer
 from optim import build_optimizer, clip_gradients, lr_at_step
-from report import plan, print_verdict
-from runs import Run, find_start, is_first_process, print_note
+from report import plan, print_verdict, tokens_per_step
+from runs import Run, Start, find_start, is_first_process, print_note
 
 
 class LitTransformer(L.LightningModule):
@@ -43,14 +43,18 @@ class LitTransformer(L.LightningModule):
         self.config, self.tokenizer_state, self.fused = config, data.tokenizer.state(), fused
         self.val_bytes, self.data_sha256 = data.val.header.bytes, data.train.header.sha256
         self.model = Transformer(config.model)
+        self.hidden = self.model.hidden  # or what it compiles to; generation keeps the plain one
         self.tokens_seen = 0  # targets trained on, up to the last interval
         self.validation: dict[str, float] = {}
         self.resumed: dict[str, Any] = {}
         self.grad_norm = torch.zeros(())
-        self.on_fit_start()
+        self.begin_counts()
 
     def on_fit_start(self) -> None:
-        """Begin the counters, on the device that the batches will be on."""
+        self.begin_counts()
+
+    def begin_counts(self) -> None:
+        """Zero counters, on the device that the batches will be on."""
         self.interval_nats = torch.zeros((), device=self.device)
         self.interval_targets = torch.zeros((), dtype=torch.long, device=self.device)
         self.step_targets = torch.zeros((), dtype=torch.long, device=self.device)
@@ -59,7 +63,7 @@ class LitTransformer(L.LightningModule):
 
     def nats(self, batch: dict[str, Tensor]) -> Tensor:
         """Summed cross-entropy of the batch's targets."""
-        hidden = self.model.hidden(batch["input_ids"], doc_ids=batch.get("doc_ids"))
+        hidden = self.hidden(batch["input_ids"], doc_ids=batch.get("doc_ids"))
         if self.config.training.loss_chunk and hidden.device.type != "mps":
             return chunked_cross_entropy(hidden, self.model.head_weight, batch["targets"], self.config.training.loss_chunk)
         return cross_entropy(self.model.logits(hidden), batch["targets"])
@@ -111,6 +115,10 @@ class LitTransformer(L.LightningModule):
         self.tokens_seen += targets
         return nats, targets
 
+    def tokens_so_far(self) -> int:
+        """Targets trained on, those since the last interval too."""
+        return self.tokens_seen + int(self.total(self.interval_targets))
+
     # ---- validation: sums, divided once ----
 
     def on_validation_epoch_start(self) -> None:
@@ -130,7 +138,7 @@ class LitTransformer(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         nats, targets = self.total(self.interval_nats).item(), int(self.total(self.interval_targets))
-        tokens, val_loss = self.tokens_seen + targets, self.validation.get("loss")
+        tokens, val_loss = self.tokens_so_far(), self.validation.get("loss")
         checkpoint["kit"] = kit_entry(self.config, self.tokenizer_state, tokens=tokens, val_loss=val_loss, data_sha256=self.data_sha256)
         checkpoint["interval"] = {"nats": nats, "targets": targets, "tokens_seen": self.tokens_seen, "validation": self.validation}
 
@@ -171,16 +179,16 @@ def loaders(
 
 
 def fit(
-    config: Config, data: PreparedData, hardware: Hardware, run: Run, start: tuple[Path, dict[str, Any]] | None
+    config: Config, data: PreparedData, hardware: Hardware, run: Run, start: Start | None
 ) -> tuple[L.Trainer, LitTransformer, cb.Samples, cb.Checkpoints]:
-    """Train to max_steps, from the beginning or from `start`: a checkpoint and its content."""
+    """Train to max_steps, from the beginning or from `start`."""
     t = config.training
     L.seed_everything(t.seed, verbose=False)
     module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
     if hardware.compile:
-        module.model.hidden = torch.compile(module.model.hidden, dynamic=False)
-    first_step = start[1]["global_step"] if start else 0
-    metrics = cb.Metrics(run, t, data.train.header.bytes / data.train.header.tokens, first_step)
+        module.hidden = torch.compile(module.model.hidden, dynamic=False)
+    first_step = start.step if start else 0
+    metrics = cb.Metrics(run, t, data.train.header.bytes / data.train.header.tokens, tokens_per_step(config), first_step)
     checkpoints, samples = cb.Checkpoints(run, t), cb.Samples(data, config.model.max_seq_len)
     trainer = L.Trainer(
         accelerator=hardware.accelerator,
@@ -195,13 +203,13 @@ def fit(
         logger=cb.tensorboard(run, first_step),
         plugins=[DurableCheckpointIO()],
         use_distributed_sampler=False,
-        callbacks=[cb.RandomState(), metrics, samples, checkpoints, cb.StopCleanly(checkpoints), cb.ClockGuard(metrics)],
+        callbacks=[cb.RandomState(t.seed), metrics, samples, checkpoints, cb.StopCleanly(checkpoints)],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
     )
     train_loader, val_loader = loaders(config, data, hardware, trainer.global_rank, trainer.world_size)
-    trainer.fit(module, train_loader, val_loader, ckpt_path=start[0] if start else None, weights_only=True)
+    trainer.fit(module, train_loader, val_loader, ckpt_path=start.path if start else None, weights_only=True)
     return trainer, module, samples, checkpoints
 
 
@@ -220,7 +228,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, tokens, steps and time; train nothing")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes a key, for example training.max_steps=20")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -237,22 +245,19 @@ def main(argv: list[str] | None = None) -> int:
     data = prepare(config.data)
     config = config.with_vocab_size(data.tokenizer.vocab_size)
     if is_first_process():
-        Console(stderr=not args.dry_run, highlight=False, soft_wrap=True).print(plan(config, data, hardware))
+        Console(stderr=not args.dry_run, highlight=False, soft_wrap=True, emoji=False).print(plan(config, data, hardware))
     if args.dry_run:
         return 0
     run = Run(config.run.name)
     with run.lock():
-        if args.fresh and is_first_process():
+        start = None if args.fresh else find_start(run, config, data.train.header.sha256)
+        if start:
+            print_note(f"continuing {start.path} from step {start.step}")
+            if start.max_steps != (now := config.training.max_steps):
+                print_note(f"training.max_steps {start.max_steps} -> {now}: the schedule is that of the new length from here on")
+        elif is_first_process():  # --fresh, or logs that no checkpoint goes with
             for folder in run.move_aside():
                 print_note(f"moved the old outputs to {folder}")
-        start = find_start(run, config, data.train.header.sha256)
-        if start:
-            print_note(f"continuing {start[0]} from step {start[1]['global_step']}")
-            before = start[1]["kit"]["config"]["training"]["max_steps"]
-            if before != config.training.max_steps:
-                print_note(
-                    f"training.max_steps {before} -> {config.training.max_steps}: the schedule is that of the new length from here on"
-                )
         trainer, module, samples, checkpoints = fit(config, data, hardware, run, start)
         if not trainer.is_global_zero:
             return 0

@@ -1,9 +1,11 @@
 """What the README and the shipped files say is so."""
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -67,19 +69,28 @@ def test_the_readmes_commands_run_in_order(tmp_path):
 
 
 def check_tensorboard(words: list[str], folder: Path, environment: dict[str, str]) -> None:
-    with subprocess.Popen([*words, "--port", "6123"], cwd=folder, env=environment, stderr=subprocess.PIPE) as server:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    tags = ""
+    with subprocess.Popen([*words, "--port", str(port)], cwd=folder, env=environment, stderr=subprocess.DEVNULL) as server:
         try:
             for _ in range(120):
-                try:
-                    tags = urllib.request.urlopen("http://localhost:6123/data/plugin/scalars/tags", timeout=2).read().decode()
-                    if "val/bpb" in tags:
-                        break
-                except OSError:
-                    pass
+                with contextlib.suppress(OSError):
+                    tags = urllib.request.urlopen(f"http://localhost:{port}/data/plugin/scalars/tags", timeout=2).read().decode()
+                if "val/bpb" in tags:
+                    break
                 time.sleep(0.5)
-            assert "val/bpb" in tags
         finally:
             server.terminate()
+    assert "val/bpb" in tags
+
+
+def test_ci_runs_the_readmes_own_test_command():
+    """It reads the block under the heading Test; here, that the block is there and is the two-part command."""
+    script, text = (ROOT / ".ci/run").read_text(), (ROOT / "README.md").read_text()
+    assert "/^## Test/,$p" in script
+    assert "pip install -r requirements-dev.txt && python -m pytest" in text.split("## Test")[1]
 
 
 def test_the_readme_lists_every_file_once_in_its_reading_order():
@@ -110,12 +121,7 @@ def test_each_preset_loads_and_holds_only_differences(path):
     config = load_config(path)
     assert config.run.name == path.stem
     given, default = yaml.safe_load(path.read_text()), Config().to_dict()
-    same = [
-        f"{s}.{k}"
-        for s, keys in given.items()
-        for k in keys
-        if config.to_dict()[s][k] == default[s][k] and (s, k) != ("model", "n_kv_heads")
-    ]
+    same = [f"{s}.{k}" for s, keys in given.items() for k in keys if config.to_dict()[s][k] == default[s][k]]
     assert not same
 
 
