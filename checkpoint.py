@@ -135,14 +135,11 @@ def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Chec
         if other.fingerprint != tokenizer.fingerprint:
             raise UserError(f"{path} was trained with the tokenizer {tokenizer.name!r}, not {tokenizer_name!r}; leave --tokenizer out")
     weights = {name.removeprefix("model."): tensor for name, tensor in state["state_dict"].items()}
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    model = model.to_empty(device="cpu")
+    model = Transformer(config.model)  # on the meta device it would not draw weights, and take 0.8 s to import what that needs
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the weights of {path} do not fit its config: {' '.join(str(error).split())[:300]}") from None
-    model.reset_tables()
     return Checkpoint(Path(path), model.eval(), tokenizer, config, state["global_step"], kit["tokens"], kit["val_loss"])
 
 

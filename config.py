@@ -50,7 +50,7 @@ class TrainingConfig:
     seq_len: int = 256  # tokens in a row
     micro_batch_size: int = 8  # rows in one forward pass, on each device
     grad_accum_steps: int = 1  # forward passes in one optimizer step
-    max_steps: int = 640  # optimizer steps
+    max_steps: int = 600  # optimizer steps
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: the blocks' matrices by Muon, the rest by AdamW
     lr: float = 6e-3  # peak learning rate
     min_lr_ratio: float = 0.0  # final learning rate as a share of the peak

@@ -58,8 +58,8 @@ def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: i
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """Summed nats of targets (B, T) under the head `weight` (V, C) over hidden (B, T, C), `chunk` tokens at a time."""
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    if not torch.is_grad_enabled():  # no gradients to make beside the loss
-        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    if not torch.is_grad_enabled():  # no gradients to make beside the loss, and float32 copies that should fit the cache
+        parts = zip(hidden.split(min(chunk, 256)), targets.split(min(chunk, 256)), strict=True)
         return torch.stack([cross_entropy(F.linear(h, weight), t) for h, t in parts]).sum()
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

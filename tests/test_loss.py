@@ -72,6 +72,19 @@ def test_under_autocast_the_chunked_loss_is_within_bfloat16_of_float32(chunk: in
 
 
 @chunks
+def test_under_float16_autocast_the_chunked_loss_is_that_of_float32(chunk: int) -> None:
+    """A share of 1/50,000 of a token's gradient is below float16's range: whatever autocast asks for, the matmuls are float32."""
+    hidden, weight, targets = example()
+    with torch.autocast("cpu", torch.float16):
+        nats = chunked_cross_entropy(hidden, weight, targets, chunk)
+    ours = value_and_gradients(nats, hidden, weight)
+    theirs = value_and_gradients(whole(hidden, weight, targets), hidden, weight)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()  # 100 float32 roundings; one of float16 would show as 5e-4
+
+
+@chunks
 def test_ignored_tokens_have_no_gradient_and_nothing_else_depends_on_them(chunk: int) -> None:
     hidden, weight, targets = example()
     nats, d_hidden, d_weight = value_and_gradients(chunked_cross_entropy(hidden, weight, targets, chunk), hidden, weight)

@@ -1,16 +1,18 @@
 """The model against Hugging Face's Llama with the same weights, against itself (cached, packed, compiled), and its limits."""
 
-import contextlib
 import doctest
 import importlib
 import math
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -49,15 +51,8 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, in units of the reference's largest entry."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
-def assert_same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, tolerance: float) -> None:
-    expected = gradients(theirs)
-    assert gradients(ours).keys() == expected.keys()
-    errors = {name: relative_error(grad, expected[name]) for name, grad in gradients(ours).items()}
-    assert max(errors.values()) < tolerance, errors
+    """Length of the difference, in units of the reference's length."""
+    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 # ---- Hugging Face's Llama ----
@@ -94,7 +89,7 @@ def reference_of(model: Transformer) -> LlamaForCausalLM:
 
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Models are float64 throughout. Hugging Face's norm and rotary angles pass through float32: theirs are replaced here."""
+    """Models are float64 throughout. Hugging Face's norm, rotary angles and loss pass through float32: they are replaced here."""
 
     def norm(self: LlamaRMSNorm, x: Tensor) -> Tensor:
         return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
@@ -103,6 +98,10 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         angles = position_ids[..., None].double() * self.inv_freq.double()
         return torch.cat((angles, angles), dim=-1).cos(), torch.cat((angles, angles), dim=-1).sin()
 
+    def mean_of_next(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    monkeypatch.setattr(LlamaForCausalLM, "loss_function", staticmethod(mean_of_next))
     monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
     monkeypatch.setattr(LlamaRotaryEmbedding, "forward", rotary)
     before = torch.get_default_dtype()
@@ -111,9 +110,88 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-def reference_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """The loss in the logits' own precision; Hugging Face's rounds them to float32."""
-    return F.cross_entropy(logits[:, :-1].reshape(-1, logits.size(-1)), ids[:, 1:].reshape(-1))
+class Precision(NamedTuple):
+    """What our model computes in, and how far it may be from the reference: relative errors, and nats in ten steps."""
+
+    dtype: torch.dtype
+    logits: float
+    loss: float
+    gradients: float
+    ten_losses: float
+
+
+# 1e-5: some 100 roundings (6e-8 each) in another order; the loss is a mean, in which they cancel. Ten steps: Adam divides
+# by the gradient's size, so that roundings of small entries count in full
+FLOAT32 = Precision(torch.float32, logits=1e-5, loss=2e-6, gradients=1e-5, ten_losses=1e-4)
+# 1e-9: far above float64's rounding, far below what anything left in float32 would show (1e-7)
+FLOAT64 = Precision(torch.float64, logits=1e-9, loss=1e-9, gradients=1e-9, ten_losses=1e-9)
+# Against float32. Eight bits round by up to 2^-9 = 0.002, by 0.0011 on average (its square's root): 100 roundings of activations
+# and weights make 0.011 of a logit. On the way back come as many again, of sums that nearly cancel (a norm's, a softmax's): three
+# times that. The loss is the mean of 24 tokens', each as far off as a logit. Of six seeds and all shapes the worst errors were
+# 0.013, 0.0014 and 0.037, and those of transformers itself under the same autocast 0.013, 0.0012 and 0.044.
+# Ten steps fall by 4 nats; where the directions are off by 0.05, the way down may be off by a small part of that: 0.05 is 1 %
+BFLOAT16 = Precision(torch.bfloat16, logits=0.02, loss=0.003, gradients=0.05, ten_losses=0.05)
+
+
+def in_precision(model: Transformer, precision: Precision) -> Callable[[Tensor], Tensor]:
+    """The model's logits and, in half precision, all that leads to them, under autocast."""
+
+    def logits(ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision.dtype == torch.bfloat16):
+            result = model(ids)
+        assert result.dtype == precision.dtype  # else autocast did nothing
+        return result
+
+    return logits
+
+
+def assert_parity(ours: Transformer, reference: LlamaForCausalLM, precision: Precision) -> None:
+    """Logits, loss and every gradient of one batch; the reference computes in its own precision, uncompiled."""
+    ids = random_ids()
+    logits, theirs = in_precision(ours, precision)(ids), reference(ids, labels=ids)
+    loss = mean_loss(logits, ids)
+    loss.backward()
+    theirs.loss.backward()
+    assert relative_error(logits, theirs.logits) < precision.logits
+    assert relative_error(loss, theirs.loss) < precision.loss
+    expected = gradients(reference)
+    assert gradients(ours).keys() == expected.keys()
+    errors = {name: relative_error(grad, expected[name]) for name, grad in gradients(ours).items()}
+    assert max(errors.values()) < precision.gradients, errors
+
+
+def ten_losses(model: torch.nn.Module, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Losses before each of ten AdamW steps on one batch."""
+    ids = random_ids()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    losses = []
+    for _ in range(10):
+        loss = mean_loss(logits_of(ids), ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def assert_same_ten_steps(ours: Transformer, reference: LlamaForCausalLM, precision: Precision) -> None:
+    theirs = ten_losses(reference, lambda ids: reference(ids).logits)
+    assert theirs[-1] < theirs[0] - 1  # the steps are not so small that nothing could differ
+    assert (ten_losses(ours, in_precision(ours, precision)) - theirs).abs().max() < precision.ten_losses
+
+
+def compiled(model: Transformer) -> Transformer:
+    """The model with `hidden` compiled as in training. The compiler forgets what it did before: past eight shapes it gives up."""
+    torch._dynamo.reset()
+    counters.clear()
+    model.hidden = torch.compile(model.hidden, dynamic=False)
+    return model
+
+
+def assert_was_compiled() -> None:
+    """Else everything ran eagerly, or in pieces, or was compiled again on the way."""
+    assert counters["stats"]["unique_graphs"] == 1, counters
+    assert not counters["graph_break"], counters
 
 
 shapes = pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
@@ -126,15 +204,7 @@ thetas = pytest.mark.parametrize("rope_theta", [1e4, 1e6])
 @thetas
 def test_logits_loss_and_every_gradient_equal_transformers_in_float32(n_kv_heads: int, tie_embeddings: bool, rope_theta: float) -> None:
     model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta)
-    reference, ids = reference_of(model), random_ids()
-    logits, theirs = model(ids), reference(ids, labels=ids)
-    loss = mean_loss(logits, ids)
-    loss.backward()
-    theirs.loss.backward()
-    # 1e-5: some 100 float32 roundings (6e-8) of numbers below 5, summed in another order
-    assert (logits - theirs.logits).abs().max() < 1e-5
-    assert abs(loss - theirs.loss) < 1e-5
-    assert_same_gradients(model, reference, 1e-5)
+    assert_parity(model, reference_of(model), FLOAT32)
 
 
 @pytest.mark.usefixtures("float64")
@@ -143,83 +213,61 @@ def test_logits_loss_and_every_gradient_equal_transformers_in_float32(n_kv_heads
 @thetas
 def test_logits_loss_and_every_gradient_equal_transformers_in_float64(n_kv_heads: int, tie_embeddings: bool, rope_theta: float) -> None:
     model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta)
-    reference, ids = reference_of(model), random_ids()
-    logits, their_logits = model(ids), reference(ids).logits
-    loss, their_loss = mean_loss(logits, ids), reference_loss(their_logits, ids)
-    loss.backward()
-    their_loss.backward()
-    # 1e-9: far above float64's rounding, far below what anything left in float32 would show (1e-7)
-    assert logits.dtype == their_logits.dtype == torch.float64
-    assert (logits - their_logits).abs().max() < 1e-9
-    assert abs(loss - their_loss) < 1e-9
-    assert_same_gradients(model, reference, 1e-9)
+    assert_parity(model, reference_of(model), FLOAT64)
 
 
-def ten_losses(model: torch.nn.Module, logits_of: Any, ids: Tensor) -> Tensor:
-    """Losses before each of ten AdamW steps on one batch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    losses = []
-    for _ in range(10):
-        loss = mean_loss(logits_of(ids), ids)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-def assert_same_ten_steps(tolerance: float) -> None:
-    model, ids = random_model(), random_ids()
-    reference = reference_of(model)
-    theirs = ten_losses(reference, lambda x: reference(x).logits, ids)
-    assert theirs[-1] < theirs[0] - 1  # the steps are not so small that nothing could differ
-    assert (ten_losses(model, model, ids) - theirs).abs().max() < tolerance
-
-
-def test_ten_adamw_steps_follow_transformers_in_float32() -> None:
-    assert_same_ten_steps(1e-4)  # Adam divides by the gradient's size, so roundings of small entries count in full
-
-
-@pytest.mark.usefixtures("float64")
-def test_ten_adamw_steps_follow_transformers_in_float64() -> None:
-    assert_same_ten_steps(1e-9)
-
-
+@shapes
 @tying
-def test_bfloat16_autocast_stays_within_its_eight_bits_of_transformers_in_float32(tie_embeddings: bool) -> None:
-    model = random_model(tie_embeddings=tie_embeddings)
-    reference, ids = reference_of(model), random_ids()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(ids)
-        loss = mean_loss(logits, ids)
-    theirs = reference(ids, labels=ids)
-    loss.backward()
-    theirs.loss.backward()
-    assert logits.dtype == torch.bfloat16  # else autocast did nothing
-    # one rounding is 2^-9 = 0.002 of a value; some ten of them in a row stay below 0.03, the largest of 1,586 errors too
-    assert relative_error(logits, theirs.logits) < 0.03
-    assert abs(loss - theirs.loss) < 0.01
-    expected = gradients(reference)
-    cosines = {name: F.cosine_similarity(g.flatten(), expected[name].flatten(), dim=0).item() for name, g in gradients(model).items()}
-    assert min(cosines.values()) > 0.999, cosines  # a relative error of 0.03 is a cosine of 1 - 0.03^2 / 2 = 0.9996
+@thetas
+def test_bfloat16_autocast_stays_within_its_eight_bits_of_transformers_in_float32(
+    n_kv_heads: int, tie_embeddings: bool, rope_theta: float
+) -> None:
+    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta)
+    assert_parity(model, reference_of(model), BFLOAT16)
 
 
 @pytest.mark.slow
-def test_the_compiled_model_equals_the_eager_one() -> None:
-    model, ids = random_model(n_layers=1), random_ids()
-    loss = mean_loss(model(ids), ids)
-    loss.backward()
-    eager = {name: grad.clone() for name, grad in gradients(model).items()}
-    logits = model(ids).detach()
+@pytest.mark.parametrize(
+    "n_kv_heads, tie_embeddings, rope_theta", [(1, True, 1e6), (2, False, 1e4), (4, True, 1e4), (4, False, 1e6)], ids=str
+)
+def test_the_compiled_model_equals_transformers_in_float32(n_kv_heads: int, tie_embeddings: bool, rope_theta: float) -> None:
+    """Four of the twelve shapes, as each graph takes seconds to compile.
 
-    model.zero_grad()
-    model.hidden = torch.compile(model.hidden, dynamic=False)
-    compiled_logits = model(ids)
-    compiled_loss = mean_loss(compiled_logits, ids)
-    compiled_loss.backward()
-    assert (compiled_logits - logits).abs().max() < 1e-5  # float32 in another order, as against transformers
-    assert abs(compiled_loss - loss) < 1e-5
-    assert max(relative_error(grad, eager[name]) for name, grad in gradients(model).items()) < 1e-5
+    Every n_kv_heads, as attention's code depends on it; tying and theta change no graph (the head is outside, theta is in a
+    table's values), so each of their values occurs, and in every pair, but not with every n_kv_heads.
+    """
+    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta)
+    reference = reference_of(model)
+    assert_parity(compiled(model), reference, FLOAT32)
+    assert_was_compiled()
+
+
+@shapes
+@tying
+def test_ten_adamw_steps_follow_transformers_in_float32(n_kv_heads: int, tie_embeddings: bool) -> None:
+    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings)
+    assert_same_ten_steps(model, reference_of(model), FLOAT32)
+
+
+@pytest.mark.usefixtures("float64")
+@shapes
+@tying
+def test_ten_adamw_steps_follow_transformers_in_float64(n_kv_heads: int, tie_embeddings: bool) -> None:
+    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings)
+    assert_same_ten_steps(model, reference_of(model), FLOAT64)
+
+
+def test_ten_adamw_steps_under_bfloat16_autocast_follow_transformers_in_float32() -> None:
+    model = random_model()
+    assert_same_ten_steps(model, reference_of(model), BFLOAT16)
+
+
+@pytest.mark.slow
+def test_ten_adamw_steps_of_the_compiled_model_follow_transformers_in_float32() -> None:
+    model = random_model()
+    reference = reference_of(model)
+    assert_same_ten_steps(compiled(model), reference, FLOAT32)
+    assert_was_compiled()
 
 
 # ---- the cache ----
@@ -437,8 +485,8 @@ def test_d_ff_is_eight_thirds_of_d_model_rounded_up_to_64(d_model: int, d_ff: in
         (dict(d_model=12, n_heads=4), "d_model / n_heads is 3;"),
         (dict(dropout=1.0), "dropout is 1.0;"),
         (dict(dropout=-0.1), "dropout is -0.1;"),
-        (dict(rope_theta=0.0), "rope_theta 0.0 "),
-        (dict(norm_eps=-1e-5), "norm_eps -1e-05 "),
+        (dict(rope_theta=0.0), "rope_theta is 0.0;"),
+        (dict(norm_eps=-1e-5), "norm_eps is -1e-05;"),
     ],
     ids=str,
 )
@@ -492,9 +540,8 @@ def test_shifting_every_position_changes_no_logit() -> None:
 
 
 @pytest.fixture
-def meta(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A device other than the CPU on every machine; mixing the two is an error. torch has no autocast for it, so none is entered."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+def meta() -> torch.device:
+    """A device other than the CPU on every machine; mixing the two is an error."""
     return torch.device("meta")
 
 
@@ -571,8 +618,14 @@ def test_a_model_built_on_meta_is_whole_after_its_weights_and_tables_are_set() -
 # ---- the examples in the docstrings ----
 
 
-@pytest.mark.parametrize("name, examples", [("model", 1), ("loss", 0), ("optim", 1)])
+def examples_by_module() -> dict[str, int]:
+    """How many examples are written in each module that has any."""
+    written = {path.stem: len(re.findall(r"^ *>>> ", path.read_text(), re.MULTILINE)) for path in Path(__file__).parents[1].glob("*.py")}
+    return {name: count for name, count in sorted(written.items()) if count}
+
+
+@pytest.mark.parametrize("name, examples", examples_by_module().items())
 def test_the_worked_examples_in_the_docstrings_hold(name: str, examples: int) -> None:
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
-    assert results.attempted >= examples  # none was lost on the way
+    assert results.attempted == examples  # none was left out, and there was one
