@@ -164,13 +164,11 @@ def print_verdict(
         out.print(f"  [bold]{one_line(prompt)}[/bold]{one_line(continuation)}")
     folder = run.checkpoints
     picture = draw_loss(run, {name: loss for name, (loss, _, _) in scores.items() if name in ("unigram", "bigram")})
-    words = [
-        f"\nLoss curve: {picture}",
-        "Next:",
-        f"  python infer.py --ckpt {folder / 'final.ckpt'} --prompt {shlex.quote(samples[0][0].strip())}",
-        f"  python evaluate_checkpoints.py --checkpoints '{folder / '*.ckpt'}' --cases cases/wiki_basics.yaml",
-        f"  tensorboard --logdir {run.logs}",
-    ]
+    opening = shlex.quote(" ".join(samples[0][0].split()))
+    words = [f"\nLoss curve: {picture}", "Next:", f"  python infer.py --ckpt {folder / 'final.ckpt'} --prompt {opening}"]
+    if data.source == "wiki":  # the corpus that these cases ask for
+        words.append(f"  python evaluate_checkpoints.py --checkpoints '{folder / '*.ckpt'}' --cases cases/wiki_basics.yaml")
+    words.append(f"  tensorboard --logdir {run.logs}")
     out.print("\n".join(words), markup=False)
 
 
