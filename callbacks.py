@@ -88,13 +88,10 @@ class Metrics(StepCallback):
         super().on_train_start(trainer, module)
         self.start = self.last = time.perf_counter()
         self.start_step = self.last_step = trainer.global_step
-        self.not_training = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if self.validation_start is not None:  # all that surrounds a validation is over: the clock of training goes on
-            spent = time.perf_counter() - self.validation_start
-            self.paused += spent
-            self.not_training += spent
+            self.paused += time.perf_counter() - self.validation_start
             self.validation_start = None
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -261,6 +261,7 @@ def machine(monkeypatch):
 
     def has(*names: str, bf16: bool = True) -> None:
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in names)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * ("cuda" in names))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in names)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
         monkeypatch.setattr(hardware, "has_bfloat16_cpu", lambda: False)
@@ -333,6 +334,13 @@ def test_compile_needs_a_compiler_and_says_so(machine, monkeypatch, tmp_path, ac
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
     assert hardware.choose_compile("on", accelerator) == (True, "as asked")
+
+
+@pytest.mark.parametrize("accelerator, devices, there", [("cuda", 3, 2), ("mps", 2, 1)])
+def test_more_devices_than_there_are_is_a_mistake(machine, accelerator, devices, there):
+    machine(accelerator)
+    with pytest.raises(UserError, match=f"hardware.devices is {devices}, and this machine has {there} of {accelerator}"):
+        hardware.choose_hardware(HardwareConfig(accelerator=accelerator, devices=devices), "32-true")
 
 
 def test_the_measured_rate_is_a_finite_speed():
