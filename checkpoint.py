@@ -64,8 +64,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free / 1e6
+        reason = error.strerror or error if isinstance(error, OSError) else "it was not written whole"
         raise UserError(
-            f"cannot write the checkpoint {path}: {error}; what stood there is untouched. "
+            f"cannot write the checkpoint {path}: {reason}, with {free:,.0f} MB free; what stood there is untouched. "
             "Make room or choose another folder, then run the same command again"
         ) from error
     finally:  # also where `path` is the same file already, which a rename leaves with both names

@@ -244,13 +244,14 @@ def main(argv: list[str] | None = None) -> int:
     check_matmul_sizes(hardware.accelerator, config.training.micro_batch_size * config.training.seq_len)
     data = prepare(config.data)
     config = config.with_vocab_size(data.tokenizer.vocab_size)
-    if is_first_process():
-        Console(stderr=not args.dry_run, highlight=False, soft_wrap=True, emoji=False).print(plan(config, data, hardware))
+    summary = plan(config, data, hardware)
     if args.dry_run:
+        Console(highlight=False, soft_wrap=True, emoji=False).print(summary)
         return 0
     run = Run(config.run.name)
     with run.lock():
         start = None if args.fresh else find_start(run, config, data.train.header.sha256)
+        Console(stderr=True, quiet=not is_first_process(), highlight=False, soft_wrap=True, emoji=False).print(summary)
         if start:
             print_note(f"continuing {start.path} from step {start.step}")
             if start.max_steps != (now := config.training.max_steps):
