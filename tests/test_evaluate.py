@@ -75,7 +75,8 @@ def test_scores_equal_the_loss_sums_of_transformers_llama():
             max_position_embeddings=64,
         )
     ).eval()
-    llama.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()}, strict=False)
+    missing, unexpected = llama.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()}, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])  # the tied head, which is the embedding
     for case, score in zip(CASES, ev.score_cases(model, ByteTokenizer(), CASES, 5), strict=True):
         ids = [256, *(case.prompt + case.target).encode()]
         labels = [-100] * (len(ids) - len(case.target)) + list(case.target.encode())

@@ -19,6 +19,7 @@ from config import load_config
 from data import PackedLMDataset, prepare
 from errors import UserError
 from loss import cross_entropy
+from model import Transformer
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -246,6 +247,24 @@ def test_accumulated_small_batches_equal_one_large_batch_where_targets_are_missi
     large, small = (read_checkpoint(f"checkpoints/{name}/final.ckpt")["state_dict"] for name in ("large", "small"))
     for name in large:  # sums in another order: 1e-7 a step, magnified by AdamW's division
         torch.testing.assert_close(small[name], large[name], atol=2e-5, rtol=1e-4)
+
+
+def test_the_gradient_is_the_mean_over_the_targets_there_are(folder):
+    """A text shorter than a window leaves most of a row without targets; held to torch's own mean on the same first weights."""
+    (folder / "text.txt").write_text("forty bytes of text, less than a window")
+    run("model.dropout=0", "training.seq_len=64", "training.max_steps=1")
+    with Path("logs/metrics.csv").open() as file:
+        logged = next(csv.DictReader(file))
+    config = load_checkpoint("checkpoints/final.ckpt").config
+    window = PackedLMDataset(prepare(config.data).train, 64)[0]
+    torch.manual_seed(config.training.seed)
+    model = Transformer(config.model)
+    loss = torch.nn.functional.cross_entropy(model(window["input_ids"][None])[0], window["targets"])  # -100 is torch's default too
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert 0 < (window["targets"] == -100).sum() < 64
+    assert float(logged["train/loss"]) == pytest.approx(loss.item(), rel=1e-5)  # the CSV has six digits
+    assert float(logged["train/grad_norm"]) == pytest.approx(norm.item(), rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(folder, monkeypatch):
