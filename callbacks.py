@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
@@ -19,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from checkpoint import link_or_copy
 from config import TrainingConfig, to_yaml
-from data import PreparedData
 from errors import UserError
 from hardware import memory_in_use
 from infer import SamplingParams, generate
+from prepare import PreparedData
 from runs import Run, print_note
 
 CSV_COLUMNS = [
@@ -76,7 +77,6 @@ class Metrics(StepCallback):
         if not trainer.is_global_zero:
             self.console.quiet = True
             return
-        self._cut_csv(self.first_step)
         trainer.logger.experiment.add_text("config", "```yaml\n" + to_yaml(module.config) + "```", self.first_step)
         if self.console.is_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(16), TextColumn("{task.fields[text]}"))
@@ -86,6 +86,8 @@ class Metrics(StepCallback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
+        if trainer.is_global_zero:
+            self._cut_csv(self.first_step)  # not before: until here a resume may be refused, and nothing is to be lost
         self.start = self.last = time.perf_counter()
         self.start_step = self.last_step = trainer.global_step
 
@@ -227,13 +229,14 @@ class Samples(L.Callback):
 
     def __init__(self, data: PreparedData, context: int, count: int = 3):
         self.tokenizer = data.tokenizer
-        length = max(1, min(9, context // 2))  # the token before the text and eight of it, the same for all: one batch
-        last = data.val.header.tokens - length
-        begins = [int(b) for b in data.val.offsets if b <= last]
+        shard = data.val.shards[0]
+        length = max(1, min(9, context // 2, shard.header.tokens))  # the token before the text and eight of it, the same for all: one batch
+        last = shard.header.tokens - length
+        begins = shard.offsets[: np.searchsorted(shard.offsets, last, side="right")]
         if len(begins) < count:  # few documents: anywhere in them
-            begins = list(range(0, max(1, last), max(1, last // count)))
-        begins = begins[:: len(begins) // count or 1][:count]
-        self.prompts = torch.stack([torch.from_numpy(data.val.tokens[b : b + length].astype("int64")) for b in begins])
+            begins = np.arange(0, max(1, last), max(1, last // count))
+        begins = begins[:: len(begins) // count or 1][:count].tolist()
+        self.prompts = torch.stack([torch.from_numpy(shard.tokens[b : b + length].astype("int64")) for b in begins])
         self.latest: list[tuple[str, str]] = []
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

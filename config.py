@@ -32,17 +32,69 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    source: str = "wiki"  # a corpus by name: wiki, shakespeare
-    path: str | None = None  # a text file; takes the place of `source`
+class SourceConfig:
+    """Where documents come from."""
+
+    source: str = "wiki"  # a corpus by name: wiki, shakespeare, names, dialogue, sotu; or a Hugging Face dataset, OWNER/NAME
+    path: str | None = None  # a file, a folder or a pattern; takes the place of `source`
+    val_path: str | None = None  # the same, of which all is validation; None: val_share of the training text
+    text_field: str = "text"  # the field of jsonl, csv, parquet and Hugging Face rows that holds a document
+    separator: str | None = None  # between the documents of a text file: line, blank_line, or a text; None: a file is one
+    errors: Literal["strict", "replace"] = "strict"  # of bytes that are not UTF-8: refuse, or put U+FFFD there
+    config_name: str | None = None  # Hugging Face: configuration, also called subset
+    split: str = "train"  # Hugging Face: split
+    val_split: str | None = None  # Hugging Face: split of which all is validation; None: val_share of the training text
+    revision: str | None = None  # Hugging Face: commit, tag or branch
+
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise ValueError("separator is empty; it is line, blank_line, a text, or null for one document a file")
+        if self.val_split == self.split:
+            raise ValueError(f"val_split {self.val_split!r} is the split to train on; name another, or leave it null")
+        if self.val_path and self.val_path == self.path:
+            raise ValueError(f"val_path {self.val_path!r} is the path to train on; name another, or leave it null")
+
+
+@dataclass(frozen=True)
+class MixtureConfig(SourceConfig):
+    """One of several sources."""
+
+    weight: float = 1.0  # its share of the rows, beside the other weights
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}; it must be above 0 and finite")
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    mixture: tuple[MixtureConfig, ...] = ()  # several sources at once; takes the place of the keys above
     tokenizer: str = "gpt2"  # byte, char, bpe:SIZE, gpt2, a tokenizer.json, a Hugging Face folder or name
+    bos: bool | None = None  # a begin token before each document; None: where the tokenizer has one
+    eos: bool | None = None  # an end token behind each document; None: where the tokenizer has one
     val_share: float = 0.05  # share of the documents (of a single document's end) kept for validation
+    packing: Literal["packed", "padded"] = "packed"  # rows cut from one stream of tokens, or a document a row
     document_mask: bool = True  # tokens attend within their own document only
+    streaming: bool = False  # tokenise while training, and keep no tokens on the disk but those of the first documents
+    shuffle_buffer: int = 1000  # rows that streaming shuffles at a time, in each worker
     cache_dir: str = "data"  # fetched corpora and token shards
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share is {self.val_share}; it is a share between 0 and 1, for example 0.05")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer is {self.shuffle_buffer}; it must be 1 or more")
+        if self.mixture and self.path:
+            raise ValueError(f"path {self.path!r} and mixture are both given; set the one that is not meant to null")
+        if self.mixture and self.streaming:
+            raise ValueError("streaming reads a single source; leave out streaming or mixture")
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """Where the documents come from: the parts of the mixture, or the one source."""
+        return self.mixture or (self,)
 
 
 @dataclass(frozen=True)
@@ -135,9 +187,10 @@ class Config:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain dicts, lists, numbers and strings: what a checkpoint and YAML hold."""
-        plain = dataclasses.asdict(self)
-        plain["training"]["betas"] = list(plain["training"]["betas"])
-        return plain
+        return {
+            section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+            for section, values in dataclasses.asdict(self).items()
+        }
 
 
 class Loader(yaml.SafeLoader):
@@ -250,30 +303,44 @@ def config_from_dict(values: dict[str, Any], places: dict[tuple[str, ...], str] 
     sections = {}
     for section, given in values.items():
         check_key(section, list(SECTIONS), places.get((section,), origin))
-        if given is None:
-            continue
-        if not isinstance(given, dict):
-            raise UserError(f"{places.get((section,), origin)}: {section} is a section with keys of its own, not {given!r}")
-        hints = typing.get_type_hints(SECTIONS[section])
-        for key in given:
-            check_key(key, list(hints), places.get((section, str(key)), origin), section)
-        types = create_model(section, __config__=ConfigDict(strict=True), **{k: (hints[k], ...) for k in given})
-        try:
-            checked = types.model_validate_json(json.dumps(given))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = first["loc"][0]
-            said = first["msg"].removeprefix("Input should be ") if len(first["loc"]) == 1 else str(hints[key])
-            raise UserError(f"{places.get((section, key), origin)}: {section}.{key} is {given[key]!r}; it should be {said}") from None
-        try:
-            sections[section] = SECTIONS[section](**{k: getattr(checked, k) for k in given})
-        except ValueError as error:  # its first word is the key
-            place = places.get((section, str(error).split()[0])) or places.get((section,), origin)
-            raise UserError(f"{place}: {section}.{error}") from None
+        if given is not None:
+            sections[section] = build(SECTIONS[section], given, (section,), places, origin)
     try:
         return Config(**sections)
     except ValueError as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+def build(kind: type, given: Any, path: tuple[str, ...], places: dict[tuple[str, ...], str], origin: str) -> Any:
+    """The dataclass `kind` from plain values, which stand at `path` in the config; the parts of a mixture likewise."""
+    name = ".".join(path)
+
+    def place(*key: str) -> str:
+        return next((places[at] for at in ((*path, *key), path[:2], path[:1]) if at in places), origin)
+
+    if not isinstance(given, dict):
+        raise UserError(f"{place()}: {name} is a section with keys of its own, not {given!r}")
+    hints = typing.get_type_hints(kind)
+    for key in given:
+        check_key(key, list(hints), place(str(key)), name)
+    values = dict(given)
+    if isinstance(parts := values.pop("mixture", None), list):
+        values["mixture"] = tuple(build(MixtureConfig, part, (*path, "mixture", str(i)), places, origin) for i, part in enumerate(parts))
+    elif parts is not None:
+        raise UserError(f"{place('mixture')}: {name}.mixture is a list of sources, each with its weight, not {parts!r}")
+    plain = {key: value for key, value in values.items() if key != "mixture"}
+    types = create_model(name, __config__=ConfigDict(strict=True), **{k: (hints[k], ...) for k in plain})
+    try:
+        checked = types.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = first["loc"][0]
+        said = first["msg"].removeprefix("Input should be ") if len(first["loc"]) == 1 else str(hints[key])
+        raise UserError(f"{place(key)}: {name}.{key} is {given[key]!r}; it should be {said}") from None
+    try:
+        return kind(**values | {k: getattr(checked, k) for k in plain})
+    except ValueError as error:  # its first word is the key
+        raise UserError(f"{place(str(error).split()[0])}: {name}.{error}") from None
 
 
 def check_key(key: str, known: list[str], place: str, section: str = "") -> None:

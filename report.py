@@ -11,11 +11,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from config import Config
-from data import PreparedData
+from data import rows_of, training_order
 from hardware import Hardware, device_name, matmul_rate
+from order import MixtureOrder
+from prepare import Part, PreparedData
 from runs import Run
 
 MATMUL_SHARE = 0.5  # of the measured matmul rate that a whole training step reaches here, roughly
+
+
+COUNTED = 20_000_000  # training tokens that the baselines are counted on
 
 
 def estimated_seconds(config: Config, data: PreparedData, hardware: Hardware) -> float:
@@ -23,7 +28,7 @@ def estimated_seconds(config: Config, data: PreparedData, hardware: Hardware) ->
     training = config.training
     tokens = training.max_steps * tokens_per_step(config)
     validations = -(-training.max_steps // training.val_every_steps)
-    tokens += validations * data.val.header.tokens / 3  # no backward pass
+    tokens += validations * data.val.n_tokens / 3  # no backward pass
     rate = matmul_rate(hardware.accelerator, hardware.precision) * MATMUL_SHARE
     return tokens / config.hardware.devices * config.model.flops_per_token(training.seq_len) / rate
 
@@ -45,7 +50,7 @@ def tokens_per_step(config: Config) -> int:
 
 def plan(config: Config, data: PreparedData, hardware: Hardware) -> Table:
     """The table printed before the first step."""
-    model, training, train, val = config.model, config.training, data.train.header, data.val.header
+    model, training, train, val = config.model, config.training, data.train, data.val
     step_tokens = tokens_per_step(config)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     entries = f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries"
@@ -54,11 +59,11 @@ def plan(config: Config, data: PreparedData, hardware: Hardware) -> Table:
         ("device", f"{hardware.accelerator} ({device_name(hardware.accelerator)}): {hardware.reasons['accelerator']}"),
         ("precision", f"{hardware.precision}: {hardware.reasons['precision']}"),
         ("compile", f"{'on' if hardware.compile else 'off'}: {hardware.reasons['compile']}"),
-        ("corpus", f"{data.source}: {train.documents:,} documents to train on, {val.documents:,} to validate on"),
-        ("tokens", f"{train.tokens:,} and {val.tokens:,}, {train.bytes / train.tokens:.2f} bytes each ({entries})"),
+        ("corpus", f"{data.name}: {train.n_documents:,} documents to train on, {val.n_documents:,} to validate on"),
+        ("tokens", f"{train.n_tokens:,} and {val.n_tokens:,}, {train.n_bytes / train.n_tokens:.2f} bytes each ({entries})"),
         ("parameters", f"{model.n_parameters:,}"),
         ("model", f"{model.n_layers} layers, d_model {model.d_model}, {heads}, d_ff {model.d_ff}, context {model.max_seq_len}"),
-        ("steps", f"{training.max_steps:,} of {step_tokens:,} tokens: {training.max_steps * step_tokens / train.tokens:.2f} epochs"),
+        ("steps", f"{training.max_steps:,} of {step_tokens:,} tokens: {passes(config, data)}"),
         ("memory", f"about {estimated_memory(config) / 1000:.1f} GB"),
         ("time", f"about {estimated_seconds(config, data, hardware) / 60:.1f} minutes, from the speed of a matmul"),
     ]
@@ -67,14 +72,32 @@ def plan(config: Config, data: PreparedData, hardware: Hardware) -> Table:
     return table
 
 
+def passes(config: Config, data: PreparedData) -> str:
+    """How often the run goes through its data; for a mixture, the share of the rows and the epochs of each source."""
+    if data.stream:
+        return f"a stream, of which the first {data.train.n_documents + data.val.n_documents:,} documents have been looked at"
+    rows, train = rows_in_run(config), rows_of(data, config, validation=False)
+    order = training_order(config, data)
+    if not isinstance(order, MixtureOrder):
+        return f"{rows / len(train):.2f} epochs"
+    drawn = zip(data.sources, order.realised(rows), train.parts, strict=True)
+    return "; ".join(f"{name} {count / rows:.1%} of the rows, {count / len(part):.2f} epochs" for name, count, part in drawn)
+
+
+def rows_in_run(config: Config) -> int:
+    training = config.training
+    return training.max_steps * tokens_per_step(config) // training.seq_len
+
+
 def baselines(data: PreparedData) -> dict[str, float]:
     """Bits per byte that counting reaches on the validation tokens: no model worth its name is above them.
 
     uniform: every entry of the vocabulary as likely; unigram: counts of the training tokens, one added to each; bigram:
-    counts of pairs with 0.75 taken off each and given to the unigram (absolute discounting, Ney et al. 1994).
+    counts of pairs with 0.75 taken off each and given to the unigram (absolute discounting, Ney et al. 1994). Counted are
+    the first COUNTED training tokens, so that memory does not grow with the corpus.
     """
     vocab = data.tokenizer.vocab_size
-    train, val = np.asarray(data.train.tokens, np.int64), np.asarray(data.val.tokens, np.int64)
+    train, val = (first_tokens(part) for part in (data.train, data.val))
     unigram = (np.bincount(train, minlength=vocab) + 1) / (len(train) + vocab)
     pairs, counts = np.unique(train[:-1] * vocab + train[1:], return_counts=True)
     histories = pairs // vocab
@@ -91,7 +114,12 @@ def baselines(data: PreparedData) -> dict[str, float]:
         "unigram": -np.log2(unigram[target]),
         "bigram": -np.log2(discounted + backoff * unigram[target]),
     }
-    return {name: float(values.sum() / data.val.header.bytes) for name, values in bits.items()}
+    return {name: float(values.mean() * data.val.n_targets / data.val.n_bytes) for name, values in bits.items()}
+
+
+def first_tokens(part: Part) -> np.ndarray:
+    """(n,) the first tokens of each shard, COUNTED of them in all at most."""
+    return np.concatenate([shard.tokens[: COUNTED // len(part.shards)] for shard in part.shards]).astype(np.int64)
 
 
 def read_metrics(path: Path, name: str) -> tuple[list[int], list[float]]:
@@ -126,9 +154,10 @@ def draw_loss(run: Run, baseline_loss: dict[str, float]) -> Path:
     return path
 
 
-def fit_sentence(train_loss: float, val_loss: float, best_loss: float, epochs: float) -> str:
+def fit_sentence(train_loss: float, val_loss: float, best_loss: float, epochs: float | None) -> str:
     """Under- or overfitting, in a sentence; losses in nats per token."""
-    apart = f"training loss {train_loss:.3f} and validation loss {val_loss:.3f} after {epochs:.1f} epochs"
+    apart = f"training loss {train_loss:.3f} and validation loss {val_loss:.3f}"
+    apart += "" if epochs is None else f" after {epochs:.1f} epochs"
     if val_loss > best_loss + 0.02:
         return f"Overfitting: {apart}, which was {best_loss:.3f} at its best. Use best.ckpt; more text, dropout or fewer steps would help."
     if val_loss - train_loss > 0.1 * val_loss:
@@ -143,11 +172,11 @@ def print_verdict(
     out = Console(highlight=False, soft_wrap=True, emoji=False)
     out.print(f"\nDone: {config.training.max_steps:,} steps in {seconds / 60:.1f} minutes.\n")
     counted = baselines(data)
-    per_target = math.log(2) * data.val.header.bytes / (data.val.header.tokens - 1)  # bits per byte -> nats per token
+    per_target = validation["loss"] / validation["bpb"]  # bits per byte -> nats per token
     scores = {name: (bits * per_target, math.exp(bits * per_target), bits) for name, bits in counted.items()}
     scores["[bold]this model"] = (validation["loss"], validation["perplexity"], validation["bpb"])
-    kept = data.val.header
-    title = f"Validation: {kept.documents:,} document{'s' * (kept.documents > 1)}, {kept.bytes:,} bytes, never trained on"
+    kept = data.val
+    title = f"Validation: {kept.n_documents:,} document{'s' * (kept.n_documents > 1)}, {kept.n_bytes:,} bytes, never trained on"
     table = Table(title=title, title_justify="left", box=None)
     for title in ("", "loss (nats/token)", "perplexity", "bits per byte"):
         table.add_column(title, justify="right" if title else "left")
@@ -157,7 +186,7 @@ def print_verdict(
     if worse := [name for name, bits in counted.items() if bits <= validation["bpb"]]:
         out.print(f"\nCounting ({', '.join(worse)}) is still better than this model: train longer, or look at training.lr.")
     recent = float(np.mean(read_metrics(run.metrics_file, "train/loss")[1][-5:]))
-    epochs = config.training.max_steps * tokens_per_step(config) / data.train.header.tokens
+    epochs = None if data.stream else rows_in_run(config) / len(rows_of(data, config, validation=False))
     out.print("\n" + fit_sentence(recent, validation["loss"], best, epochs))
     out.print("\nHow validation documents go on, by the model:")
     for prompt, continuation in samples:
@@ -166,7 +195,7 @@ def print_verdict(
     picture = draw_loss(run, {name: loss for name, (loss, _, _) in scores.items() if name in ("unigram", "bigram")})
     opening = shlex.quote(" ".join(samples[0][0].split()))
     words = [f"\nLoss curve: {picture}", "Next:", f"  python infer.py --ckpt {folder / 'final.ckpt'} --prompt {opening}"]
-    if data.source == "wiki":  # the corpus that these cases ask for
+    if data.sources == ("wiki",):  # the corpus that these cases ask for
         words.append(f"  python evaluate_checkpoints.py --checkpoints '{folder / '*.ckpt'}' --cases cases/wiki_basics.yaml")
     words.append(f"  tensorboard --logdir {run.logs}")
     out.print("\n".join(words), markup=False)

@@ -24,12 +24,13 @@ from torch import Tensor
 import callbacks as cb
 from checkpoint import kit_entry, read_checkpoint, save_whole
 from config import Config, load_config, to_yaml
-from data import PackedLMDataset, PreparedData, ResumableLoader, TrainingOrder, ValidationOrder, prepare
+from data import loaders, validated_bytes
 from errors import UserError, run_main
 from hardware import Hardware, check_matmul_sizes, choose_hardware, keep_freed_memory
 from loss import IGNORE, chunked_cross_entropy, cross_entropy
 from model import Transformer
 from optim import build_optimizer, clip_gradients, lr_at_step
+from prepare import PreparedData, prepare
 from report import plan, print_verdict, tokens_per_step
 from runs import Run, Start, find_start, is_first_process, print_note
 
@@ -41,7 +42,7 @@ class LitTransformer(L.LightningModule):
         super().__init__()
         self.save_hyperparameters(config.to_dict())
         self.config, self.tokenizer_state, self.fused = config, data.tokenizer.state(), fused
-        self.val_bytes, self.data_sha256 = data.val.header.bytes, data.train.header.sha256
+        self.val_bytes, self.data_sha256 = validated_bytes(data, config), data.sha256
         self.model = Transformer(config.model)
         self.hidden = self.model.hidden  # or what it compiles to; generation keeps the plain one
         self.tokens_seen = 0  # targets trained on, up to the last interval
@@ -166,18 +167,6 @@ class DurableCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def loaders(
-    config: Config, data: PreparedData, hardware: Hardware, rank: int = 0, world_size: int = 1
-) -> tuple[ResumableLoader, ResumableLoader]:
-    """The endless training loader and the validation loader of one rank."""
-    t = config.training
-    train, val = (PackedLMDataset(shard, t.seq_len, config.data.document_mask) for shard in (data.train, data.val))
-    pin = hardware.accelerator == "cuda"
-    train_order = TrainingOrder(len(train), t.micro_batch_size, t.seed, rank, world_size)
-    val_order = ValidationOrder(len(val), t.micro_batch_size, rank, world_size)
-    return ResumableLoader(train, train_order, config.hardware.num_workers, pin), ResumableLoader(val, val_order, 0, pin)
-
-
 def fit(
     config: Config, data: PreparedData, hardware: Hardware, run: Run, start: Start | None
 ) -> tuple[L.Trainer, LitTransformer, cb.Samples, cb.Checkpoints]:
@@ -188,7 +177,7 @@ def fit(
     if hardware.compile:
         module.hidden = torch.compile(module.model.hidden, dynamic=False)
     first_step = start.step if start else 0
-    metrics = cb.Metrics(run, t, data.train.header.bytes / data.train.header.tokens, tokens_per_step(config), first_step)
+    metrics = cb.Metrics(run, t, data.train.n_bytes / data.train.n_tokens, tokens_per_step(config), first_step)
     checkpoints, samples = cb.Checkpoints(run, t), cb.Samples(data, config.model.max_seq_len)
     trainer = L.Trainer(
         accelerator=hardware.accelerator,
@@ -208,7 +197,8 @@ def fit(
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    train_loader, val_loader = loaders(config, data, hardware, trainer.global_rank, trainer.world_size)
+    pin = hardware.accelerator == "cuda"
+    train_loader, val_loader = loaders(config, data, pin_memory=pin, rank=trainer.global_rank, world_size=trainer.world_size)
     trainer.fit(module, train_loader, val_loader, ckpt_path=start.path if start else None, weights_only=True)
     return trainer, module, samples, checkpoints
 
@@ -219,6 +209,7 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores are asked for
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -250,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     run = Run(config.run.name)
     with run.lock():
-        start = None if args.fresh else find_start(run, config, data.train.header.sha256)
+        start = None if args.fresh else find_start(run, config, data.sha256)
         Console(stderr=True, quiet=not is_first_process(), highlight=False, soft_wrap=True, emoji=False).print(summary)
         if start:
             print_note(f"continuing {start.path} from step {start.step}")

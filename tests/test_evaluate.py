@@ -209,12 +209,11 @@ def test_mistakes_on_the_command_line_get_one_sentence_and_status_2(tmp_path):
 
 def test_the_shipped_cases_are_stated_by_the_training_documents_they_name():
     """Each source begins exactly one document of the corpus, of the training part, and that document holds the answer."""
-    from config import DataConfig
-    from corpora import read_documents
-    from data import is_validation
+    from corpora import CORPORA
+    from prepare import is_validation
 
     cases = ev.load_cases(str(ROOT / "cases/wiki_basics.yaml"))
-    documents = list(read_documents(DataConfig(cache_dir=str(ROOT / "data"))))
+    documents = list(CORPORA["wiki"](str(ROOT / "data")))
     assert len(cases) >= 24
     for case in cases:
         [document] = [d for d in documents if d.startswith(case.source)]

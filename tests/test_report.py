@@ -9,8 +9,8 @@ import pytest
 
 import report
 from config import DataConfig, config_from_dict
-from data import prepare
 from hardware import Hardware
+from prepare import prepare
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def data(tmp_path, monkeypatch):
 
 def test_baselines_equal_plain_counting(data):
     """The same three models written again with dictionaries, a token at a time."""
-    train, val = data.train.tokens.tolist(), data.val.tokens.tolist()
+    train, val = (part.shards[0].tokens.tolist() for part in (data.train, data.val))
     vocab, unigrams, pairs, histories = 257, Counter(train), Counter(zip(train, train[1:], strict=False)), Counter(train[:-1])
     kinds = Counter(a for a, _ in pairs)
     bits = dict.fromkeys(("uniform", "unigram", "bigram"), 0.0)
@@ -31,17 +31,17 @@ def test_baselines_equal_plain_counting(data):
         p2 = max(pairs[a, b] - 0.75, 0) / histories[a] + 0.75 * kinds[a] / histories[a] * p1 if histories[a] else p1
         for name, p in (("uniform", 1 / vocab), ("unigram", p1), ("bigram", p2)):
             bits[name] -= math.log2(p)
-    assert report.baselines(data) == pytest.approx({name: value / data.val.header.bytes for name, value in bits.items()}, rel=1e-9)
+    assert report.baselines(data) == pytest.approx({name: value / data.val.n_bytes for name, value in bits.items()}, rel=1e-9)
 
 
 def test_the_bigram_baseline_is_a_probability_distribution(data):
     """Its probabilities over the vocabulary sum to one after every history, seen or not."""
-    train = np.asarray(data.train.tokens, np.int64)
+    train = data.train.shards[0].tokens
     for history in (ord("t"), ord("z"), ord("Q")):
         total = 0.0
         for target in range(257):
-            data.val.__dict__["tokens"] = np.array([history, target])
-            total += 2 ** (-report.baselines(data)["bigram"] * data.val.header.bytes)
+            data.val.shards[0].__dict__["tokens"] = np.array([history, target])
+            total += 2 ** (-report.baselines(data)["bigram"] * data.val.n_bytes / data.val.n_targets)
         assert total == pytest.approx(1, abs=1e-9), (history, len(train))
 
 
@@ -59,7 +59,7 @@ def test_the_plan_states_counts_and_reasons(data):
     text = " ".join(str(cell) for column in table.columns for cell in column.cells)
     for part in (
         f"{config.model.n_parameters:,}",
-        f"{data.train.header.tokens:,} and {data.val.header.tokens:,}",
+        f"{data.train.n_tokens:,} and {data.val.n_tokens:,}",
         "why-a",
         "why-p",
         "why-c",

@@ -1,19 +1,37 @@
 """Text to ids and back for every kind of tokenizer, against independent implementations, and streaming."""
 
 import json
+import pickle
+import sys
+import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import regex
 import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+import tokenizer as tokenizer_module
+from corpora import CORPORA
 from errors import UserError
 from fetch import open_wheel
-from tokenizer import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer, build_tokenizer, from_state, stream_text
+from tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    byte_letters,
+    byte_level,
+    from_state,
+    has_wide_gap,
+    stream_text,
+)
 
 DATA = Path(__file__).parent.parent / "data"
 SYMBOLS = "abc \n.éß中文😀\ufffd"
@@ -34,6 +52,18 @@ def tokenizer(request):
     return named(request.param)
 
 
+def arrays(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """What encode_arrays gives, as lists; every one has the tokenizer's dtype."""
+    rows = tokenizer.encode_arrays(texts)
+    assert {row.dtype for row in rows} <= {np.dtype(tokenizer.dtype)}
+    return [row.tolist() for row in rows]
+
+
+def backend_ids(tokenizer: JsonTokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids out of the `tokenizers` library."""
+    return [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 # ---- round trip ------------------------------------------------------------------------------------------------------
 
 
@@ -52,9 +82,37 @@ def test_char_decode_undoes_encode_for_text_of_its_symbols(text):
     assert len(ids) == len(text)
 
 
-def test_a_batch_is_each_text_by_itself(tokenizer):
-    texts = ["a", "", "bb 中", "a  b\n\n"]
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+def test_arrays_are_each_text_by_itself(tokenizer):
+    texts = ["a", "", "bb 中", "a  b\n\n", "<|endoftext|>"]
+    assert arrays(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
+    assert arrays(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text() | WIDE, max_size=4))
+def test_arrays_of_any_texts_are_each_text_by_itself(kind, texts):
+    assert arrays(named(kind), texts) == [named(kind).encode(text) for text in texts]
+
+
+@settings(max_examples=100, deadline=None)
+@given(symbols=st.sets(st.characters(exclude_categories=["Cs"]), max_size=8), text=st.text(), bos=st.booleans(), eos=st.booleans())
+def test_char_arrays_hold_known_unknown_and_astral_characters(symbols, text, bos, eos):
+    tokenizer = CharTokenizer.train(symbols, bos, eos)
+    text += "".join(symbols) + "\U0010ffff\0"
+    order = sorted(symbols, key=ord)
+    expected = [1 + bos + eos + order.index(character) if character in symbols else 0 for character in text]
+    assert tokenizer.encode(text) == expected
+    assert arrays(tokenizer, [text]) == [expected]
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(2**16, "<u2"), (2**16 + 1, "<u4")])
+def test_ids_take_two_bytes_while_they_fit(vocab_size, dtype):
+    """Symbols out of the astral planes, as many as make this vocabulary."""
+    symbols = "".join(map(chr, range(0x10000, 0x10000 + vocab_size - 2)))
+    tokenizer = CharTokenizer(symbols)
+    assert (tokenizer.vocab_size, tokenizer.dtype) == (vocab_size, dtype)
+    assert arrays(tokenizer, [symbols]) == [list(range(2, vocab_size))]
 
 
 def test_every_id_is_below_the_vocabulary_size_and_decodes(tokenizer):
@@ -84,14 +142,71 @@ def test_char_ids_are_in_code_point_order_and_an_unknown_symbol_is_0():
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
+def stored(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+    """The documents as they lie in a row of tokens."""
+    documents = (tokenizer.prefix + tokenizer.encode(text) + tokenizer.closing for text in texts)
+    return [i for document in documents for i in document] + tokenizer.final
+
+
 @pytest.mark.parametrize("kind, eos", [("byte", 256), ("char", 1), ("bpe:300", 0), ("gpt2", 50_256)])
-def test_a_document_ends_with_eos_and_a_prompt_begins_with_it(kind, eos):
+def test_eos_alone_ends_every_document_and_opens_every_prompt(kind, eos):
     tokenizer = named(kind)
-    ids = tokenizer.encode("ab")
+    a, b = tokenizer.encode("ab"), tokenizer.encode("c")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, eos)
-    assert tokenizer.document(ids) == [*ids, eos]
-    assert tokenizer.prefix == [eos]
-    assert tokenizer.decode([eos, *tokenizer.document(ids)]) == "ab"
+    assert stored(tokenizer, ["ab", "c"]) == [eos, *a, eos, *b, eos]
+    assert tokenizer.decode(stored(tokenizer, ["ab", "c"])) == "abc"
+
+
+ENDS = [(True, True), (False, True), (True, False), (False, False)]
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe:300"])
+@pytest.mark.parametrize("bos, eos", ENDS)
+def test_documents_between_every_choice_of_ends(kind, bos, eos):
+    tokenizer = build_tokenizer(kind, DATA, [SYMBOLS], bos, eos)
+    a, b = tokenizer.encode("ab"), tokenizer.encode("c")
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+    assert (begin is not None, end is not None) == (bos, eos)
+    expected = {
+        (True, True): [begin, *a, end, begin, *b, end],
+        (True, False): [begin, *a, begin, *b],
+        (False, True): [end, *a, end, *b, end],
+        (False, False): [*a, *b],
+    }[bos, eos]
+    assert stored(tokenizer, ["ab", "c"]) == expected
+    assert tokenizer.decode(expected) == "abc"
+    assert not {begin, end} & {*tokenizer.encode(SYMBOLS)}
+    assert begin is None or begin != end
+    assert max(i for i in (begin, end, *tokenizer.encode(SYMBOLS)) if i is not None) < tokenizer.vocab_size
+
+
+def test_null_is_what_the_tokenizer_has(tmp_path):
+    """`bos` and `eos` of a config are true, false or null."""
+    folder = str(word_level(tmp_path, {"?": 0, "[B]": 1, "[E]": 2, "a": 3}, bos_token="[B]", eos_token="[E]"))
+    ends = {
+        (b, e): (t.bos_id, t.eos_id)
+        for b in (None, True, False)
+        for e in (None, True, False)
+        for t in [build_tokenizer(folder, DATA, (), b, e)]
+    }
+    assert ends == {(b, e): (None if b is False else 1, None if e is False else 2) for b, e in ends}
+    assert len(ends) == 9
+    assert [build_tokenizer(kind, DATA, ["a"]).prefix for kind in ("byte", "char", "bpe:258")] == [[256], [1], [0]]
+    assert build_tokenizer("gpt2", DATA, (), None, False).prefix == []
+
+
+@pytest.mark.parametrize("bos, eos, key", [(True, None, "bos"), (None, True, "eos"), (True, True, "bos")])
+def test_an_end_that_the_tokenizer_has_not_is_a_user_error(tmp_path, bos, eos, key):
+    folder = str(word_level(tmp_path, {"?": 0, "a": 1}))
+    with pytest.raises(UserError, match=rf"data\.{key} is true, but the tokenizer .* has no such token"):
+        build_tokenizer(folder, DATA, (), bos, eos)
+
+
+def test_with_ends_changes_no_other_id():
+    bare = named("gpt2").with_ends(None, False)
+    assert bare.encode("one two") == named("gpt2").encode("one two")
+    assert (bare.prefix, bare.closing, bare.final, bare.vocab_size) == ([], [], [], 50_257)
+    assert named("gpt2").with_ends(None, None).fingerprint == named("gpt2").fingerprint
 
 
 def word_level(folder: Path, vocab: dict[str, int], **config: str) -> Path:
@@ -108,9 +223,14 @@ def test_a_folders_tokens_of_begin_and_end_surround_a_document(tmp_path):
     folder = word_level(tmp_path, {"?": 0, "[B]": 1, "[E]": 2, "a": 3, "b": 4}, bos_token="[B]", eos_token={"content": "[E]"})
     for name in (folder, folder / "tokenizer.json"):
         tokenizer = build_tokenizer(str(name), DATA)
-        assert tokenizer.document(tokenizer.encode("b a")) == [1, 4, 3, 2]
-        assert tokenizer.prefix == [1]
+        assert stored(tokenizer, ["b a", "b"]) == [1, 4, 3, 2, 1, 4, 2]
         assert tokenizer.name == str(name)
+
+
+def test_one_token_for_begin_and_end_stands_once_between_documents(tmp_path):
+    """As the folders of GPT-2 and its like have it."""
+    folder = word_level(tmp_path, {"?": 0, "[X]": 1, "a": 2}, bos_token="[X]", eos_token="[X]")
+    assert stored(build_tokenizer(str(folder), DATA), ["a", "a a"]) == [1, 2, 1, 2, 2, 1]
 
 
 def test_a_tokenizer_json_alone_is_searched_for_the_usual_names(tmp_path):
@@ -118,8 +238,7 @@ def test_a_tokenizer_json_alone_is_searched_for_the_usual_names(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     (tmp_path / "plain").mkdir()
     tokenizer = build_tokenizer(str(word_level(tmp_path / "plain", {"?": 0, "a": 1})), DATA)
-    assert tokenizer.prefix == []
-    assert tokenizer.document([1]) == [1]
+    assert stored(tokenizer, ["a", "a"]) == [1, 1]
 
 
 def test_ids_with_gaps_count_to_the_highest(tmp_path):
@@ -136,15 +255,31 @@ def test_a_tokenizer_json_that_truncates_and_pads_does_neither_here(tmp_path):
     tokenizer = build_tokenizer(str(tmp_path), DATA)
     text = "one two three four five six"
     assert tokenizer.encode(text) == named("gpt2").encode(text)
-    assert tokenizer.encode_batch([text, "one"]) == named("gpt2").encode_batch([text, "one"])
+    assert arrays(tokenizer, [text, "one"]) == arrays(named("gpt2"), [text, "one"])
+    assert backend_ids(tokenizer, [text, "one"]) == arrays(named("gpt2"), [text, "one"])
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 def test_the_text_of_a_special_token_stays_text(kind):
     text = "a <|endoftext|><|endoftext|> b"
-    for ids in (named(kind).encode(text), named(kind).encode_batch([text])[0]):
+    copy = pickle.loads(pickle.dumps(named(kind)))  # as a data worker has it
+    for ids in (named(kind).encode(text), *arrays(named(kind), [text]), copy.encode(text), *arrays(copy, [text])):
         assert named(kind).eos_id not in ids
+        assert ids == named(kind).encode(text)
         assert named(kind).decode(ids) == text
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_text_of_a_special_token_stays_text_in_a_tokenizer_without_a_fast_path(tmp_path, normalized):
+    backend = hf.Tokenizer(models.WordLevel({"?": 0, "<s>": 1, "<": 2, "s": 3, ">": 4}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens([hf.AddedToken("<s>", normalized=normalized)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer(str(tmp_path), DATA)
+    assert tokenizer.bos_id == 1
+    assert tokenizer.fast is None
+    assert arrays(tokenizer, ["<s>s"]) == [tokenizer.encode("<s>s")] == [[2, 3, 4, 3]]
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("<s>s") == [2, 3, 4, 3]
 
 
 # ---- against the algorithm -------------------------------------------------------------------------------------------
@@ -220,6 +355,292 @@ def test_the_textbook_example_of_byte_pair_encoding():
     assert "".join("X" if i == 259 else three.decode([i]) for i in three.encode("aaabdaaabac")) == "XdXac"
 
 
+@pytest.mark.parametrize("size, bos, eos", [
+    (256, False, False), (257, False, True), (257, True, False), (258, True, True),
+    (259, False, False), (300, True, True), (1000, False, True),
+])  # fmt: skip
+def test_a_bpe_of_any_size_has_every_byte_and_no_id_beyond_its_size(size, bos, eos):
+    tokenizer = build_tokenizer(f"bpe:{size}", DATA, wiki()[:50], bos, eos)
+    assert tokenizer.vocab_size == size
+    assert tokenizer.fast.n_vocab == size
+    everything = "".join(map(chr, range(0x250))) + "中😀" + wiki()[60]
+    assert tokenizer.decode(tokenizer.encode(everything)) == everything
+    assert [*tokenizer.encode_arrays([everything])[0]] == tokenizer.encode(everything)
+    assert len(tokenizer.encode(everything)) == len(everything.encode()) or size > 256 + bos + eos
+    around = {i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None}
+    assert around == set(range(bos + eos))  # the first ids
+    assert not around & {*tokenizer.encode(everything)}
+
+
+def test_a_bpe_of_more_than_its_text_gives_is_as_large_as_it_can_be():
+    """Two merges make ababab out of one word of a corpus, and nothing is left to merge after the third."""
+    tokenizer = build_tokenizer("bpe:5000", DATA, ["abab"])
+    assert tokenizer.vocab_size == 1 + 256 + 2
+    assert (tokenizer.decode([257]), tokenizer.decode([258])) == ("ab", "abab")
+    assert build_tokenizer("bpe:5000", DATA, []).vocab_size == 257
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe:400"])
+def test_training_twice_gives_the_same_tokenizer(kind):
+    assert build_tokenizer(kind, DATA, wiki()[:100]).state() == build_tokenizer(kind, DATA, iter(wiki()[:100])).state()
+
+
+# ---- the fast path ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def wiki() -> list[str]:
+    return list(CORPORA["wiki"](str(DATA)))
+
+
+@cache
+def trained() -> JsonTokenizer:
+    """A BPE of a real vocabulary's ways."""
+    return JsonTokenizer.train_bpe([*wiki()[::20], "\n\n\n    if x:\t\t\u3000\u3000y  \r\n\r\n" * 1000], 2000)
+
+
+def merges_of(pairs: list[tuple[str, str]], ids: list[int] | None = None, **settings: object) -> JsonTokenizer:
+    """A byte-level BPE of the 256 bytes and these merges, whose ids follow unless they are given."""
+    letters = [letter for _, letter in sorted(byte_letters().items())]
+    vocab = dict(zip([*letters, *map("".join, pairs)], [*range(256), *(ids or range(256, 256 + len(pairs)))], strict=True))
+    return JsonTokenizer(byte_level(models.BPE(vocab=vocab, merges=pairs, **settings)).to_str(), "merges", None, None)
+
+
+def changed(tokenizer: JsonTokenizer, change) -> JsonTokenizer:
+    """The same tokenizer after a change of its `tokenizers` library's self."""
+    backend = hf.Tokenizer.from_str(tokenizer.text)
+    change(backend)
+    return JsonTokenizer(backend.to_str(), "changed", None, None)
+
+
+PARTS = [
+    "the", " the", "cat", "'s", "'ll", "'S", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x1c", "\x85", "12", "३", "½",
+    "é", "e\u0301", "中文", "한국", "😀", "🏳️‍🌈", "!", "...", "—", "_",
+    "<|endoftext|>", "<|beginoftext|>", "\0", "\ufeff", "\ufffd", "ª", "ǅ", "ʰ",
+]  # fmt: skip
+MIXED = st.lists(st.sampled_from(PARTS) | st.characters(exclude_categories=["Cs"]), max_size=20).map("".join)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "trained"])
+@settings(max_examples=300, deadline=None)
+@given(texts=st.lists(MIXED | st.text(alphabet="  \n\n\t\u3000\ra'1", max_size=30), min_size=1, max_size=3))
+def test_the_fast_path_equals_the_library_on_any_text(kind, texts):
+    tokenizer = trained() if kind == "trained" else named(kind)
+    assert tokenizer.fast is not None
+    assert arrays(tokenizer, texts) == backend_ids(tokenizer, texts)
+
+
+def test_the_fast_path_equals_the_library_around_every_kind_of_character():
+    """Two libraries, each with its own table of letters, numbers and white space. Of large uniform blocks a part."""
+    blocks = [range(0x3400), range(0x3400, 0xD800, 16), range(0xE000, 0xFE00, 16), range(0xFE00, 0x17000), range(0x17000, 0x18D00, 16),
+              range(0x18D00, 0x20000), range(0x20000, 0x110000, 256)]  # fmt: skip
+    texts = [f"a{c}1{c} {c}" for block in blocks for c in map(chr, block)]
+    assert len(texts) > 70_000
+    assert arrays(named("gpt2"), texts) == backend_ids(named("gpt2"), texts)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "trained"])
+@pytest.mark.parametrize("corpus, step", [("wiki", 3), ("shakespeare", 4), ("sotu", 10)])
+def test_the_fast_path_equals_the_library_on_a_corpus(kind, corpus, step):
+    tokenizer = trained() if kind == "trained" else named(kind)
+    documents = list(CORPORA[corpus](str(DATA)))[::step]
+    assert sum(map(len, documents)) > 1_000_000
+    assert arrays(tokenizer, documents) == backend_ids(tokenizer, documents)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_arrays_equal_the_library_whatever_the_merges_are(data):
+    """Merges that no training gives: tokens that are never reached, or that other pairs spell too."""
+    tokens, pairs = [*"abc"], []
+    for _ in range(data.draw(st.integers(0, 8))):
+        pair = (data.draw(st.sampled_from(tokens)), data.draw(st.sampled_from(tokens)))
+        if "".join(pair) not in tokens:
+            pairs.append(pair)
+            tokens.append("".join(pair))
+    ids = data.draw(st.just(None) | st.permutations(range(256, 256 + len(pairs))))
+    tokenizer = merges_of(pairs, ids, ignore_merges=data.draw(st.booleans()))
+    texts = data.draw(st.lists(st.text(alphabet="aabbc ", max_size=30), min_size=1, max_size=5))
+    assert arrays(tokenizer, texts) == backend_ids(tokenizer, texts)
+
+
+@pytest.mark.parametrize("pairs, expected", [
+    ([("a", "b"), ("ab", "c")], True),
+    ([("a", "b"), ("c", "d"), ("ab", "cd")], True),
+    ([("a", "a"), ("aa", "a"), ("aa", "aa")], True),
+    ([("b", "c"), ("a", "b"), ("ab", "c")], False),  # a bc is never joined, and spells abc
+    ([("a", "a"), ("a", "aa")], False),  # aaa is aa a
+])  # fmt: skip
+def test_merges_that_the_fast_path_can_express(pairs, expected):
+    tokenizer = merges_of(pairs)
+    assert (tokenizer.fast is not None) == expected
+    texts = ["".join(pair) for pair in pairs] + ["xabcd", "aaaa", "aaaaaaa", "abcabc bc"]
+    assert arrays(tokenizer, texts) == backend_ids(tokenizer, texts)
+
+
+INEXPRESSIBLE = {
+    "a normalizer": lambda backend: setattr(backend, "normalizer", normalizers.Lowercase()),
+    "another splitter": lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Metaspace()),
+    "two splitters": lambda backend: setattr(
+        backend, "pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    ),
+    "no splitter": lambda backend: setattr(backend, "pre_tokenizer", None),
+    "a first space": lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "no pattern": lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+    "a token of its own": lambda backend: backend.add_tokens(["the cat"]),
+    "a normalizer of punctuation": lambda backend: setattr(backend, "normalizer", normalizers.Replace("!", "?")),
+    "whole words first": lambda backend: setattr(backend.model, "ignore_merges", True),
+}
+
+
+@pytest.mark.parametrize("what", INEXPRESSIBLE)
+def test_the_library_does_what_the_fast_path_cannot_express(what):
+    tokenizer = changed(trained(), INEXPRESSIBLE[what])
+    texts = ["The Cat the cat 12 é!", "", " the  cat\n"]
+    assert tokenizer.fast is None
+    assert arrays(tokenizer, texts) == backend_ids(tokenizer, texts)
+    assert arrays(changed(trained(), lambda backend: None), texts) == backend_ids(trained(), texts)
+
+
+def test_merges_out_of_the_order_of_their_ids_are_not_expressible():
+    """The merge ab goes first, and bc has the lower id."""
+    tokenizer = merges_of([("a", "b"), ("b", "c")], [257, 256])
+    assert tokenizer.fast is None
+    assert arrays(tokenizer, ["abc"]) == [tokenizer.encode("abc")] == [[257, ord("c")]]
+
+
+def test_a_vocabulary_that_lacks_a_byte_is_not_expressible():
+    backend = byte_level(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    tokenizer = JsonTokenizer(backend.to_str(), "ab", None, None)
+    assert tokenizer.fast is None
+    assert arrays(tokenizer, ["abcab"]) == [[2, 2]]
+
+
+def test_a_merge_of_letters_that_spell_no_byte_is_not_expressible():
+    """It is never reached: no text is spelt so."""
+    letters = [*byte_letters().values()]
+    vocab = {letter: i for i, letter in enumerate([*letters, "▁", "▁a"])}
+    tokenizer = JsonTokenizer(byte_level(models.BPE(vocab=vocab, merges=[("▁", "a")])).to_str(), "odd", None, None)
+    assert tokenizer.fast is None
+    assert arrays(tokenizer, ["▁a a"]) == [tokenizer.encode("▁a a")]
+
+
+def test_a_file_of_the_librarys_early_versions_has_the_fast_path(tmp_path):
+    """GPT-2's own file is one: it leaves out whatever was the only way then."""
+    spec = json.loads(trained().text)
+    del spec["pre_tokenizer"]["use_regex"], spec["model"]["ignore_merges"], spec["model"]["byte_fallback"], spec["model"]["type"]
+    spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = build_tokenizer(str(tmp_path), DATA)
+    assert tokenizer.fast is not None
+    assert arrays(tokenizer, wiki()[:20]) == backend_ids(trained(), wiki()[:20])
+
+
+@pytest.mark.parametrize("gap", [" " * 1_100_000, "\n" * 1_100_000, "\u3000\t" * 550_000], ids=["spaces", "lines", "mixed"])
+def test_more_white_space_than_the_fast_path_can_take(gap):
+    texts = [f"a{gap}b", "c", gap]
+    assert arrays(named("gpt2"), texts) == backend_ids(named("gpt2"), texts)
+
+
+def test_every_gap_of_131072_is_seen():
+    for start in (0, 1, 40_000, 65_535, 65_536, 65_537, 100_000):
+        for after in (0, 1, 40_000, 70_000):
+            assert has_wide_gap("x" * start + " " * 2**17 + "x" * after)
+    assert not has_wide_gap("")
+    assert not has_wide_gap(("x" + " " * 1000) * 200)
+    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    assert set(regex.findall(r"\s", everything)) <= {c for c in everything if c.isspace()}
+
+
+def test_a_word_of_a_million_letters_takes_seconds_at_most():
+    begin = time.monotonic()
+    row = named("gpt2").encode_arrays(["ab" * 500_000])[0]
+    assert time.monotonic() - begin < 20
+    assert named("gpt2").decode(row.tolist()) == "ab" * 500_000
+
+
+# ---- cut -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def sentencepiece_like(prepend_scheme: str, split: bool = True) -> JsonTokenizer:
+    merges = [("▁", "a"), ("▁a", "b"), ("a", "b"), ("▁", "▁"), ("b", "▁"), ("▁", "c"), ("▁ab", "▁c")]
+    vocab = {token: i for i, token in enumerate(["?", "▁", "a", "b", "c", "中", "1", ".", "\n", *map("".join, merges)])}
+    backend = hf.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=split)
+    return JsonTokenizer(backend.to_str(), "metaspace", None, None)
+
+
+@cache
+def llama_like() -> JsonTokenizer:
+    """No splitter: its merges see the whole text, before which a space is put."""
+    tokenizer = sentencepiece_like("always")
+    spec = json.loads(tokenizer.text) | {"pre_tokenizer": None}
+    backend = hf.Tokenizer.from_str(json.dumps(spec))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return JsonTokenizer(backend.to_str(), "llama", None, None)
+
+
+CUT = {
+    "byte": lambda: named("byte"),
+    "char": lambda: named("char"),
+    "bpe": lambda: named("bpe:300"),
+    "gpt2": lambda: named("gpt2"),
+    "metaspace": lambda: sentencepiece_like("always"),
+    "metaspace, first only": lambda: sentencepiece_like("first"),
+    "metaspace, unsplit": lambda: sentencepiece_like("never", False),
+    "llama": llama_like,
+    "stripping": lambda: changed(trained(), lambda backend: setattr(backend, "normalizer", normalizers.Strip())),
+    "lower case": lambda: changed(trained(), lambda backend: setattr(backend, "normalizer", normalizers.Lowercase())),
+}
+WORDS = st.lists(
+    st.sampled_from(["a", "ab", "c", "abc", "ca b", " ", " ", "  ", "\n", "1", ".", "'s", "中", "e\u0301", "ab" * 40, " " * 70]),
+    max_size=40,
+)
+
+
+@pytest.mark.parametrize("kind", CUT)
+@settings(max_examples=150, deadline=None)
+@given(text=WORDS.map("".join))
+def test_the_two_sides_of_a_cut_have_the_ids_that_they_have_together(kind, text):
+    tokenizer = CUT[kind]()
+    cut = tokenizer.cut(text)
+    assert 0 <= cut <= len(text)
+    assert tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:]) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("byte", 27), ("char", 27), ("bpe", 11), ("gpt2", 11), ("metaspace", 11), ("metaspace, first only", 11), ("metaspace, unsplit", 11),
+    ("llama", 0), ("stripping", 0), ("lower case", 11),
+])  # fmt: skip
+def test_the_place_of_a_cut_is_the_last_space_between_words(kind, expected):
+    text = "ab ca ab ca cb 1 a.\n b  c 1"
+    assert CUT[kind]().cut(text) == {11: text.index(" cb")}.get(expected, expected and len(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", " ", "abc", " abc", "abc ", "a  b", "1 2 3", "a\nb", "中文字符", "a 1 b. c", ". " * 500, "a b" + " 1" * 101]
+)
+def test_a_text_that_can_be_cut_nowhere_gives_0(text):
+    assert named("gpt2").cut(text) == 0
+
+
+def test_no_cut_goes_through_a_token_of_two_words():
+    """Here " ab c" is one token."""
+    tokenizer = sentencepiece_like("never", False)
+    assert len(tokenizer.encode("b ab c")) == 2
+    assert tokenizer.cut("b ab c") == 1
+
+
+def test_a_real_document_is_cut_near_its_end():
+    documents = [*CORPORA["sotu"](str(DATA))][::40]
+    for text in documents:
+        cut = named("gpt2").cut(text)
+        assert len(text) - 100 < cut < len(text)
+        assert arrays(named("gpt2"), [text]) == [sum(arrays(named("gpt2"), [text[:cut], text[cut:]]), [])]
+    assert len(documents) > 5
+
+
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +649,29 @@ def test_state_through_json_gives_the_same_tokenizer(tokenizer):
     text = "the cat <|endoftext|> é中文😀 abc\n"
     assert again.encode(text) == tokenizer.encode(text)
     assert again.fingerprint == tokenizer.fingerprint
-    assert (again.name, again.vocab_size, again.prefix) == (tokenizer.name, tokenizer.vocab_size, tokenizer.prefix)
+    for name in ("name", "kind", "vocab_size", "dtype", "bos_id", "eos_id", "unk_id", "prefix", "closing", "final"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe:300"])
+@pytest.mark.parametrize("bos, eos", ENDS)
+def test_the_ends_go_through_state_and_pickle(kind, bos, eos):
+    tokenizer = build_tokenizer(kind, DATA, [SYMBOLS], bos, eos)
+    for again in (from_state(json.loads(json.dumps(tokenizer.state()))), pickle.loads(pickle.dumps(tokenizer))):
+        assert stored(again, ["ab", "中"]) == stored(tokenizer, ["ab", "中"])
+        assert (again.vocab_size, again.fingerprint, again.state()) == (tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.state())
+
+
+def test_other_ends_have_another_fingerprint(tmp_path):
+    folder = str(word_level(tmp_path, {"?": 0, "[B]": 1, "[E]": 2, "a": 3}, bos_token="[B]", eos_token="[E]"))
+    for kind in ("byte", "char", "bpe:300", folder):
+        assert len({build_tokenizer(kind, DATA, [SYMBOLS], bos, eos).fingerprint for bos, eos in ENDS}) == 4
+
+
+def test_a_state_without_ends_is_of_the_time_when_eos_was_the_only_one():
+    assert from_state({"kind": "byte", "name": "byte"}).state() == ByteTokenizer().state()
+    assert from_state({"kind": "char", "name": "char", "symbols": "ab"}).state() == CharTokenizer("ab").state()
+    assert stored(from_state({"kind": "char", "name": "char", "symbols": "ab"}), ["ab"]) == [1, 2, 3, 1]
 
 
 def test_the_fingerprint_is_of_what_decides_the_ids():
@@ -287,18 +730,21 @@ def test_a_tokenizer_that_drops_the_first_space_streams_all_the_others(tmp_path)
 
 
 @pytest.mark.parametrize("name, said", [
-    ("bpe:abc", "bpe:SIZE"), ("bpe:10", "257 or more"), ("bpe:", "bpe:4096"), ("bpe:-5", "bpe:SIZE"),
-    ("gtp2", "byte, char, bpe:SIZE and gpt2"), ("nobody/no-such-name", "byte, char, bpe:SIZE and gpt2"),
+    ("bpe:abc", "bpe:SIZE"), ("bpe:256", "257 or more"), ("bpe:", "bpe:4096"), ("bpe:-5", "bpe:SIZE"),
+    ("gtp2", "no copy of tokenizer 'gtp2'"), ("gtp2", "byte, char, bpe:SIZE, gpt2"),
+    ("nobody/no-such-name", "no copy of tokenizer 'nobody/no-such-name'"),
     ("folder", "folder holds no tokenizer.json"),
-    ("text.json", "text.json is not a tokenizer.json"), ("broken", "tokenizer_config.json"),
+    ("text.json", "text.json is not a tokenizer.json"),
+    ("broken", "tokenizer_config.json is not JSON"), ("list", "tokenizer_config.json is not a JSON object"),
 ])  # fmt: skip
 def test_a_name_that_is_no_tokenizer_is_a_user_error(name, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     Path("text.json").write_text("{}")
-    Path("broken").mkdir()
-    word_level(Path("broken"), {"?": 0})
-    Path("broken/tokenizer_config.json").write_text("{")
+    for name_of, content in (("broken", "{"), ("list", "[]")):
+        Path(name_of).mkdir()
+        word_level(Path(name_of), {"?": 0})
+        Path(name_of, "tokenizer_config.json").write_text(content)
     with pytest.raises(UserError) as error:
         build_tokenizer(name, DATA, ["text"])
     assert said in str(error.value)
@@ -308,3 +754,25 @@ def test_a_name_that_is_no_tokenizer_is_a_user_error(name, said, tmp_path, monke
 def test_a_state_of_an_unknown_kind_is_a_user_error():
     with pytest.raises(UserError, match="'words'"):
         from_state({"kind": "words"})
+
+
+# ---- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_on_the_hub_is_asked_for_there(monkeypatch):
+    """The library's tokenizer gives its backend and the ids of its ends."""
+    asked = []
+    backend = hf.Tokenizer.from_str(trained().text)
+
+    def hub_tokenizer(name: str) -> SimpleNamespace:
+        asked.append(name)
+        return SimpleNamespace(backend_tokenizer=backend, bos_token_id=5, eos_token_id=7)
+
+    monkeypatch.setattr(tokenizer_module, "hub_tokenizer", hub_tokenizer)
+    tokenizer = build_tokenizer("owner/name", DATA, (), False, None)
+    assert asked == ["owner/name"]
+    assert (tokenizer.name, tokenizer.bos_id, tokenizer.eos_id) == ("owner/name", None, 7)
+    assert build_tokenizer("owner/name", DATA).bos_id == 5
+    assert tokenizer.encode("the cat") == trained().encode("the cat")
+    assert build_tokenizer("byte", DATA).name == "byte"
+    assert asked == ["owner/name"] * 2

@@ -16,10 +16,11 @@ import callbacks
 import train
 from checkpoint import load_checkpoint, read_checkpoint
 from config import load_config
-from data import PackedLMDataset, prepare
 from errors import UserError
 from loss import cross_entropy
 from model import Transformer
+from packing import PackedLMDataset
+from prepare import prepare
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -100,25 +101,105 @@ def test_a_run_stopped_after_any_step_ends_as_the_uninterrupted_one(folder, monk
         assert [r.split(",")[:6] + r.split(",")[8:] for r in resumed] == [r.split(",")[:6] + r.split(",")[8:] for r in rows], step
 
 
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import callbacks, train
+from errors import run_main
+original = callbacks.Metrics.on_step
+def on_step(self, trainer, module):
+    original(self, trainer, module)
+    if trainer.global_step == 8 and trainer.is_global_zero:
+        os.kill(os.getpid(), signal.{signal})
+callbacks.Metrics.on_step = on_step
+run_main(train.main)
+"""
+
+
+def in_new_process(*overrides: str, interrupt: str | None = None) -> subprocess.CompletedProcess:
+    """The command line, in a process of its own, which a signal hits after step 8."""
+    program = ROOT / "train.py"
+    if interrupt:
+        program = Path("interrupted.py").absolute()
+        program.write_text(INTERRUPTED.format(root=str(ROOT), signal=interrupt))
+    command = [sys.executable, program, "--config", "config.yaml", *TINY, *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
 def test_a_killed_process_continues_from_its_last_save_and_ends_the_same(folder):
     """SIGKILL leaves no time for anything; the same command again, in a new process, must do."""
     run("run.name=whole")
-    killer = (
-        "import os, signal, sys, callbacks, train; original = callbacks.Metrics.on_step\n"
-        "def on_step(self, trainer, module):\n"
-        "    original(self, trainer, module)\n"
-        "    if trainer.global_step == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "callbacks.Metrics.on_step = on_step\n"
-        "train.main(sys.argv[1:])"
-    )
-    command = ["--config", "config.yaml", *TINY, "run.name=killed"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run([sys.executable, "-c", killer, *command], capture_output=True, env=environment)
-    assert killed.returncode == -signal.SIGKILL
-    again = subprocess.run([sys.executable, ROOT / "train.py", *command], capture_output=True, text=True, env=environment)
+    assert in_new_process("run.name=killed", interrupt="SIGKILL").returncode == -signal.SIGKILL
+    again = in_new_process("run.name=killed")
     assert again.returncode == 0, again.stderr
     assert "continuing checkpoints/killed/last.ckpt from step 6" in again.stderr
     assert same(weights_and_optimizer("checkpoints/killed/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
+
+
+def places(name: str) -> list[dict]:
+    """How far a checkpoint's stream is, worker by worker."""
+    [loader] = read_checkpoint(f"checkpoints/{name}.ckpt")["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    return loader["ranks"][0]["places"]
+
+
+LINES = ["data.separator=line", "data.val_share=0.2"]  # 42 documents to train on: 52 rows, and 12 steps read 96
+STREAM = [*LINES, "data.streaming=true", "data.shuffle_buffer=5"]
+PADDED = "data.packing=padded"
+MIXTURE = [
+    "data.path=null",
+    "data.mixture=[{path: text.txt, separator: line, weight: 2}, {path: other.txt, separator: blank_line, weight: 1}]",
+    "data.val_share=0.2",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [STREAM, [*STREAM, PADDED, "hardware.num_workers=2"], [*LINES, PADDED], MIXTURE, [*MIXTURE, PADDED, "hardware.num_workers=2"]],
+    ids=["stream", "padded stream, 2 workers", "padded", "mixture", "padded mixture, 2 workers"],
+)
+def test_a_killed_run_on_any_kind_of_rows_ends_as_the_uninterrupted_one(folder, options, capsys):
+    """Across the end of an epoch, and from the middle of a shuffled block; this process is not the one that was killed."""
+    (folder / "other.txt").write_text("".join(f"{i} and {i}\nare {i + i}.\n\n" for i in range(20)))
+    run("run.name=whole", *options)
+    assert in_new_process("run.name=killed", *options, interrupt="SIGKILL").returncode == -signal.SIGKILL
+    capsys.readouterr()
+    if "data.streaming=true" in options:
+        assert [place["epoch"] for place in places("killed/last")] < [place["epoch"] for place in places("whole/final")]
+        assert any(0 < place["row"] < 5 for place in places("killed/last"))
+    run("run.name=killed", *options)
+    assert "continuing checkpoints/killed/last.ckpt from step 6" in capsys.readouterr().err
+    assert same(weights_and_optimizer("checkpoints/killed/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
+
+
+@pytest.mark.slow
+def test_a_stream_with_other_workers_is_refused_and_nothing_is_lost(folder):
+    """The command that it was begun with then still goes on to the same end."""
+    options = [*STREAM, "hardware.num_workers=2"]
+    run("run.name=whole", *options)
+    assert in_new_process("run.name=killed", *options, interrupt="SIGKILL").returncode == -signal.SIGKILL
+    before = {p: p.read_bytes() for p in Path("checkpoints/killed").glob("*.ckpt")}
+    refused = in_new_process("run.name=killed", *STREAM)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+    assert refused.stderr.splitlines()[-1] == "error: a stream goes on only as it was dealt out: set hardware.num_workers to 2, not 0"
+    assert {p: p.read_bytes() for p in Path("checkpoints/killed").glob("*.ckpt")} == before
+    run("run.name=killed", *options)
+    assert same(weights_and_optimizer("checkpoints/killed/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
+    columns = [[row.split(",")[:6] for row in Path(f"logs/{name}/metrics.csv").read_text().splitlines()] for name in ("killed", "whole")]
+    assert columns[0] == columns[1]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["hardware.num_workers=60"], "error: text.txt has too few documents to train on for 60 workers; lower hardware.num_workers or"),
+    (["data.mixture=[{path: text.txt}]"], "path 'text.txt' and mixture are both given"),
+])  # fmt: skip
+def test_a_stream_that_cannot_be_is_refused_in_one_sentence(folder, options, message):
+    done = in_new_process(*STREAM, *options)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert not list(Path("checkpoints").glob("*.ckpt"))
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(folder, monkeypatch, capsys):
@@ -228,14 +309,14 @@ def test_validation_is_the_sum_over_every_target_divided_once(folder):
     run("model.dropout=0", "training.max_steps=5")
     checkpoint = load_checkpoint("checkpoints/final.ckpt")
     data = prepare(checkpoint.config.data)
-    windows = PackedLMDataset(data.val, 16)
+    windows = PackedLMDataset(data.val.shards[0], 16)
     rows = [windows[i] for i in range(len(windows))]
     nats = sum(cross_entropy(checkpoint.model(row["input_ids"][None]), row["targets"]).item() for row in rows)
     with Path("logs/metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     text = (folder / "text.txt").read_text()
     val_bytes = len(text.encode()) - int(len(text.encode()) * 0.95)
-    assert float(last["val/loss"]) == pytest.approx(nats / (data.val.header.tokens - 1), rel=1e-5)
+    assert float(last["val/loss"]) == pytest.approx(nats / (data.val.n_tokens - 1), rel=1e-5)
     assert float(last["val/bpb"]) == pytest.approx(nats / math.log(2) / val_bytes, rel=1e-5)
 
 
@@ -256,7 +337,7 @@ def test_the_gradient_is_the_mean_over_the_targets_there_are(folder):
     with Path("logs/metrics.csv").open() as file:
         logged = next(csv.DictReader(file))
     config = load_checkpoint("checkpoints/final.ckpt").config
-    window = PackedLMDataset(prepare(config.data).train, 64)[0]
+    window = PackedLMDataset(prepare(config.data).train.shards[0], 64)[0]
     torch.manual_seed(config.training.seed)
     model = Transformer(config.model)
     loss = torch.nn.functional.cross_entropy(model(window["input_ids"][None])[0], window["targets"])  # -100 is torch's default too
@@ -318,6 +399,21 @@ def test_two_processes_end_with_the_weights_of_one_with_twice_the_rows(folder):
     assert two["kit"]["val_loss"] == pytest.approx(one["kit"]["val_loss"], abs=1e-4)
     for name in one["state_dict"]:  # sums in another order, magnified by AdamW's division
         torch.testing.assert_close(two["state_dict"][name], one["state_dict"][name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_stream_stop_and_end_as_the_uninterrupted_ones(folder):
+    """Each has its own documents, and its own place in them, though one of them writes the checkpoint."""
+    options = [*STREAM, "model.dropout=0", "hardware.devices=2", "hardware.num_workers=1"]
+    whole = in_new_process("run.name=whole", *options)
+    assert whole.returncode == 0, whole.stderr
+    assert in_new_process("run.name=stopped", *options, interrupt="SIGTERM").returncode == 128 + signal.SIGTERM
+    state = read_checkpoint("checkpoints/stopped/last.ckpt")
+    assert state["global_step"] == 8
+    again = in_new_process("run.name=stopped", *options)
+    assert again.returncode == 0, again.stderr
+    assert "continuing checkpoints/stopped/last.ckpt from step 8" in again.stderr
+    assert same(weights_and_optimizer("checkpoints/stopped/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
 
 
 @pytest.mark.parametrize(

