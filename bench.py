@@ -254,13 +254,13 @@ def read_alone(config: str, overrides: list[str]) -> Measured:
 def bench_loader(args: argparse.Namespace) -> int:
     """How much faster the loader alone is than the training it feeds, for the config and each of `--workers`."""
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        steps = [f"training.max_steps={args.steps}", "training.log_every_steps=10", f"training.val_every_steps={args.steps}", "run.name="]
+        steps = [f"training.max_steps={args.steps}", "training.log_every_steps=10", f"training.val_every_steps={args.steps}", 'run.name=""']
         cache = f"data.cache_dir={(ROOT / 'data').resolve()}"
         config = str(Path(args.config).resolve())
         command = [sys.executable, str(ROOT / "train.py"), "--config", config, cache, *args.overrides, *steps]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(done.stderr.strip().splitlines()[-1])
+            raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
         with (Path(folder) / "logs" / "metrics.csv").open(newline="") as file:
             speeds = [float(row["perf/tokens_per_second"]) for row in csv.DictReader(file) if row["perf/tokens_per_second"]]
     demand = statistics.median(speeds[2:])  # the first intervals warm up
