@@ -181,10 +181,8 @@ class FileSource(Source):
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{file}:{number}: not JSON: {error}") from None
-                except RecursionError:
-                    raise UserError(f"{file}:{number}: not JSON that can be read: nested too deep") from None
                 if not isinstance(row, dict):
                     raise UserError(f"{file}:{number}: a line is a JSON object with a field {field!r}, not {line.strip()[:40]!r}")
                 if field not in row:
@@ -238,15 +236,9 @@ class FileSource(Source):
 
 READERS = {"jsonl": FileSource.read_jsonl, "csv": FileSource.read_csv, "tsv": FileSource.read_csv, "parquet": FileSource.read_parquet}
 KINDS = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".bin": "tokens",
-}
+    ".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv",
+    ".parquet": "parquet", ".bin": "tokens",
+}  # fmt: skip
 
 
 def open_source(config: SourceConfig, data_dir: str, *, validation: bool = False, streaming: bool = False) -> Source:
