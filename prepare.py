@@ -269,9 +269,6 @@ class Head(Source):
     def __init__(self, source: Source):
         self.source, self.name = source, f"the first documents of {source.name}"
 
-    def documents(self) -> Iterator[str]:
-        raise NotImplementedError("the source's pieces are passed on")
-
     @cached_property
     def read(self) -> list[Piece]:
         read, documents, characters = [], 0, 0
