@@ -341,10 +341,11 @@ def opened_by_ink(pieces: Iterable[Piece]) -> Iterator[Piece]:
     held: list[str] = []
     blank = True
     for text, ends in pieces:
-        held.append(text)
-        blank = blank and not text.strip()
+        blank = blank and (not text or text.isspace())
+        if held or blank and not ends:
+            held.append(text)
         if ends or not blank:
-            yield "".join(held), ends
+            yield "".join(held) if held else text, ends
             held, blank = [], ends
 
 
@@ -374,7 +375,10 @@ def in_pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
     held: list[str] = []
     size = 0
     for text, ends in opened_by_ink(parts):
-        if not held and not text.strip():
+        if not held and (not text or text.isspace()):
+            continue
+        if not held and ends and len(text) <= PIECE:  # as most are
+            yield text, True
             continue
         held.append(text)
         size += len(text)
