@@ -164,9 +164,12 @@ def commit_of(checkout: Path) -> str:
 
 def bench_prepare(args: argparse.Namespace) -> int:
     """Text to tokens: this program, a plain `datasets.map` pipeline, and nanoGPT's script; then reading what was prepared."""
-    peers = dict(peer.split("=", 1) for peer in args.peer)
-    if unknown := set(peers) - {"nanogpt"}:
-        raise UserError(f"--peer {unknown.pop()}: the peer here is nanogpt=PATH, a checkout")
+    peers = dict(peer.partition("=")[::2] for peer in args.peer)
+    for name, path in peers.items():
+        if name != "nanogpt":
+            raise UserError(f"--peer {name}={path}: the peer here is nanogpt=PATH, a checkout of it")
+        if not (Path(path) / "data" / "shakespeare" / "prepare.py").is_file():
+            raise UserError(f"--peer {name}={path}: there is no data/shakespeare/prepare.py in it")
     work, cache = Path(tempfile.mkdtemp(prefix="bench-", dir=args.work)), (ROOT / "data").resolve()
     environment = tiktoken_cache(work / "tiktoken", cache) | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf")}
     text, scratch = work / "input.txt", work / "scratch"

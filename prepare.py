@@ -239,6 +239,7 @@ class Preparation:
         else:
             chunks = at_token_borders(split_source(self.source, self.share), self.tokenizer)
             batches, function = in_batches(chunks, BATCH), encode
+        self.tokenizer.encode_arrays(["a"])  # what it makes for itself it makes once, not in each thread
         workers = (os.cpu_count() or 1) + 1  # one more than cores: Python's lock makes each wait a little
         waiting: deque = deque()
         with ThreadPoolExecutor(workers) as pool:
