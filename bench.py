@@ -3,6 +3,7 @@
     python bench.py prepare --mb 10 100                       # prepare and read text of these sizes, made out of the wiki corpus
     python bench.py prepare --mb 10 100 --peer nanogpt=PATH   # beside a checkout of nanoGPT, whose script runs as it is
     python bench.py loader --config config.yaml               # the loader alone, beside the training that it feeds
+    python bench.py probes --cases cases/grammar.yaml         # scoring probes, beside a loop over the candidates
 
 Times are of whole processes, seconds after the imports beside them; memory is the highest sum of private (anonymous) memory of a
 process and its children, sampled 20 times a second. Contenders take turns, `--repeat` times; the median is shown with all of them.
@@ -235,7 +236,7 @@ def show(title: str, contenders: dict[str, Callable[[], Measured]], repeat: int,
 READING = """
 import sys, time
 sys.path.insert(0, {root!r})
-from config import load_config
+from config_file import load_config
 from data import loaders
 from prepare import prepare
 config = load_config({config!r}, {overrides!r})
@@ -275,6 +276,58 @@ def bench_loader(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---- scoring probes --------------------------------------------------------------------------------------------------
+
+
+def bench_probes(args: argparse.Namespace) -> int:
+    """Encoding and scoring a suite, beside one forward pass for each candidate; the two have to agree."""
+    import torch
+
+    from cases import joined, load_suite
+    from checkpoint import load_checkpoint
+    from evaluate_checkpoints import found
+    from model import ModelConfig, Transformer
+    from scoring import answer, encode_case, score_cases
+    from tokenizer import build_tokenizer
+
+    if args.ckpt:
+        checkpoint = load_checkpoint(args.ckpt)
+        model, tokenizer, what = checkpoint.model, checkpoint.tokenizer, args.ckpt
+    else:
+        torch.manual_seed(0)
+        tokenizer, what = build_tokenizer("gpt2", ROOT / "data"), "the default run's model, of random weights"
+        model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, max_seq_len=256)).eval()
+    suite = joined(load_suite(path) for path in found(args.cases, "suite"))
+    cases = suite.cases[: args.limit]
+
+    def timed(work: Callable) -> tuple[float, list]:
+        begin = time.perf_counter()
+        made = work()
+        return time.perf_counter() - begin, made
+
+    encoding, encoded = timed(lambda: [encode_case(tokenizer, case, model.config.max_seq_len) for case in cases])
+    requests = [r for e in encoded if e.case.type != "generate" for r in (*e.requests, *e.alone)]
+
+    @torch.inference_mode()
+    def one_at_a_time() -> list[float]:
+        sums = []
+        for request in requests:
+            ids = torch.tensor([request.context + request.continuation])
+            logprobs = model(ids[:, :-1]).log_softmax(-1)[0, len(request.context) - 1 :]
+            sums.append(logprobs.gather(1, ids[0, len(request.context) :, None]).sum().item())
+        return sums
+
+    loop, sums = timed(one_at_a_time)
+    answers = answer(model, requests)
+    apart = max(abs(total - answers[request].logprob) for total, request in zip(sums, requests, strict=True))
+    ours = sorted(timed(lambda: score_cases(model, tokenizer, encoded))[0] for _ in range(args.repeat))
+    OUT.print(f"{what}: {len(cases)} cases, {len(requests)} candidates, {torch.get_num_threads()} threads")
+    OUT.print(f"  encoding {encoding:.2f} s, scoring {statistics.median(ours):.2f} s (all: {' '.join(f'{s:.2f}' for s in ours)})")
+    OUT.print(f"  a forward pass for each candidate: {loop:.2f} s, {loop / statistics.median(ours):.1f} times as long")
+    OUT.print(f"  largest difference of a log-probability: {apart:.1e} nats")
+    return 0
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +345,12 @@ def main(argv: list[str] | None = None) -> int:
     loader.add_argument("--workers", type=int, nargs="+", default=[0], help="values of hardware.num_workers (default 0)")
     loader.add_argument("overrides", nargs="*", metavar="section.key=value")
     loader.set_defaults(run=bench_loader)
+    probes = commands.add_parser("probes", help="scoring probes, beside a loop over the candidates")
+    probes.add_argument("--ckpt", help="a checkpoint (default: the default run's model, of random weights)")
+    probes.add_argument("--cases", nargs="+", default=["cases/*.yaml"], help="suites (default %(default)s)")
+    probes.add_argument("--limit", type=int, help="as many cases at most")
+    probes.add_argument("--repeat", type=int, default=3, help="runs of ours (default %(default)s)")
+    probes.set_defaults(run=bench_probes)
     for command in (prepare, loader):
         command.add_argument("--work", help="a folder for scratch files (default: the system's)")
     args = parser.parse_args(argv)

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -18,13 +19,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from cases import joined, load_suite
 from checkpoint import link_or_copy
-from config import TrainingConfig, to_yaml
+from config import Config, TrainingConfig
+from config_file import to_yaml
 from errors import UserError
+from evaluate_checkpoints import Result
 from hardware import memory_in_use
-from infer import SamplingParams, generate
+from infer import complete_whole, generate
 from prepare import PreparedData
+from probe_report import scalars
 from runs import Run, print_note
+from scoring import encode_case, score_cases
 
 CSV_COLUMNS = [
     "step",
@@ -38,6 +44,7 @@ CSV_COLUMNS = [
     "val/loss",
     "val/bpb",
     "val/perplexity",
+    "probe/macro",
 ]
 
 
@@ -64,9 +71,8 @@ class StepCallback(L.Callback):
 class Metrics(StepCallback):
     """Scalars to TensorBoard and to metrics.csv, and the progress of the run to stderr."""
 
-    def __init__(self, run: Run, training: TrainingConfig, bytes_per_token: float, tokens_per_step: int, first_step: int):
-        self.run, self.training, self.bytes_per_token = run, training, bytes_per_token
-        self.tokens_per_step, self.first_step = tokens_per_step, first_step
+    def __init__(self, run: Run, training: TrainingConfig, bytes_per_token: float, first_step: int):
+        self.run, self.training, self.bytes_per_token, self.first_step = run, training, bytes_per_token, first_step
         self.console = Console(stderr=True, highlight=False, emoji=False)
         self.bar: Progress | None = None
         self.task: TaskID | None = None
@@ -89,7 +95,8 @@ class Metrics(StepCallback):
         if trainer.is_global_zero:
             self._cut_csv(self.first_step)  # not before: until here a resume may be refused, and nothing is to be lost
         self.start = self.last = time.perf_counter()
-        self.start_step = self.last_step = trainer.global_step
+        self.start_step = trainer.global_step
+        self.carried = module.resumed.get("targets", 0)  # of the interval in hand, by the process before this one
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if self.validation_start is not None:  # all that surrounds a validation is over: the clock of training goes on
@@ -106,7 +113,7 @@ class Metrics(StepCallback):
         loss = nats / targets
         if not math.isfinite(loss):
             raise UserError(non_finite("the training loss", step))
-        speed = (step - self.last_step) * self.tokens_per_step / seconds
+        speed = (targets - self.carried) / seconds
         self.write(
             trainer,
             step,
@@ -125,7 +132,7 @@ class Metrics(StepCallback):
             done = (step - self.start_step) / (self.training.max_steps - self.start_step)
             text += f"  {as_clock((now - self.start) * (1 - done) / done)} left"
         self.say(step, text)
-        self.last, self.last_step, self.paused = now, step, 0.0
+        self.last, self.carried, self.paused = now, 0, 0.0
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.validation_start = time.perf_counter()
@@ -225,33 +232,69 @@ class Checkpoints(StepCallback):
 
 
 class Samples(L.Callback):
-    """At every validation, how the openings of a few validation documents go on, to TensorBoard."""
+    """At every validation, how `sampling.prompts` go on, or else the openings of a few validation documents; to TensorBoard."""
 
-    def __init__(self, data: PreparedData, context: int, count: int = 3):
-        self.tokenizer = data.tokenizer
-        shard = data.val.shards[0]
-        length = max(1, min(9, context // 2, shard.header.tokens))  # the token before the text and eight of it, the same for all: one batch
-        last = shard.header.tokens - length
-        begins = shard.offsets[: np.searchsorted(shard.offsets, last, side="right")]
-        if len(begins) < count:  # few documents: anywhere in them
-            begins = np.arange(0, max(1, last), max(1, last // count))
-        begins = begins[:: len(begins) // count or 1][:count].tolist()
-        self.prompts = torch.stack([torch.from_numpy(shard.tokens[b : b + length].astype("int64")) for b in begins])
+    def __init__(self, config: Config, data: PreparedData):
+        self.tokenizer, self.params = data.tokenizer, replace(config.sampling, seed=config.sampling.seed or 0)
+        if config.sampling.prompts:
+            self.prompts = [torch.tensor([self.ids(prompt)]) for prompt in config.sampling.prompts]
+        else:
+            self.prompts = [torch.from_numpy(ids)[None] for ids in openings(data, config.model.max_seq_len)]
         self.latest: list[tuple[str, str]] = []
+
+    def ids(self, prompt: str) -> list[int]:
+        ids = self.tokenizer.prefix + self.tokenizer.encode(prompt)
+        if not ids:
+            raise UserError(f"sampling.prompts holds {prompt!r}, and in {self.tokenizer.name!r} no token begins a document; write a text")
+        return ids
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        params = SamplingParams(max_new_tokens=40, seed=0)
         module.model.eval()
-        rows = zip(*generate(module.model, self.prompts, params, self.tokenizer.eos_id), strict=True)
-        module.model.train()
         self.latest = [
-            (self.tokenizer.decode(prompt.tolist()), self.tokenizer.decode([t for t in row if t is not None]))
-            for prompt, row in zip(self.prompts, rows, strict=True)
+            (self.tokenizer.decode(prompt[0].tolist()), text)
+            for prompt in self.prompts
+            for _, text in complete_whole(self.tokenizer, generate(module.model, prompt, self.params, self.tokenizer.eos_id), self.params)
         ]
+        module.model.train()
         text = "\n\n".join(f"**{prompt}**{continuation}" for prompt, continuation in self.latest)
         trainer.logger.experiment.add_text("samples", text, trainer.global_step)
+
+
+def openings(data: PreparedData, context: int, count: int = 3) -> list[np.ndarray]:
+    """The first ids of some validation documents: the token before the text, and eight of it."""
+    shard = data.val.shards[0]
+    length = max(1, min(9, context // 2, shard.header.tokens))
+    last = shard.header.tokens - length
+    begins = shard.offsets[: np.searchsorted(shard.offsets, last, side="right")]
+    if len(begins) < count:  # few documents: anywhere in them
+        begins = np.arange(0, max(1, last), max(1, last // count))
+    return [shard.tokens[b : b + length].astype(np.int64) for b in begins[:: len(begins) // count or 1][:count]]
+
+
+class Probes(L.Callback):
+    """At every validation, the scores of `training.probe_cases`: to TensorBoard by category, their mean to metrics.csv too."""
+
+    def __init__(self, config: Config, data: PreparedData, metrics: Metrics):
+        self.metrics, self.tokenizer = metrics, data.tokenizer
+        suite = joined(load_suite(path) for path in config.training.probe_cases)
+        self.encoded = [encode_case(data.tokenizer, case, config.model.max_seq_len) for case in suite.cases]
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        module.model.eval()
+        scores = score_cases(module.model, self.tokenizer, self.encoded, top_k=1)
+        module.model.train()
+        step, tokens = trainer.global_step, module.tokens_so_far()
+        result = Result([], step, tokens, module.validation["loss"], "", self.tokenizer.fingerprint, scores)
+        found = scalars(result)
+        trainer.logger.log_metrics({name: value for name, value in found.items() if name != "probe/macro"}, step)
+        if result.graded:
+            self.metrics.write(trainer, step, tokens, {"probe/macro": result.macro})
+            low, high = result.macro_interval
+            self.metrics.say(step, f"probes {result.macro:.1%} [{low:.1%}, {high:.1%}] of {len(result.graded)} cases", always=True)
 
 
 class StopCleanly(StepCallback):

@@ -6,6 +6,7 @@ No Lightning here: inference must not wait for it.
 """
 
 import hashlib
+import math
 import os
 import pickle
 import shutil
@@ -19,7 +20,8 @@ from typing import Any
 
 import torch
 
-from config import Config, config_from_dict
+from config import Config
+from config_file import config_from_dict
 from errors import UserError
 from model import Transformer
 from tokenizer import Tokenizer, build_tokenizer, from_state
@@ -169,4 +171,5 @@ def best_checkpoint() -> Path:
     runs = [p for p in sorted(Path("checkpoints").glob("*/best.ckpt")) if not p.parent.name.startswith("old-")]
     if not runs:
         raise UserError(f"there is no checkpoint yet in {unnamed.parent}; {known_checkpoints()}")
-    return min(runs, key=lambda path: read_checkpoint(path)["kit"]["val_loss"])
+    losses = {path: read_checkpoint(path)["kit"]["val_loss"] for path in runs}
+    return min(runs, key=lambda path: math.inf if losses[path] is None else losses[path])

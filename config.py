@@ -1,22 +1,12 @@
-"""The settings of a run: five frozen sections, and strict loading from YAML and `key=value`.
+"""The settings of a run: six frozen sections with the defaults of config.yaml, each checked as far as it can be by itself.
 
-A file names only what differs from the defaults below, which are those of config.yaml. An unknown key, a wrong type, a
-duplicate key or sizes that do not fit end in one sentence that names the file, the line, the value and the remedy.
+Where sizes do not fit, ValueError says so in a sentence that begins with the key. `config_file.py` reads and writes them.
 """
 
 import dataclasses
-import difflib
-import json
 import math
-import re
-import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
-from pydantic import ConfigDict, ValidationError, create_model
 
 from errors import UserError
 from model import ModelConfig
@@ -35,8 +25,9 @@ class RunConfig:
 class SourceConfig:
     """Where documents come from."""
 
-    source: str = "wiki"  # a corpus by name: wiki, shakespeare, names, dialogue, sotu; or a Hugging Face dataset, OWNER/NAME
+    source: str = "wiki"  # a corpus by name: wiki, shakespeare, names, korean_names, dialogue, sotu; or a Hugging Face dataset, OWNER/NAME
     path: str | None = None  # a file, a folder or a pattern; takes the place of `source`
+    optional_path: str | None = None  # a file or folder that is read in place of `source` where it is there
     val_path: str | None = None  # the same, of which all is validation; None: val_share of the training text
     text_field: str = "text"  # the field of jsonl, csv, parquet and Hugging Face rows that holds a document
     separator: str | None = None  # between the documents of a text file: line, blank_line, or a text; None: a file is one
@@ -70,7 +61,7 @@ class MixtureConfig(SourceConfig):
 @dataclass(frozen=True)
 class DataConfig(SourceConfig):
     mixture: tuple[MixtureConfig, ...] = ()  # several sources at once; takes the place of the keys above
-    tokenizer: str = "gpt2"  # byte, char, bpe:SIZE, gpt2, a tokenizer.json, a Hugging Face folder or name
+    tokenizer: str = "gpt2"  # byte, seen-bytes, char, char:SIZE, bpe:SIZE, gpt2, a tokenizer.json, a Hugging Face folder or name
     bos: bool | None = None  # a begin token before each document; None: where the tokenizer has one
     eos: bool | None = None  # an end token behind each document; None: where the tokenizer has one
     val_share: float = 0.05  # share of the documents (of a single document's end) kept for validation
@@ -103,13 +94,14 @@ class TrainingConfig:
     micro_batch_size: int = 8  # rows in one forward pass, on each device
     grad_accum_steps: int = 1  # forward passes in one optimizer step
     max_steps: int = 600  # optimizer steps
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon: the blocks' matrices by Muon, the rest by AdamW
+    max_epochs: float | None = None  # passes over the rows; takes the place of `max_steps`
+    optimizer: Literal["adamw", "muon", "sgd"] = "muon"  # muon: the blocks' matrices by Muon, the rest by AdamW
     lr: float = 6e-3  # peak learning rate
     min_lr_ratio: float = 0.0  # final learning rate as a share of the peak
     schedule: Literal["cosine", "linear", "constant"] = "linear"  # from the peak to the end
     warmup_steps: int = 30  # optimizer steps from 0 to the peak
     weight_decay: float = 0.1  # on matrices, not on norm gains
-    betas: tuple[float, float] = (0.9, 0.998)  # AdamW
+    betas: tuple[float, float] = (0.9, 0.998)  # AdamW; the first is SGD's momentum
     eps: float = 1e-8  # AdamW
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clip
     loss_chunk: int = 1024  # tokens whose logits exist at a time; 0: all of them
@@ -117,6 +109,7 @@ class TrainingConfig:
     seed: int = 42
     log_every_steps: int = 10  # optimizer steps between logged points
     val_every_steps: int = 100  # optimizer steps between validations
+    probe_cases: tuple[str, ...] = ()  # probe suites that each validation scores
     save_every_steps: int = 100  # optimizer steps between checkpoints
     keep_checkpoints: int = 3  # numbered checkpoints kept, newest first; 0: all
 
@@ -137,6 +130,8 @@ class TrainingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more, and below 2^32")
         if not (0 < self.lr < math.inf and 0 < self.eps < math.inf):
             raise ValueError(f"lr {self.lr} and eps {self.eps} must be above 0 and finite")
+        if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
+            raise ValueError(f"max_epochs is {self.max_epochs}; it must be above 0 and finite, or null")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}; each lies from 0 to below 1")
 
@@ -159,7 +154,52 @@ class HardwareConfig:
             raise ValueError(f"num_workers is {self.num_workers}; it must be 0 or more")
 
 
-SECTIONS = {"run": RunConfig, "model": ModelConfig, "data": DataConfig, "training": TrainingConfig, "hardware": HardwareConfig}
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn. Raises ValueError that names the field."""
+
+    max_new_tokens: int = 100
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 0  # keep the k most likely; 0: all
+    top_p: float = 0.95  # keep the most likely up to this probability in sum; 1: all
+    min_p: float = 0.0  # keep those at least this share as likely as the most likely; 0: all
+    repetition_penalty: float = 1.0  # above 1: make tokens of the context less likely
+    stop: tuple[str, ...] = ()  # texts that end the completion and are not part of it
+    seed: int | None = None  # None: another text every time
+    num_samples: int = 1  # completions of one prompt
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more, and finite"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, and finite"),
+            ("num_samples", self.num_samples >= 1, "1 or more"),
+            ("stop", all(self.stop), "texts that are not empty"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+        ]
+        for name, good, meaning in checks:
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {meaning}")
+
+
+@dataclass(frozen=True)
+class SamplingConfig(SamplingParams):
+    """What infer.py does unless told otherwise, and how a run shows what it has learned."""
+
+    prompts: tuple[str, ...] = ()  # continued at every validation; "" begins a document; none: the openings of validation documents
+
+
+SECTIONS = {
+    "run": RunConfig,
+    "model": ModelConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "sampling": SamplingConfig,
+    "hardware": HardwareConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -168,6 +208,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
@@ -185,173 +226,13 @@ class Config:
             )
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=given or vocab_size))
 
+    def with_max_steps(self, max_steps: int) -> "Config":
+        """This config for a run of so many optimizer steps."""
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, max_steps=max_steps))
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain dicts, lists, numbers and strings: what a checkpoint and YAML hold."""
         return {
             section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
             for section, values in dataclasses.asdict(self).items()
         }
-
-
-class Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: 3e-4 is a number, 010 is ten, `no` and 12:30 are text."""
-
-    yaml_implicit_resolvers: dict = {}
-
-
-class Dumper(yaml.SafeDumper):
-    """Quotes the texts that Loader would take for something else."""
-
-    yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
-
-
-SCALARS = {  # tag: pattern, first characters, meaning
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text[0] in "tT"),
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
-    "int": (r"[-+]?[0-9]+", "-+0123456789", int),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-        lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
-    ),
-    "str": (r"(?s:.*)", None, str),
-}
-for tag, (pattern, first, _) in SCALARS.items():
-    if first:
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
-
-
-def parse_yaml(text: str, place: str) -> tuple[Any, dict[tuple[str, ...], str]]:
-    """The value of a YAML text in plain types, and for the path of each key and list item its place, as `file:line`.
-
-    Nothing but mappings, lists and scalars is built: no aliases, no other tags, no duplicate keys, no depth beyond 9.
-    """
-    places: dict[tuple[str, ...], str] = {}
-
-    def refuse(node: yaml.Node | yaml.Event, reason: str) -> UserError:
-        return UserError(f"{place}:{node.start_mark.line + 1}: {reason}")
-
-    def build(node: yaml.Node, path: tuple[str, ...]) -> Any:
-        places[path] = f"{place}:{node.start_mark.line + 1}"
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if len(path) == 10:
-            raise refuse(node, "this is nested more than 9 deep")
-        if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [build(item, (*path, str(index))) for index, item in enumerate(node.value)]
-        if isinstance(node, yaml.MappingNode) and kind == "map":
-            values = {}
-            for key, value in node.value:
-                at = (*path, str(key.value))
-                if at in places:
-                    raise refuse(key, f"{'.'.join(at)} stands already at {places[at]}; remove one")
-                values[str(key.value)] = build(value, at)
-                places[at] = f"{place}:{key.start_mark.line + 1}"
-            return values
-        if not isinstance(node, yaml.ScalarNode) or kind not in SCALARS or not re.fullmatch(SCALARS[kind][0], node.value):
-            raise refuse(node, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} does not go with this value")
-        try:
-            node.value.encode()
-            return SCALARS[kind][2](node.value)
-        except ValueError as error:  # half a character, or thousands of digits
-            raise refuse(node, f"not a value: {error}") from None
-
-    try:
-        if (alias := next((e for e in yaml.parse(text, Loader) if isinstance(e, yaml.AliasEvent)), None)) is not None:
-            raise refuse(alias, "aliases (*name) are not used here; write the value out")
-        node = yaml.compose(text, Loader)
-        return (None if node is None else build(node, ())), places
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise UserError(f"{place}{line}: not valid YAML: {reason}") from error
-    except RecursionError:
-        raise UserError(f"{place}: not valid YAML: nested too deep") from None
-
-
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The defaults, changed by the file, changed by `section.key=value` overrides. Raises UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = sorted(str(p) for p in [*Path().glob("*.yaml"), *Path("presets").glob("*.yaml")])
-        raise UserError(f"there is no config {path}; here are {', '.join(near) or 'none'}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {error}") from None
-    values, places = parse_yaml(text, str(path))
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {values!r}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        section, dot, name = key.partition(".")
-        if not (equals and dot and name):
-            raise UserError(f"{override!r} is not an override; write section.key=value, for example training.max_steps=20")
-        check_key(section, list(SECTIONS), f"on the command line: {key}")
-        value = parse_yaml(value, f"on the command line: {key}")[0]
-        if values.get(section) is None:
-            values[section] = {}
-        if isinstance(values[section], dict):  # else the file's mistake is told below
-            values[section][name] = value
-            places[section, name] = "on the command line"
-    return config_from_dict(values, places, str(path))
-
-
-def config_from_dict(values: dict[str, Any], places: dict[tuple[str, ...], str] | None = None, origin: str = "config") -> Config:
-    """Check keys and types of nested plain dicts, and build the Config. `places` say in a message where a key stands."""
-    places = places or {}
-    sections = {}
-    for section, given in values.items():
-        check_key(section, list(SECTIONS), places.get((section,), origin))
-        if given is not None:
-            sections[section] = build(SECTIONS[section], given, (section,), places, origin)
-    try:
-        return Config(**sections)
-    except ValueError as error:
-        raise UserError(f"{origin}: {error}") from None
-
-
-def build(kind: type, given: Any, path: tuple[str, ...], places: dict[tuple[str, ...], str], origin: str) -> Any:
-    """The dataclass `kind` from plain values, which stand at `path` in the config; the parts of a mixture likewise."""
-    name = ".".join(path)
-
-    def place(*key: str) -> str:
-        return next((places[at] for at in ((*path, *key), path[:2], path[:1]) if at in places), origin)
-
-    if not isinstance(given, dict):
-        raise UserError(f"{place()}: {name} is a section with keys of its own, not {given!r}")
-    hints = typing.get_type_hints(kind)
-    for key in given:
-        check_key(key, list(hints), place(str(key)), name)
-    values = dict(given)
-    if isinstance(parts := values.pop("mixture", None), list):
-        values["mixture"] = tuple(build(MixtureConfig, part, (*path, "mixture", str(i)), places, origin) for i, part in enumerate(parts))
-    elif parts is not None:
-        raise UserError(f"{place('mixture')}: {name}.mixture is a list of sources, each with its weight, not {parts!r}")
-    plain = {key: value for key, value in values.items() if key != "mixture"}
-    types = create_model(name, __config__=ConfigDict(strict=True), **{k: (hints[k], ...) for k in plain})
-    try:
-        checked = types.model_validate_json(json.dumps(plain))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = first["loc"][0]
-        said = first["msg"].removeprefix("Input should be ") if len(first["loc"]) == 1 else str(hints[key])
-        raise UserError(f"{place(key)}: {name}.{key} is {given[key]!r}; it should be {said}") from None
-    try:
-        return kind(**values | {k: getattr(checked, k) for k in plain})
-    except ValueError as error:  # its first word is the key
-        raise UserError(f"{place(str(error).split()[0])}: {name}.{error}") from None
-
-
-def check_key(key: str, known: list[str], place: str, section: str = "") -> None:
-    """Raise UserError with the nearest known key unless `key` is one."""
-    if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        what = f"{section} has no key {key!r}" if section else f"there is no section {key!r}"
-        raise UserError(f"{place}: {what}; {hint}")
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that loads back to the same."""
-    return yaml.dump(config.to_dict(), Dumper=Dumper, sort_keys=False, default_flow_style=None)

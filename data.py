@@ -12,16 +12,18 @@ No Lightning in any of these: worker processes import them.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
 
-from config import Config, load_config
+from config import Config
+from config_file import load_config
 from errors import UserError, run_main
 from order import MixtureOrder, ResumableLoader, TrainingOrder, ValidationOrder
 from packing import JoinedDataset, PackedLMDataset, PaddedLMDataset
 from prepare import PreparedData, prepare
-from shards import write_bin
+from shards import TokenShard, write_bin
 from sources import RowsSource
 from stream import StreamingPackedLMDataset, StreamLoader
 
@@ -75,6 +77,34 @@ def loaders(
         world_size=world_size,
     )
     return StreamLoader(stream, workers, pin_memory), val_loader
+
+
+def rows_per_step(config: Config) -> int:
+    """Rows that one optimizer step is made of, on all devices."""
+    t = config.training
+    return t.micro_batch_size * t.grad_accum_steps * config.hardware.devices
+
+
+def with_steps(config: Config, data: PreparedData) -> Config:
+    """The config with max_steps put in for max_epochs, if there is one: the steps of so many passes over the rows."""
+    epochs = config.training.max_epochs
+    if epochs is None:
+        return config
+    if data.stream:
+        raise UserError(f"training.max_epochs is {epochs:g}, but how long a stream is, is not known; set training.max_steps instead")
+    rows = len(rows_of(data, config, validation=False))
+    return config.with_max_steps(max(1, math.ceil(epochs * rows / rows_per_step(config))))
+
+
+def document_ends(data: PreparedData, shard: TokenShard) -> np.ndarray:
+    """(documents,) where each one ends: where the next begins, or the eos that only closes the last."""
+    return np.append(shard.offsets[1:], shard.header.tokens - len(data.tokenizer.final))
+
+
+def longer_than_a_row(data: PreparedData, config: Config) -> int:
+    """Training documents that a row does not hold: under packing they go on in the next, padded they are cut off."""
+    row = config.training.seq_len + 1 - len(data.tokenizer.final)
+    return sum(int((document_ends(data, shard) - shard.offsets > row).sum()) for shard in data.train.shards)
 
 
 def training_order(config: Config, data: PreparedData, rank: int = 0, world_size: int = 1) -> TrainingOrder:

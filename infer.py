@@ -2,6 +2,7 @@
 
     python infer.py --prompt "The history of Dubai is"                # the best checkpoint there is
     python infer.py --ckpt checkpoints/final.ckpt --temperature 0 < prompt.txt
+    python infer.py --ckpt examples/microgpt.ckpt --new-document --num-samples 20
 
 The completion of the raw prompt streams to stdout; nothing is wrapped around it. A text longer than the context keeps
 its last tokens: whenever the context is full, generation goes on from its last half.
@@ -11,49 +12,20 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoint import Checkpoint, best_checkpoint, load_checkpoint
+from config import SamplingParams
 from errors import UserError, run_main
 from model import KVCache, Transformer
 from tokenizer import Tokenizer, stream_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is drawn. Raises ValueError that names the field."""
-
-    max_new_tokens: int = 200
-    temperature: float = 0.8  # 0: always the most likely token
-    top_k: int = 0  # keep the k most likely; 0: all
-    top_p: float = 0.95  # keep the most likely up to this probability in sum; 1: all
-    min_p: float = 0.0  # keep those at least this share as likely as the most likely; 0: all
-    repetition_penalty: float = 1.0  # above 1: make tokens of the context less likely
-    stop: tuple[str, ...] = ()  # texts that end the completion and are not part of it
-    seed: int | None = None  # None: another text every time
-    num_samples: int = 1  # completions of one prompt
-
-    def __post_init__(self) -> None:
-        checks = [
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more, and finite"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, and finite"),
-            ("num_samples", self.num_samples >= 1, "1 or more"),
-            ("stop", all(self.stop), "texts that are not empty"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
-        ]
-        for name, good, meaning in checks:
-            if not good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {meaning}")
 
 
 def filter_logits(logits: Tensor, params: SamplingParams, context: Tensor) -> Tensor:
@@ -107,7 +79,8 @@ def generate(model: Transformer, prompt_ids: Tensor, params: SamplingParams, eos
         generator.seed()
     else:
         generator.manual_seed(params.seed)
-    cache = KVCache(model.config, len(ids), context_size, dtype=weight.dtype, device=weight.device)
+    room = min(context_size, ids.size(1) + params.max_new_tokens)
+    cache = KVCache(model.config, len(ids), room, dtype=weight.dtype, device=weight.device)
     new = ids[:, -context_size:]
     ended = torch.zeros(len(ids), dtype=torch.bool)
     for _ in range(params.max_new_tokens):
@@ -128,17 +101,15 @@ def generate(model: Transformer, prompt_ids: Tensor, params: SamplingParams, eos
 def complete(checkpoint: Checkpoint, prompt: str, params: SamplingParams) -> Iterator[tuple[int, str]]:
     """(sample's number, piece of text) as the completions of `prompt` grow; one sample streams, several come whole.
 
-    Raises UserError at once for a prompt that is empty or not Unicode. A stop text ends its sample.
+    An empty prompt begins a document. Raises UserError at once for a prompt that is not Unicode or has no token.
     """
-    if not prompt:
-        raise UserError('the prompt is empty; give some text to continue, for example --prompt "The history of"')
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid Unicode: {error.reason} at character {error.start}") from None
     tokenizer = checkpoint.tokenizer
     if not (ids := tokenizer.prefix + tokenizer.encode(prompt)):
-        raise UserError(f"the prompt {prompt!r} has no token in {tokenizer.name!r}; give some other text")
+        raise UserError(f"the prompt {prompt!r} has no token in {tokenizer.name!r}, with which a text could begin; give some other text")
     rows = generate(checkpoint.model, torch.tensor([ids]), params, tokenizer.eos_id)
     if params.num_samples == 1:
         ids = (row[0] for row in rows if row[0] is not None)
@@ -186,33 +157,51 @@ def place(checkpoint: Checkpoint, device: str, dtype: str) -> str:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
+    """The text to continue; empty for a new document."""
+    if args.new_document:
+        return ""
     if args.prompt is not None:
-        return args.prompt
-    if args.prompt_file is None and sys.stdin.isatty():
-        raise UserError("there is no prompt; give --prompt TEXT, --prompt-file FILE, or text on standard input")
-    raw = Path(args.prompt_file).read_bytes() if args.prompt_file else sys.stdin.buffer.read()
-    try:
-        return raw.decode().rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}") from None
+        prompt = args.prompt
+    elif args.prompt_file is None and sys.stdin.isatty():
+        raise UserError("there is no prompt; give --prompt TEXT, --prompt-file FILE, text on standard input, or --new-document")
+    else:
+        raw = Path(args.prompt_file).read_bytes() if args.prompt_file else sys.stdin.buffer.read()
+        try:
+            prompt = raw.decode().rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompt is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}") from None
+    if not prompt:
+        raise UserError('the prompt is empty; give some text to continue, for example --prompt "The history of", or --new-document')
+    return prompt
+
+
+OF_THE_CHECKPOINT = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+
+
+def chosen_params(given: dict[str, Any], checkpoint: Checkpoint) -> SamplingParams:
+    """What was given, and for the rest what the checkpoint's config says of its sampling."""
+    return SamplingParams(**{name: getattr(checkpoint.config.sampling, name) for name in OF_THE_CHECKPOINT} | given)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    defaults = SamplingParams()
-    parser = argparse.ArgumentParser(description="Continue a text with a trained model.")
+    parser = argparse.ArgumentParser(
+        description="Continue a text with a trained model.", epilog="How to sample is by default what the checkpoint's config says."
+    )
     parser.add_argument("--ckpt", help="checkpoint; by default the best there is")
     parser.add_argument("--tokenizer", help="checked against the checkpoint's own; never needed")
     parser.add_argument("--prompt", help="text to continue; else --prompt-file or standard input")
     parser.add_argument("--prompt-file")
-    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
-    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy (default %(default)s)")
-    parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 is all (default)")
-    parser.add_argument("--top-p", type=float, default=defaults.top_p, help="1 is all (default %(default)s)")
-    parser.add_argument("--min-p", type=float, default=defaults.min_p, help="0 is all (default)")
-    parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, help="1 is none (default)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the completion; may be given again")
-    parser.add_argument("--seed", type=int, help="the same text every time")
-    parser.add_argument("--num-samples", type=int, default=defaults.num_samples)
+    parser.add_argument("--new-document", action="store_true", help="begin a document instead: a new name, a new article")
+    sampling = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
+    sampling.add_argument("--max-new-tokens", type=int)
+    sampling.add_argument("--temperature", type=float, help="0 is greedy")
+    sampling.add_argument("--top-k", type=int, help="0 is all")
+    sampling.add_argument("--top-p", type=float, help="1 is all")
+    sampling.add_argument("--min-p", type=float, help="0 is all")
+    sampling.add_argument("--repetition-penalty", type=float, help="1 is none")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="ends the completion; may be given again")
+    sampling.add_argument("--seed", type=int, help="the same text every time")
+    sampling.add_argument("--num-samples", type=int, help="1 unless given")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     return parser.parse_args(argv)
@@ -220,23 +209,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    given = {field.name: getattr(args, field.name) for field in fields(SamplingParams) if hasattr(args, field.name)}
+    given |= {"stop": tuple(given["stop"])} if "stop" in given else {}
     try:
-        params = SamplingParams(
-            args.max_new_tokens,
-            args.temperature,
-            args.top_k,
-            args.top_p,
-            args.min_p,
-            args.repetition_penalty,
-            tuple(args.stop),
-            args.seed,
-            args.num_samples,
-        )
+        SamplingParams(**given)
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', str(error).split()[0].count('_'))}") from None
     prompt = read_prompt(args)
     path = args.ckpt or best_checkpoint()
     checkpoint = load_checkpoint(path, args.tokenizer)
+    params = chosen_params(given, checkpoint)
     device = place(checkpoint, args.device, args.dtype)
     pieces = complete(checkpoint, prompt, params)
     print(f"{path}: step {checkpoint.step}, {args.dtype} on {device}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A decoder-only Transformer in the Llama style: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+"""A decoder-only Transformer in the Llama style: RMSNorm, RoPE, grouped-query attention, SwiGLU; and its older relatives.
 
 A config and tensors go in, logits come out. Nothing here knows of files, of training or of Lightning. The parameters
 carry the names of Hugging Face's Llama and RoPE is its half-split layout, so that an export is a prefix and no more.
@@ -8,14 +8,19 @@ S tokens seen so far (those in the cache and the T new ones).
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Rotary = tuple[Tensor, Tensor] | None  # cosine and sine of the positions' angles, where RoPE is used
 
 MPS_INNER_LIMIT = 32_767  # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong
 
@@ -33,10 +38,18 @@ class ModelConfig:
     d_model: int = 128  # width of the residual stream
     n_heads: int = 4  # query heads; head_dim = d_model / n_heads
     n_kv_heads: int | None = 2  # key/value heads; fewer than n_heads is grouped-query attention; None: n_heads
-    d_ff: int | None = None  # width inside the MLP; 8/3 d_model rounded up to a multiple of 64
+    d_ff: int | None = None  # width inside the MLP; swiglu: 8/3 d_model rounded up to a multiple of 64, else 4 d_model
+    mlp: Literal["swiglu", "gelu", "relu", "relu2"] = "swiglu"  # gelu (by tanh): GPT-2; relu: microgpt; relu2, its square: randyGPT
+    position: Literal["rope", "learned"] = "rope"  # learned: GPT-2, microgpt, randyGPT
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm: GPT-2
+    norm_gain: bool = True  # a trained factor behind each norm; false: microgpt, randyGPT
     norm_eps: float = 1e-5
+    embed_norm: bool = False  # normalise what comes out of the embedding: microgpt
+    final_norm: bool = True  # false: microgpt, randyGPT
+    bias: bool = False  # in linear layers and layernorm: GPT-2
     tie_embeddings: bool = True  # the head shares the embedding's matrix
+    init_std: float = 0.02  # of the matrices; what is added to the residual stream is smaller by sqrt(2 n_layers); 0.08: microgpt
     dropout: float = 0.0  # probability, while training
     gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more time
 
@@ -44,7 +57,7 @@ class ModelConfig:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.d_ff is None:
-            object.__setattr__(self, "d_ff", 64 * math.ceil(self.d_model * 8 / 3 / 64))
+            object.__setattr__(self, "d_ff", 64 * math.ceil(self.d_model * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.d_model)
         for name in ("vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -57,11 +70,11 @@ class ModelConfig:
         if self.n_heads % self.n_kv_heads:
             divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; take one of {divisors}")
-        if self.head_dim % 2:
+        if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"d_model / n_heads is {self.head_dim}; RoPE rotates pairs and needs an even number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it is a probability from 0 to below 1")
-        for name in ("rope_theta", "norm_eps"):
+        for name in ("rope_theta", "norm_eps", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
 
@@ -72,18 +85,18 @@ class ModelConfig:
     @property
     def n_parameters(self) -> int:
         """Count of trainable numbers; a tied head counts once."""
-        embedding = self.vocab_size * self.d_model
-        attention = self.d_model * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
-        mlp = 3 * self.d_model * self.d_ff
-        norms = self.d_model * (2 * self.n_layers + 1)
-        return embedding * (1 if self.tie_embeddings else 2) + self.n_layers * (attention + mlp) + norms
+        return sum(p.numel() for p in self._on_meta().parameters())
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations to train on one token: 6 per weight used in a matmul, and causal attention's own."""
-        matmul_weights = self.n_parameters - self.d_model * (2 * self.n_layers + 1)
-        if not self.tie_embeddings:
-            matmul_weights -= self.vocab_size * self.d_model  # a look-up, not a matmul
+        model = self._on_meta()
+        matmul_weights = model.head_weight.numel() + sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
         return 6 * matmul_weights + 6 * self.n_layers * self.d_model * seq_len
+
+    def _on_meta(self) -> "Transformer":
+        """The model without its numbers."""
+        with torch.device("meta"):
+            return Transformer(self)
 
 
 class KVCache:
@@ -111,15 +124,21 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """x / rms(x) * weight, or without the weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, gain: bool = True):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(dim)) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.d_model, config.norm_eps, config.norm_gain, config.bias)
+    return RMSNorm(config.d_model, config.norm_eps, config.norm_gain)
 
 
 def rope_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -162,39 +181,51 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with RoPE and grouped key/value heads (Ainslie et al. 2023, arXiv 2305.13245)."""
+    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023, arXiv 2305.13245), and RoPE where given."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
-        self.q_proj = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
+        self.q_proj = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
+        self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if rotary is not None:
+            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "gelu": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
+}
+
+
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+    """down(act(up(x))), or SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.activation = ACTIVATIONS[config.mlp]
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if config.mlp == "swiglu" else None
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -202,14 +233,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -221,8 +252,10 @@ class Transformer(nn.Module):
         assert config.vocab_size and config.max_seq_len, "vocab_size and max_seq_len come from the tokenizer and training"
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_positions = nn.Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
+        self.embed_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = make_norm(config) if config.final_norm else nn.Identity()
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.reset_tables()
@@ -231,16 +264,21 @@ class Transformer(nn.Module):
     def reset_tables(self) -> None:
         """Compute the rotary tables, which no checkpoint carries; call it after building the model on the meta device."""
         config = self.config
+        if config.position != "rope":
+            return
         cos, sin = rope_tables(config.head_dim, config.max_seq_len, config.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def reset_parameters(self) -> None:
-        """Draw every matrix from N(0, 0.02); what is added to the residual stream is smaller by sqrt(2 n_layers) (GPT-2)."""
+        """Draw every matrix from N(0, init_std); what is added to the residual stream is smaller by sqrt(2 n_layers) (GPT-2)."""
+        std = self.config.init_std
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layers) if residual else std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     @property
     def head_weight(self) -> Tensor:
@@ -269,17 +307,20 @@ class Transformer(nn.Module):
             mask = same & torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()  # (B, 1, T, T)
             if positions is None:
                 positions = positions_in_document(doc_ids)
-        if positions is None:
-            cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]  # (T, D)
+        x, rotary = self.embed_tokens(input_ids), None
+        if self.embed_positions is not None:
+            x = x + (self.embed_positions.weight[start : start + T] if positions is None else self.embed_positions(positions))
+        elif positions is None:
+            rotary = self.rope_cos[start : start + T], self.rope_sin[start : start + T]  # (T, D)
         else:
-            cos, sin = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
+            rotary = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
 
-        x = self.dropout(self.embed_tokens(input_ids))
+        x = self.dropout(self.embed_norm(x))
         for layer in self.layers:
             if self.config.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache)
+                x = layer(x, rotary, mask, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -35,7 +35,7 @@ def lr_at_step(step: int, *, max_steps: int, warmup_steps: int, min_lr_ratio: fl
 def build_optimizer(
     model: nn.Module, *, optimizer: str, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, fused: bool
 ) -> torch.optim.Optimizer:
-    """AdamW, or Muon for the blocks' matrices with AdamW for the rest."""
+    """AdamW, Muon for the blocks' matrices with AdamW for the rest, or SGD with momentum betas[0]."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, p in model.named_parameters():
         muon = optimizer == "muon" and p.dim() == 2 and ".layers." in f".{name}"
@@ -44,6 +44,8 @@ def build_optimizer(
         {"params": params, "weight_decay": weight_decay if decays else 0.0, "muon": muon} for (muon, decays), params in groups.items()
     ]
     assert sum(len(g["params"]) for g in param_groups) == len(list(model.parameters()))
+    if optimizer == "sgd":
+        return torch.optim.SGD(param_groups, lr=lr, momentum=betas[0], fused=fused)
     kind = MuonAdamW if optimizer == "muon" else torch.optim.AdamW
     return kind(param_groups, lr=lr, betas=betas, eps=eps, fused=fused)
 

@@ -239,7 +239,7 @@ class Preparation:
         else:
             chunks = at_token_borders(split_source(self.source, self.share), self.tokenizer)
             batches, function = in_batches(chunks, BATCH), encode
-        self.tokenizer.encode_arrays(["a"])  # what it makes for itself it makes once, not in each thread
+        self.tokenizer.encode_arrays([""])  # what it makes for itself it makes once, not in each thread
         workers = (os.cpu_count() or 1) + 1  # one more than cores: Python's lock makes each wait a little
         waiting: deque = deque()
         with ThreadPoolExecutor(workers) as pool:
@@ -351,7 +351,13 @@ def prepare(data: DataConfig) -> PreparedData:
             raise UserError(f"data.streaming deals out documents, and {stream.name} is a single one; set data.separator")
     if is_trained(data.tokenizer) and (held := next((s.name for s in [*sources, *val_sources] if s and is_tokens(s)), None)):
         raise UserError(f"{held} holds tokens, from which no tokenizer {data.tokenizer!r} can be trained; name the one that made them")
-    tokenizer = fitted_tokenizer(data, sources, shares)
+    if data.tokenizer == "seen-bytes":  # which has no id for a byte that it has not seen
+        if stream:
+            raise UserError(f"data.streaming does not read {stream.name} beforehand, as the tokenizer seen-bytes has to; take byte")
+        everything = [*sources, *filter(None, val_sources)]
+        tokenizer = fitted_tokenizer(data, everything, [0.0] * len(everything))
+    else:
+        tokenizer = fitted_tokenizer(data, sources, shares)
     shards = Path(data.cache_dir) / "shards"
     train, val = [], []
     for source, share, val_source in zip(sources, shares, val_sources, strict=True):
@@ -377,11 +383,12 @@ def fitted_tokenizer(data: DataConfig, sources: list[Source], shares: list[float
                 texts = (chunk.text for chunk in chunks if not chunk.validation)
                 tokenizer = build_tokenizer(data.tokenizer, data.cache_dir, texts, data.bos, data.eos)
                 unfinished = path.with_suffix(".unfinished")
-                unfinished.write_text(json.dumps({"fingerprint": tokenizer.fingerprint} | tokenizer.state()))
+                unfinished.write_text(json.dumps({"fingerprint": tokenizer.fingerprint, "note": tokenizer.note} | tokenizer.state()))
                 os.replace(unfinished, path)
     try:
         state = json.loads(path.read_text())
         tokenizer = from_state(state)
+        tokenizer.note = state.get("note", "")
         whole = tokenizer.fingerprint == state["fingerprint"]
     except Exception:  # the library raises the bare class
         whole = False

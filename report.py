@@ -11,11 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from config import Config
-from data import rows_of, training_order
+from data import document_ends, longer_than_a_row, rows_of, rows_per_step, training_order
 from hardware import Hardware, device_name, matmul_rate
 from order import MixtureOrder
 from prepare import Part, PreparedData
 from runs import Run
+from shards import TokenShard
 
 MATMUL_SHARE = 0.5  # of the measured matmul rate that a whole training step reaches here, roughly
 
@@ -44,8 +45,7 @@ def estimated_memory(config: Config) -> float:
 
 
 def tokens_per_step(config: Config) -> int:
-    training = config.training
-    return training.micro_batch_size * training.grad_accum_steps * training.seq_len * config.hardware.devices
+    return rows_per_step(config) * config.training.seq_len
 
 
 def plan(config: Config, data: PreparedData, hardware: Hardware) -> Table:
@@ -67,9 +67,33 @@ def plan(config: Config, data: PreparedData, hardware: Hardware) -> Table:
         ("memory", f"about {estimated_memory(config) / 1000:.1f} GB"),
         ("time", f"about {estimated_seconds(config, data, hardware) / 60:.1f} minutes, from the speed of a matmul"),
     ]
+    if data.tokenizer.note:
+        rows.insert(5, ("vocabulary", data.tokenizer.note))
+    if long := longer_than_a_row(data, config):
+        becomes = "each cut off there" if config.data.packing == "padded" else "each going on in the next row"
+        rows.append(("long documents", f"{long:,} of {train.n_documents:,} do not fit a row of {training.seq_len:,} tokens: {becomes}"))
     for name, value in rows:
         table.add_row(name, escape(value))
     return table
+
+
+def facts(config: Config, data: PreparedData) -> str:
+    """The three numbers by which two people see that they train the same model on the same documents, as microgpt prints them."""
+    documents = data.train.n_documents + data.val.n_documents
+    return f"num docs: {documents}\nvocab size: {config.model.vocab_size}\nnum params: {config.model.n_parameters}"
+
+
+def is_known(data: PreparedData, text: str) -> bool:
+    """Whether the text is, word for word, a document to train on."""
+    if "\ufffd" in text:  # half a character
+        return False
+    ids = data.tokenizer.prefix + data.tokenizer.encode(text) + data.tokenizer.closing
+
+    def is_in(shard: TokenShard) -> bool:
+        starts = shard.offsets[document_ends(data, shard) - shard.offsets == len(ids)]
+        return bool((shard.tokens[starts[:, None] + np.arange(len(ids))] == ids).all(1).any())
+
+    return any(map(is_in, data.train.shards))
 
 
 def passes(config: Config, data: PreparedData) -> str:
@@ -85,8 +109,7 @@ def passes(config: Config, data: PreparedData) -> str:
 
 
 def rows_in_run(config: Config) -> int:
-    training = config.training
-    return training.max_steps * tokens_per_step(config) // training.seq_len
+    return config.training.max_steps * rows_per_step(config)
 
 
 def baselines(data: PreparedData) -> dict[str, float]:
@@ -170,7 +193,8 @@ def print_verdict(
 ) -> None:
     """The closing words of a run, on stdout. `validation` is that of the last step, `best` the lowest loss of all."""
     out = Console(highlight=False, soft_wrap=True, emoji=False)
-    out.print(f"\nDone: {config.training.max_steps:,} steps in {seconds / 60:.1f} minutes.\n")
+    took = f"{seconds / 60:.1f} minutes" if seconds > 100 else f"{seconds:.0f} seconds"
+    out.print(f"\nDone: {config.training.max_steps:,} steps in {took}.\n")
     counted = baselines(data)
     per_target = validation["loss"] / validation["bpb"]  # bits per byte -> nats per token
     scores = {name: (bits * per_target, math.exp(bits * per_target), bits) for name, bits in counted.items()}
@@ -188,17 +212,27 @@ def print_verdict(
     recent = float(np.mean(read_metrics(run.metrics_file, "train/loss")[1][-5:]))
     epochs = None if data.stream else rows_in_run(config) / len(rows_of(data, config, validation=False))
     out.print("\n" + fit_sentence(recent, validation["loss"], best, epochs))
-    out.print("\nHow validation documents go on, by the model:")
-    for prompt, continuation in samples:
-        out.print(f"  [bold]{one_line(prompt)}[/bold]{one_line(continuation)}")
+    print_samples(out, config, data, samples)
     folder = run.checkpoints
     picture = draw_loss(run, {name: loss for name, (loss, _, _) in scores.items() if name in ("unigram", "bigram")})
-    opening = shlex.quote(" ".join(samples[0][0].split()))
-    words = [f"\nLoss curve: {picture}", "Next:", f"  python infer.py --ckpt {folder / 'final.ckpt'} --prompt {opening}"]
+    opening = " ".join(samples[0][0].split())
+    how = f"--prompt {shlex.quote(opening)}" if opening else "--new-document --num-samples 20"
+    words = [f"\nLoss curve: {picture}", "Next:", f"  python infer.py --ckpt {folder / 'final.ckpt'} {how}"]
     if data.sources == ("wiki",):  # the corpus that these cases ask for
         words.append(f"  python evaluate_checkpoints.py --checkpoints '{folder / '*.ckpt'}' --cases cases/wiki_basics.yaml")
     words.append(f"  tensorboard --logdir {run.logs}")
     out.print("\n".join(words), markup=False)
+
+
+def print_samples(out: Console, config: Config, data: PreparedData, samples: list[tuple[str, str]]) -> None:
+    """What the model writes, numbered; of whole documents, which ones it has only remembered."""
+    out.print("\nSamples:" if config.sampling.prompts else "\nHow validation documents go on, by the model:")
+    known = [not prompt and not data.stream and is_known(data, text) for prompt, text in samples]
+    for number, (prompt, text) in enumerate(samples, 1):
+        mark = "  (a training document)" if known[number - 1] else ""
+        out.print(f"sample {number:2d}: [bold]{one_line(prompt)}[/bold]{one_line(text)}{mark}")
+    if whole := [is_old for is_old, (prompt, _) in zip(known, samples, strict=True) if not prompt]:
+        out.print(f"{len(whole) - sum(whole)} of {len(whole)} are new: not among the {data.train.n_documents:,} documents to train on.")
 
 
 def one_line(text: str) -> str:

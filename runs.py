@@ -11,7 +11,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from checkpoint import read_checkpoint
-from config import Config, config_from_dict
+from config import Config
+from config_file import config_from_dict
 from errors import UserError
 
 # keys that may change between a run and its continuation, since no weight depends on them
@@ -19,8 +20,10 @@ FREE_KEYS = {
     "run.name",
     "data.cache_dir",
     "training.max_steps",
+    "training.max_epochs",
     "training.log_every_steps",
     "training.val_every_steps",
+    "training.probe_cases",
     "training.save_every_steps",
     "training.keep_checkpoints",
 }
@@ -149,7 +152,7 @@ def differences(before: Config, now: Config) -> list[str]:
     return [
         f"{section}.{key}: {value!r} -> {new[section][key]!r}"
         for section, values in old.items()
-        if section != "hardware"
+        if section not in ("hardware", "sampling")
         for key, value in values.items()
         if f"{section}.{key}" not in FREE_KEYS and value != new[section][key]
     ]

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class ShardHeader:
     tokenizer: str  # fingerprint
     version: int = 1
 
-    def digest(self, content: "hashlib._Hash") -> str:
+    def digest(self, content: Any) -> str:
         """The SHA-256 of a shard of this header, given that of its tokens and offsets so far."""
         content.update(json.dumps(asdict(self) | {"sha256": ""}).encode())
         return content.hexdigest()

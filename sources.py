@@ -24,14 +24,16 @@ from typing import IO, Any
 
 import corpora
 import hub
-from config import SourceConfig, check_key
-from corpora import CORPORA
+from config import SourceConfig
+from config_file import check_key
+from corpora import CORPORA, SHIPPED
 from errors import UserError
 from fetch import WHEELS, open_wheel
 
 PIECE = 2**20  # characters
 ROWS = 100  # of a table, in memory at a time
 RULES = 1  # of reading files; a change of what a file's documents are makes this the next number
+TURN = "__eou__"  # behind each utterance, where a line is a dialogue: DailyDialog's layout
 
 Piece = tuple[str, bool]  # text, and whether its document ends with it
 
@@ -71,8 +73,11 @@ class NamedSource(Source):
         return CORPORA[self.name](self.data_dir)
 
     def digest(self) -> str:
+        code = Path(corpora.__file__)
+        if self.name in SHIPPED:
+            return hash_files([code, SHIPPED[self.name]], [])
         open_wheel(self.name, self.data_dir).close()  # whose SHA-256 is checked there
-        return hash_files([Path(corpora.__file__)], [WHEELS[self.name].sha256])
+        return hash_files([code], [WHEELS[self.name].sha256])
 
 
 class RowsSource(Source):
@@ -115,11 +120,25 @@ class RowsSource(Source):
 
 
 class FileSource(Source):
-    """Files of text, jsonl, csv or parquet, one after another."""
+    """Files of text, jsonl, csv or parquet, one after another.
+
+    Without a separator, .txt files in DailyDialog's layout are conversations; raises UserError where only some of them are.
+    """
 
     def __init__(self, name: str, files: list[Path], config: SourceConfig):
         self.name, self.files, self.config = name, files, config
         self.size = sum(file.stat().st_size for file in files)
+        texts = [file for file in files if suffix_of(file) == ".txt"] if config.separator is None else []
+        talks = [file for file in texts if TURN.encode() in first_line(file)]
+        if 0 < len(talks) < len(texts):
+            other = next(file for file in texts if file not in talks)
+            raise UserError(
+                f"{name}: {talks[0]} has DailyDialog's layout, in which {TURN} ends an utterance, and {other} has not; "
+                f"name those that are meant, for example {talks[0]}"
+            )
+        self.dialogues = bool(talks)
+        if self.dialogues:
+            self.name = f"{name} (DailyDialog's layout)"
 
     def pieces(self) -> Iterator[Piece]:
         self.position = 0
@@ -129,8 +148,12 @@ class FileSource(Source):
             self.position = before + file.stat().st_size
 
     def read(self, file: Path) -> Iterator[Piece]:
-        reader = READERS.get(kind_of(file))
+        reader = READERS.get(self.form_of(file))
         return ((text, True) for text in reader(self, file)) if reader else self.read_text(file)
+
+    def form_of(self, file: Path) -> str:
+        """How the file is read: what its name says it holds, or dialogues."""
+        return "dialogues" if self.dialogues and suffix_of(file) == ".txt" else kind_of(file)
 
     def read_text(self, file: Path) -> Iterator[Piece]:
         """The documents of a text file, which `data.separator` ends."""
@@ -173,6 +196,11 @@ class FileSource(Source):
             if ends:
                 yield "".join(waiting).removeprefix(mark) + "\n"
                 waiting, mark = [], ""
+
+    def read_dialogues(self, file: Path) -> Iterator[str]:
+        """A conversation a line, in the form of the corpus `dialogue`; its words are left as they are."""
+        for line in self.lines(file):
+            yield corpora.by_turns(turn for part in line.split(TURN) if (turn := part.strip()))
 
     def read_jsonl(self, file: Path) -> Iterator[str]:
         """A JSON object a line."""
@@ -230,11 +258,14 @@ class FileSource(Source):
 
     def digest(self) -> str:
         c = self.config
-        forms = [(kind_of(file), packing_of(file)) for file in self.files]
+        forms = [(self.form_of(file), packing_of(file)) for file in self.files]
         return hash_files(self.files, [RULES, c.separator, c.text_field, c.errors, forms])
 
 
-READERS = {"jsonl": FileSource.read_jsonl, "csv": FileSource.read_csv, "tsv": FileSource.read_csv, "parquet": FileSource.read_parquet}
+READERS = {
+    "dialogues": FileSource.read_dialogues, "jsonl": FileSource.read_jsonl, "csv": FileSource.read_csv, "tsv": FileSource.read_csv,
+    "parquet": FileSource.read_parquet,
+}  # fmt: skip
 KINDS = {
     ".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv",
     ".parquet": "parquet", ".bin": "tokens",
@@ -243,7 +274,8 @@ KINDS = {
 
 def open_source(config: SourceConfig, data_dir: str, *, validation: bool = False, streaming: bool = False) -> Source:
     """What `config` names; with `validation` its val_path or val_split. Raises UserError where there is no such thing."""
-    path = validation and config.val_path or config.path
+    optional = config.optional_path if config.optional_path and Path(config.optional_path).exists() else None
+    path = validation and config.val_path or config.path or optional
     split = validation and config.val_split or config.split
     if path is None and "/" in config.source:
         return RowsSource(config, None, split, streaming)
@@ -309,6 +341,15 @@ def opened(file: Path) -> Iterator[tuple[IO[bytes], Any]]:
                 yield raw, raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def first_line(file: Path) -> bytes:
+    """The first line of a file; of one longer than PIECE bytes, so many."""
+    begin = b""
+    with opened(file) as (_, content):
+        while b"\n" not in begin and len(begin) < PIECE and (block := content.read(min(2**16, PIECE - len(begin)))):
+            begin += block
+    return begin.partition(b"\n")[0]
 
 
 # ---- text in blocks -> pieces ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, characters, a BPE trained here, GPT-2's, or any `tokenizer.json`.
+"""Text to token ids and back: bytes, those that occur, characters, a BPE trained here, GPT-2's, or any `tokenizer.json`.
 
 Every tokenizer has three verbs, `encode`, `decode` and `state`; `from_state` builds it again from the plain dict that
 `state` gave, which is what a checkpoint carries. Text is only ever text: "<|endoftext|>" in a document is thirteen
@@ -18,6 +18,7 @@ import hashlib
 import json
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,7 @@ class Tokenizer(ABC):
     bos_id: int | None = None
     eos_id: int | None = None
     unk_id: int | None = None
+    note = ""  # what a person should know of how it was trained
 
     @abstractmethod
     def encode(self, text: str) -> list[int]: ...
@@ -117,14 +119,59 @@ class ByteTokenizer(Tokenizer):
         return {"kind": self.kind, "name": self.name, "bos": self.bos_id is not None, "eos": self.eos_id is not None}
 
 
+class SeenBytesTokenizer(Tokenizer):
+    """The bytes that occur in a corpus, in order, then a begin and an end of document: microgpt's vocabulary.
+
+    It has no id for any other byte, and so is made from all of the documents, those for validation too.
+    """
+
+    kind = name = "seen-bytes"
+
+    def __init__(self, seen: bytes, bos: bool = False, eos: bool = True):
+        self.seen = np.frombuffer(seen, np.uint8)
+        self.bos_id = len(seen) if bos else None
+        self.eos_id = len(seen) + bos if eos else None
+        self.vocab_size = len(seen) + bos + eos
+        self.ids = np.full(256, 256, np.uint16)
+        self.ids[self.seen] = np.arange(len(seen))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], bos: bool = False, eos: bool = True) -> "SeenBytesTokenizer":
+        counts = np.zeros(256, np.int64)
+        for text in texts:
+            counts += np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)
+        return cls(bytes(np.flatnonzero(counts).tolist()), bos, eos)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_arrays([text])[0].tolist()
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        rows = [self.ids[np.frombuffer(text.encode(), np.uint8)] for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if len(unseen := np.flatnonzero(row == 256)):
+                before = text.encode()[: unseen[0]].decode(errors="ignore")
+                raise UserError(
+                    f"{text[len(before)]!r} has a byte that does not occur in the text of which the tokenizer {self.name!r} was made; "
+                    "leave it out, or train with data.tokenizer=byte"
+                )
+        return rows
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.seen[[i for i in ids if i < len(self.seen)]].tobytes().decode(errors="replace")
+
+    def state(self) -> dict:
+        around = {"bos": self.bos_id is not None, "eos": self.eos_id is not None}
+        return {"kind": self.kind, "name": self.name, "seen": self.seen.tolist(), **around}
+
+
 class CharTokenizer(Tokenizer):
     """One id a character: 0 is an unknown one, then begin and end of document where wanted, then the symbols."""
 
     kind = name = "char"
     unk_id = 0
 
-    def __init__(self, symbols: str, bos: bool = False, eos: bool = True):
-        self.symbols = symbols
+    def __init__(self, symbols: str, bos: bool = False, eos: bool = True, name: str = "char"):
+        self.symbols, self.name = symbols, name
         self.bos_id = 1 if bos else None
         self.eos_id = 1 + bos if eos else None
         self.first = 1 + bos + eos  # the first symbol's id
@@ -132,12 +179,20 @@ class CharTokenizer(Tokenizer):
         self.ids = {symbol: i for i, symbol in enumerate(symbols, self.first)}
 
     @classmethod
-    def train(cls, texts: Iterable[str], bos: bool = False, eos: bool = True) -> "CharTokenizer":
-        """Every character of `texts`, in code-point order."""
-        symbols: set[str] = set()
+    def train(cls, texts: Iterable[str], bos: bool = False, eos: bool = True, size: int | None = None) -> "CharTokenizer":
+        """Every character of `texts`, in code-point order; under a `size` the commonest, so that there are so many entries at most."""
+        counts: Counter[str] = Counter()
         for text in texts:  # one at a time: the corpus may be larger than memory
-            symbols.update(text)
-        return cls("".join(sorted(symbols)), bos, eos)
+            counts.update(text if size else set(text))
+        kept = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))[: size and size - 1 - bos - eos]
+        tokenizer = cls("".join(sorted(kept)), bos, eos, f"char:{size}" if size else "char")
+        if lost := counts.keys() - set(kept):
+            share = sum(counts[symbol] for symbol in lost) / counts.total()
+            tokenizer.note = (
+                f"the training text has {len(counts):,} different characters; {tokenizer.name} keeps the {len(kept):,} commonest, "
+                f"and the other {len(lost):,}, {share:.2%} of the text, become <unk>"
+            )
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         return [self.ids.get(character, self.unk_id) for character in text]
@@ -326,8 +381,10 @@ def from_state(state: dict) -> Tokenizer:
     match state["kind"]:
         case "byte":
             return ByteTokenizer(*ends)
+        case "seen-bytes":
+            return SeenBytesTokenizer(bytes(state["seen"]), *ends)
         case "char":
-            return CharTokenizer(state["symbols"], *ends)
+            return CharTokenizer(state["symbols"], *ends, state["name"])
         case "json":
             return JsonTokenizer(state["json"], state["name"], state["bos_id"], state["eos_id"])
     raise UserError(f"unknown kind of tokenizer {state['kind']!r}; was it made by a newer version?")
@@ -335,26 +392,31 @@ def from_state(state: dict) -> Tokenizer:
 
 def is_trained(name: str) -> bool:
     """Whether the tokenizer of this name has to see training documents first."""
-    return name == "char" or name.startswith("bpe:")
+    return name in ("char", "seen-bytes") or name.startswith(("char:", "bpe:"))
 
 
 def build_tokenizer(
     name: str, data_dir: str | Path, train_texts: Iterable[str] = (), bos: bool | None = None, eos: bool | None = None
 ) -> Tokenizer:
-    """`byte`, `char`, `bpe:SIZE`, `gpt2`, a path, or a name on the Hugging Face hub. Only char and bpe read the texts.
+    """`byte`, `seen-bytes`, `char`, `char:SIZE`, `bpe:SIZE`, `gpt2`, a path, or a name on the hub. Those that are trained read the texts.
 
     `bos` and `eos` say what stands around a document; None is what the tokenizer has, which is eos for byte, char and bpe.
     """
     ends = (bool(bos), eos is not False)
+    kind, sized, size = name.partition(":")
+    if sized and kind in ("char", "bpe"):
+        least = sum(ends) + (2 if kind == "char" else 256)
+        if not size.isdecimal() or int(size) < least:
+            raise UserError(f"data.tokenizer {name!r}: write {kind}:SIZE with a size of {least} or more, for example {kind}:4096")
+        if kind == "bpe":
+            return JsonTokenizer.train_bpe(train_texts, int(size), *ends)
+        return CharTokenizer.train(train_texts, *ends, int(size))
     if name == "byte":
         return ByteTokenizer(*ends)
+    if name == "seen-bytes":
+        return SeenBytesTokenizer.train(train_texts, *ends)
     if name == "char":
         return CharTokenizer.train(train_texts, *ends)
-    if name.startswith("bpe:"):
-        size, least = name.removeprefix("bpe:"), 256 + sum(ends)
-        if not size.isdecimal() or int(size) < least:
-            raise UserError(f"data.tokenizer {name!r}: write bpe:SIZE with a size of {least} or more, for example bpe:4096")
-        return JsonTokenizer.train_bpe(train_texts, int(size), *ends)
     if name == "gpt2":
         tokenizer = JsonTokenizer.gpt2(data_dir)
     elif Path(name).exists():
@@ -369,7 +431,9 @@ def from_hub(name: str) -> JsonTokenizer:
     try:
         tokenizer = hub_tokenizer(name)
     except UserError as error:
-        raise UserError(f"{error} (without the hub there are byte, char, bpe:SIZE, gpt2 and the path of a tokenizer)") from error.__cause__
+        raise UserError(
+            f"{error} (without the hub there are byte, seen-bytes, char, char:SIZE, bpe:SIZE, gpt2 and the path of a tokenizer)"
+        ) from error.__cause__
     return JsonTokenizer(tokenizer.backend_tokenizer.to_str(), name, tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 

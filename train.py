@@ -18,20 +18,21 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from rich.console import Console
+from rich.console import Console, Group
 from torch import Tensor
 
 import callbacks as cb
 from checkpoint import kit_entry, read_checkpoint, save_whole
-from config import Config, load_config, to_yaml
-from data import loaders, validated_bytes
+from config import Config
+from config_file import load_config, to_yaml
+from data import loaders, validated_bytes, with_steps
 from errors import UserError, run_main
 from hardware import Hardware, check_matmul_sizes, choose_hardware, keep_freed_memory
 from loss import IGNORE, chunked_cross_entropy, cross_entropy
 from model import Transformer
 from optim import build_optimizer, clip_gradients, lr_at_step
 from prepare import PreparedData, prepare
-from report import plan, print_verdict, tokens_per_step
+from report import facts, plan, print_verdict
 from runs import Run, Start, find_start, is_first_process, print_note
 
 
@@ -177,8 +178,9 @@ def fit(
     if hardware.compile:
         module.hidden = torch.compile(module.model.hidden, dynamic=False)
     first_step = start.step if start else 0
-    metrics = cb.Metrics(run, t, data.train.n_bytes / data.train.n_tokens, tokens_per_step(config), first_step)
-    checkpoints, samples = cb.Checkpoints(run, t), cb.Samples(data, config.model.max_seq_len)
+    metrics = cb.Metrics(run, t, data.train.n_bytes / data.train.n_tokens, first_step)
+    checkpoints, samples = cb.Checkpoints(run, t), cb.Samples(config, data)
+    probes = [cb.Probes(config, data, metrics)] if t.probe_cases else []
     trainer = L.Trainer(
         accelerator=hardware.accelerator,
         devices=config.hardware.devices,
@@ -192,7 +194,7 @@ def fit(
         logger=cb.tensorboard(run, first_step),
         plugins=[DurableCheckpointIO()],
         use_distributed_sampler=False,
-        callbacks=[cb.RandomState(t.seed), metrics, samples, checkpoints, cb.StopCleanly(checkpoints)],
+        callbacks=[cb.RandomState(t.seed), metrics, samples, *probes, checkpoints, cb.StopCleanly(checkpoints)],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -234,8 +236,8 @@ def main(argv: list[str] | None = None) -> int:
     hardware = choose_hardware(config.hardware, config.training.precision)
     check_matmul_sizes(hardware.accelerator, config.training.micro_batch_size * config.training.seq_len)
     data = prepare(config.data)
-    config = config.with_vocab_size(data.tokenizer.vocab_size)
-    summary = plan(config, data, hardware)
+    config = with_steps(config.with_vocab_size(data.tokenizer.vocab_size), data)
+    summary = Group(plan(config, data, hardware), facts(config, data))
     if args.dry_run:
         Console(highlight=False, soft_wrap=True, emoji=False).print(summary)
         return 0

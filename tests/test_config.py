@@ -12,18 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hardware
-from config import (
-    SECTIONS,
-    Config,
-    DataConfig,
-    HardwareConfig,
-    ModelConfig,
-    RunConfig,
-    TrainingConfig,
-    config_from_dict,
-    load_config,
-    to_yaml,
-)
+from config import SECTIONS, Config, DataConfig, HardwareConfig, ModelConfig, RunConfig, TrainingConfig
+from config_file import config_from_dict, load_config, to_yaml
 from errors import UserError
 
 
@@ -108,7 +98,7 @@ MISTAKES = {
     "text at the top": ("training", ["c.yaml", "'training'", "mapping of sections"]),
     "two documents": ("--- {}\n--- {}", ["c.yaml:2"]),
     "unknown section": ("run: {}\ntrainin: {lr: 1}", ["c.yaml:2", "'trainin'", "did you mean training?"]),
-    "far from any section": ("zzz: {}", ["c.yaml:1", "'zzz'", "run, model, data, training, hardware"]),
+    "far from any section": ("zzz: {}", ["c.yaml:1", "'zzz'", "run, model, data, training, sampling, hardware"]),
     "number for a section": ("12: {}", ["c.yaml:1", "12"]),
     "section that is a number": ("training: 5", ["c.yaml:1", "training", "5"]),
     "unknown key": ("training:\n  lr: 1\n  max_step: 1", ["c.yaml:3", "'max_step'", "did you mean max_steps?"]),
@@ -119,7 +109,12 @@ MISTAKES = {
     "null for a count": ("training: {seed: }", ["training.seed", "None", "integer"]),
     "one beta": ("training: {betas: [0.9]}", ["c.yaml:1", "training.betas", "[0.9]"]),
     "beta of 1": ("training: {betas: [0.9, 1.0]}", ["c.yaml:1", "training.betas", "1.0"]),
-    "no such choice": ("training: {optimizer: sgd}", ["c.yaml:1", "training.optimizer", "'sgd'", "'adamw' or 'muon'"]),
+    "no such choice": ("training: {optimizer: lion}", ["c.yaml:1", "training.optimizer", "'lion'", "'adamw', 'muon' or 'sgd'"]),
+    "another program's key": ("training:\n  learning_rate: 1", ["c.yaml:2", "'learning_rate'", "training.lr"]),
+    "a key that nothing here is": ("training:\n  early_stopping: {}", ["c.yaml:2", "'early_stopping'", "best.ckpt"]),
+    "no epochs": ("training: {max_epochs: 0}", ["c.yaml:1", "training.max_epochs", "0", "above 0"]),
+    "prompt that is no list": ("sampling: {prompts: hello}", ["c.yaml:1", "sampling.prompts", "'hello'"]),
+    "cold": ("sampling:\n  temperature: -1", ["c.yaml:2", "sampling.temperature", "-1", "0 or more"]),
     "duplicate key": ("training:\n  seed: 1\n  lr: 1\n  seed: 2", ["c.yaml:4", "training.seed", "c.yaml:2"]),
     "duplicate section": ("training: {seed: 1}\ntraining: {lr: 2}", ["c.yaml:2", "training", "c.yaml:1"]),
     "alias": (BOMB, ["c.yaml:2", "aliases", "write the value out"]),
@@ -189,6 +184,16 @@ def test_a_mistake_in_an_override_says_so(override, said):
 def test_an_override_does_not_hide_a_mistake_in_the_file():
     with pytest.raises(UserError, match="c.yaml:1: training is a section"):
         load("training: [1, 2]", "training.lr=1")
+
+
+def test_a_preset_that_is_not_there_lists_those_that_are():
+    Path("presets").mkdir()
+    for name in ("microgpt", "nnzig"):
+        Path(f"presets/{name}.yaml").write_text("")
+    with pytest.raises(UserError, match="presets/micro_gpt.yaml; did you mean presets/microgpt.yaml.*microgpt.yaml, presets/nnzig.yaml"):
+        load_config("presets/micro_gpt.yaml")
+    with pytest.raises(UserError, match="no config zzz.yaml; here are presets/microgpt.yaml, presets/nnzig.yaml"):
+        load_config("zzz.yaml")
 
 
 def test_a_file_that_cannot_be_read_is_named():

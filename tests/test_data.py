@@ -14,7 +14,8 @@ import torch
 from test_stream import as_rows, plain_rows
 
 import data
-from config import Config, load_config
+from config import Config
+from config_file import load_config
 from data_report import BINS, report
 from errors import UserError
 from order import MixtureOrder, TrainingOrder

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import infer
 from checkpoint import kit_entry, load_checkpoint
-from config import Config, DataConfig, ModelConfig, TrainingConfig
+from config import Config, DataConfig, ModelConfig, SamplingConfig, TrainingConfig
 from errors import UserError, run_main
 from infer import SamplingParams, filter_logits, generate, sample, until_stop
 from model import Transformer
@@ -254,13 +254,22 @@ def test_nothing_is_drawn_after_a_stop_text():
 
 
 def write_checkpoint(
-    path: Path, *, seed: int = 0, val_loss: float | None = 1.0, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
+    path: Path,
+    *,
+    seed: int = 0,
+    val_loss: float | None = 1.0,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int | None = None,
+    sampling: SamplingConfig | None = None,
 ) -> Path:
     """What train.py would write for a tiny model of random weights."""
     tokenizer = tokenizer or ByteTokenizer()
     model = random_model(seed, vocab_size=vocab_size or tokenizer.vocab_size)
     config = Config(
-        model=model.config, data=DataConfig(tokenizer=tokenizer.name), training=TrainingConfig(seq_len=model.config.max_seq_len)
+        model=model.config,
+        data=DataConfig(tokenizer=tokenizer.name),
+        training=TrainingConfig(seq_len=model.config.max_seq_len),
+        sampling=sampling or SamplingConfig(),
     )
     kit = kit_entry(config, tokenizer.state(), tokens=5, val_loss=val_loss)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,6 +315,23 @@ def test_the_options_reach_the_sampling(folder, capsys):
     assert run(capsys, "--prompt", "a", "--top-k", "1", "--temperature", "5")[0] == greedy
     assert run(capsys, "--prompt", "a", "--temperature", "0", "--stop", greedy[3])[0] == greedy[: greedy.index(greedy[3])] + "\n"
     assert len(run(capsys, "--prompt", "a", "--temperature", "0", "--max-new-tokens", "1")[0]) == 2
+
+
+def test_what_is_not_given_is_what_the_checkpoint_says(folder, capsys):
+    greedy = run(capsys, "--prompt", "a", "--temperature", "0")[0]
+    write_checkpoint(Path("greedy.ckpt"), sampling=SamplingConfig(temperature=0.0, max_new_tokens=3, num_samples=5, prompts=("b",)))
+    assert infer.main(["--device", "cpu", "--ckpt", "greedy.ckpt", "--prompt", "a"]) == 0
+    assert capsys.readouterr().out == greedy[:3] + "\n"
+    assert run(capsys, "--ckpt", "greedy.ckpt", "--prompt", "a")[0] == greedy
+
+
+def test_a_new_document_begins_with_what_stands_before_every_document(folder, capsys):
+    rows = tokens_of(load_checkpoint("checkpoints/best.ckpt").model, torch.tensor([[256]]), 256, temperature=0.8, top_p=0.95, seed=3,
+                     max_new_tokens=12)  # fmt: skip
+    assert run(capsys, "--new-document")[0] == bytes(i for i in rows[0] if i is not None).decode(errors="replace") + "\n"
+    path = write_checkpoint(Path("endless.ckpt"), tokenizer=ByteTokenizer(eos=False))
+    with pytest.raises(UserError, match="no token in 'byte', with which a text could begin"):
+        run(capsys, "--ckpt", str(path), "--new-document")
 
 
 def test_several_samples_are_numbered_and_equal_the_rows(folder, capsys):

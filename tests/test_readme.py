@@ -13,9 +13,15 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from config import Config, load_config
+from checkpoint import load_checkpoint, read_checkpoint
+from config import Config
+from config_file import load_config
+from loss import IGNORE, cross_entropy
+from packing import PaddedLMDataset
+from shards import TokenShard
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -41,7 +47,7 @@ def test_the_readmes_commands_run_in_order(tmp_path):
     """Word for word, in a copy of the project; train.py gets a small override, and tensorboard is asked for its runs."""
     for name in ROOT.glob("*.py"):
         shutil.copy(name, tmp_path)
-    for name in ("config.yaml", "presets", "cases"):
+    for name in ("config.yaml", "presets", "cases", "corpora", "examples"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     (ROOT / "data").mkdir(exist_ok=True)
     (tmp_path / "data").symlink_to(ROOT / "data")
@@ -51,6 +57,8 @@ def test_the_readmes_commands_run_in_order(tmp_path):
         words = shlex.split(command)
         if command.startswith(NOT_RUN):
             continue
+        if words[1:3] == ["-m", "pdoc"]:
+            continue  # a test of its own, below
         if words[0] == "tensorboard":
             check_tensorboard(words, tmp_path, environment)
             continue
@@ -106,6 +114,45 @@ def test_the_readmes_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_lines_that_the_walk_through_names_are_where_it_says():
+    text = (ROOT / "docs/microgpt_walkthrough.md").read_text()
+    named = re.findall(r"`([^`]+)` \[(\w+\.py):(\d+)\]\(\.\./(\w+\.py)#L(\d+)\)", text)
+    assert len(named) > 15
+    for symbol, file, line, same_file, same_line in named:
+        places = [n for n, content in enumerate((ROOT / file).read_text().splitlines(), 1) if re.search(rf"\b{symbol}\b", content)]
+        assert int(line) in places, f"{symbol} stands in {file} at {places}, not at {line}"
+        assert (file, line) == (same_file, same_line)
+
+
+@pytest.mark.slow
+def test_the_reference_command_documents_every_module_without_a_warning(tmp_path):
+    [command] = re.findall(r"python (-m pdoc .+)", (ROOT / "README.md").read_text())
+    words = shlex.split(command.split("  #")[0])
+    files = sorted(ROOT.glob(words.pop()))
+    done = subprocess.run([sys.executable, *words, *files], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    [folder] = tmp_path.iterdir()
+    assert {page.stem for page in folder.glob("*.html")} >= {file.stem for file in files} >= {"model", "train", "infer"}
+    assert "Token ids (B, T) -&gt; logits (B, T, V)" in (folder / "model.html").read_text()
+
+
+def test_the_example_checkpoint_and_shard_belong_together_and_are_as_good_as_stated():
+    """Loaded as a user would, and the loss stated in examples/README.md measured again from the shard."""
+    example = load_checkpoint(ROOT / "examples/microgpt.ckpt")
+    shard = TokenShard(ROOT / "examples/names_val.bin")
+    assert shard.header.tokenizer == example.tokenizer.fingerprint
+    rows = PaddedLMDataset(shard, example.config.training.seq_len, ends_shared=True)
+    batch = rows.__getitems__(list(range(len(rows))))
+    with torch.no_grad():
+        loss = float(cross_entropy(example.model(batch["input_ids"]), batch["targets"]) / (batch["targets"] != IGNORE).sum())
+    assert TokenShard(ROOT / "examples/names_train.bin").header.sha256 == read_checkpoint(example.path)["kit"]["data_sha256"]
+    stated = re.findall(r"([\d,]+) names.* ([\d.]+) nats", (ROOT / "examples/README.md").read_text())
+    assert [(int(count.replace(",", "")), float(nats)) for count, nats in stated] == [
+        (shard.header.documents, pytest.approx(loss, abs=5e-4))
+    ]
+    assert example.model.config.n_parameters == 4192 and (ROOT / "examples/microgpt.ckpt").stat().st_size < 100_000
 
 
 def test_config_yaml_states_every_key_and_its_default():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import report
-from config import DataConfig, config_from_dict
+from config import DataConfig
+from config_file import config_from_dict
 from hardware import Hardware
 from prepare import prepare
 

@@ -274,6 +274,131 @@ def test_wrong_bytes_in_a_table_are_refused_or_replaced(tmp_path, name):
     assert read(tmp_path / name, errors="replace") == ["a", "b\ufffdc"]
 
 
+# ---- dialogues -------------------------------------------------------------------------------------------------------
+
+LAYOUT = """\
+The kitchen stinks . __eou__ I'll throw out the garbage . __eou__
+So Dick , how about getting some coffee for tonight ? __eou__ Coffee ? I don ’ t honestly like that kind of stuff . __eou__ \
+Come on , you can at least try a little , besides your cigarette . __eou__
+
+Good luck ! __eou__
+  __eou__   Hello ? __eou____eou__ Yes .  Who is it ?\t__eou__ No one __eou__ behind the last sign
+"""
+TALKS = [
+    "A: The kitchen stinks .\nB: I'll throw out the garbage .\n",
+    "A: So Dick , how about getting some coffee for tonight ?\nB: Coffee ? I don ’ t honestly like that kind of stuff .\n"
+    "A: Come on , you can at least try a little , besides your cigarette .\n",
+    "A: Good luck !\n",
+    "A: Hello ?\nB: Yes .  Who is it ?\nA: No one\nB: behind the last sign\n",
+]
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("end", ["\n", "", "\n\n", "\n \n\t\n", "\n __eou__ \n"])
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+def test_a_file_in_dailydialogs_layout_is_a_conversation_a_line(tmp_path, suffix, end, line):
+    text = (LAYOUT.removesuffix("\n") + end).replace("\n", line)
+    source = opened(write(tmp_path, f"dialogues_text.txt{suffix}", text.encode(), (9, 300)))
+    assert source.name == f"{tmp_path}/dialogues_text.txt{suffix} (DailyDialog's layout)"
+    assert documents(source) == documents(source) == documents(pickle.loads(pickle.dumps(source))) == TALKS
+    assert source.position == source.size
+
+
+UTTERANCE = st.text(alphabet="ab .é’😀_\t\u2028", min_size=1, max_size=12).map(lambda text: text.strip(" \t\u2028_")).filter(bool)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    talks=st.lists(st.lists(UTTERANCE, max_size=5), max_size=6),
+    size=st.integers(1, 40),
+    suffix=st.sampled_from([*PACK]),
+    mark=st.booleans(),
+)
+def test_the_documents_of_dialogues_are_the_turns_that_were_written(folder, talks, size, suffix, mark):
+    talks = [["first"], *talks]
+    text = "\ufeff" * mark + "".join("".join(f"{turn} __eou__ " for turn in talk) + "\n" for talk in talks)
+    source = opened(write(folder, f"x.txt{suffix}", text.encode(), (5,)))
+    expected = ["".join(f"{speaker}: {turn}\n" for speaker, turn in zip("ABABA", talk, strict=False)) for talk in talks]
+    with pieces_of(size):
+        assert documents(source) == [text for text in expected if text]
+
+
+def test_a_separator_wins_over_the_layout_of_dialogues(tmp_path):
+    path = write(tmp_path, "x.txt", LAYOUT.encode())
+    assert read(path, separator="line") == inked(LAYOUT.split("\n"))
+    assert read(path, separator="__eou__") == inked(LAYOUT.split("__eou__"))
+    assert opened(path, separator="line").name == str(path)
+
+
+@pytest.mark.parametrize("name, raw", [
+    ("x.txt", "No sign in the first line\n" + LAYOUT),
+    ("x.txt", "\n" + LAYOUT),
+    ("x.txt", "x" * PIECE + LAYOUT),
+    ("x.txt", LAYOUT.replace("__eou__", "_eou_")),
+    ("x.txt", "3 4 1\n2 2\n"),
+    ("x.md", LAYOUT), ("x.txt.old", LAYOUT), ("x", LAYOUT),
+])  # fmt: skip
+def test_a_file_without_the_layout_of_dialogues_is_one_document(tmp_path, name, raw):
+    path = write(tmp_path, name, raw.encode())
+    assert read(path) == [raw]
+    assert opened(path).name == str(path)
+
+
+def test_the_sign_of_dialogues_is_looked_for_in_a_megabyte(tmp_path):
+    turn = "x" * (PIECE - 8)
+    assert read(write(tmp_path, "x.txt", f"{turn} __eou__\n".encode())) == [f"A: {turn}\n"]
+    assert read(write(tmp_path, "x.txt", f"x{turn} __eou__\n".encode())) == [f"x{turn} __eou__\n"]
+
+
+def test_a_folder_of_dialogues_and_other_texts_names_one_of_each(tmp_path, monkeypatch):
+    """As DailyDialog's own is, with files of numbers beside."""
+    monkeypatch.chdir(tmp_path)
+    Path("train").mkdir()
+    write(Path("train"), "dialogues_act_train.txt", b"3 4 \n2 2 \n")
+    write(Path("train"), "dialogues_emotion_train.txt", b"0 0 \n0 1 \n")
+    write(Path("train"), "dialogues_train.txt", LAYOUT.encode())
+    said = (
+        "train/dialogues_train.txt has DailyDialog's layout, in which __eou__ ends an utterance, "
+        "and train/dialogues_act_train.txt has not; name those that are meant, for example train/dialogues_train.txt"
+    )
+    assert refusal("train") == f"train: {said}"
+    assert refusal("train/dialogues_*.txt") == f"train/dialogues_*.txt: {said}"
+    assert len(read("train", separator="line")) == 8
+    assert read("train/dialogues_train.txt") == TALKS
+    assert read("train/dialogues_[ae]*.txt") == ["3 4 \n2 2 \n", "0 0 \n0 1 \n"]
+
+
+def test_files_of_dialogues_follow_one_another_beside_other_kinds(tmp_path):
+    for part in ("train", "validation"):
+        (tmp_path / part).mkdir()
+        write(tmp_path / part, f"dialogues_{part}.txt", LAYOUT.encode())
+    write(tmp_path, "more.txt.gz", b"A sentence . __eou__")
+    write(tmp_path, "notes.md", b"Notes on __eou__.")
+    write(tmp_path, "rows.jsonl", b'{"text": "A row __eou__"}\n')
+    expected = ["A: A sentence .\n", "Notes on __eou__.", "A row __eou__", *TALKS, *TALKS]
+    assert read(tmp_path) == expected
+    assert opened(tmp_path).name == f"{tmp_path} (DailyDialog's layout)"
+    assert read(f"{tmp_path}/*/dialogues_*.txt") == TALKS * 2
+
+
+def test_dialogues_of_bytes_that_are_not_utf_8_are_refused_or_replaced(tmp_path):
+    path = write(tmp_path, "x.txt", b"a __eou__ b\xff __eou__\n")
+    assert "byte 11 is 0xff" in refusal(path)
+    assert read(path, errors="replace") == ["A: a\nB: b\ufffd\n"]
+
+
+def test_only_dialogues_have_their_layout_in_the_digest(tmp_path):
+    """Which for every other file is what it was before there was this layout."""
+    path = write(tmp_path, "x.txt", b"text")
+    settings = [1, None, "text", "strict", [("text", None)]]
+    assert opened(path).digest() == sources.hash_files([path], settings)
+    talks = write(tmp_path, "talks.txt", LAYOUT.encode())
+    copy = write(tmp_path, "talks.md", LAYOUT.encode())
+    assert opened(copy).digest() == sources.hash_files([talks], settings)
+    assert opened(talks).digest() != opened(copy).digest()
+    assert opened(talks, separator="line").digest() == opened(copy, separator="line").digest()
+
+
 # ---- jsonl -----------------------------------------------------------------------------------------------------------
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
@@ -583,7 +708,7 @@ def test_a_file_that_has_gone_is_a_user_error(tmp_path):
 # ---- which source ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["names", "wiki"])
+@pytest.mark.parametrize("name", ["names", "korean_names", "wiki"])
 def test_a_named_corpus_is_that_of_the_table(name):
     source = open_source(SourceConfig(source=name), str(DATA))
     assert isinstance(source, NamedSource)
@@ -634,6 +759,37 @@ def test_a_validation_split_of_what_has_no_splits_is_refused(tmp_path, monkeypat
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk("saved")
     with pytest.raises(UserError, match=f"data.val_split is a split of a Hugging Face dataset, and {[*keys.values()][0]} has none"):
         open_source(SourceConfig(**keys, val_split="test"), str(DATA), validation=True)
+
+
+def test_an_optional_path_is_read_where_it_is_there_and_no_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "path.txt", b"path")
+    write(tmp_path, "val.txt", b"val")
+
+    def first(validation: bool = False, **keys: str) -> str:
+        return next(open_source(SourceConfig(source="names", **keys), str(DATA), validation=validation).pieces())[0]
+
+    assert first(optional_path="train.txt") == "emma"
+    write(tmp_path, "train.txt", b"train")
+    assert first(optional_path="train.txt") == "train"
+    assert first(optional_path="train.txt", path="path.txt") == "path"
+    assert first(optional_path="elsewhere.txt", path="path.txt") == "path"
+    assert first(optional_path="train.txt", val_path="val.txt") == "train"
+    assert first(optional_path="train.txt", val_path="val.txt", validation=True) == "val"
+    Path("train").mkdir()
+    write(Path("train"), "x.txt", b"folder")
+    assert first(optional_path="train") == "folder"
+
+
+def test_an_optional_path_counts_in_the_digest_as_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def digest(**keys: str) -> str:
+        return open_source(SourceConfig(source="names", **keys), str(DATA)).digest()
+
+    assert digest(optional_path="train.txt") == digest()
+    write(tmp_path, "train.txt", b"train")
+    assert digest(optional_path="train.txt") == digest(path="train.txt") != digest()
 
 
 def test_a_config_of_the_whole_data_section_will_do(tmp_path):
@@ -730,7 +886,7 @@ def test_every_byte_and_every_setting_counts_in_the_digest(tmp_path):
     digests += [digest("x.txt"), digest("x.csv"), digest("x.tsv"), digest("x.jsonl"), digest("x.txt", raw + b"\n"), digest("x.txt", b"")]
     digests += [digest("x.txt", separator=separator) for separator in ("line", "blank_line", "<>", "\n")]
     digests += [digest("x.txt", errors="replace"), digest("x.csv", text_field="n")]
-    for name in ("x.txt.gz", "x.txt.zst"):  # the same bytes, which are decompressed or not
+    for name in ("x.md.gz", "x.md.zst"):  # the same bytes, which are decompressed or not
         (tmp_path / name).write_bytes(raw)
         digests.append(opened(tmp_path / name).digest())
     for parts in ((raw, raw), (raw[:5], raw[5:]), (raw[5:], raw[:5]), (raw, b""), (b"", raw)):
@@ -789,6 +945,29 @@ def test_the_digest_of_a_named_corpus_is_of_its_wheel_and_of_the_code_that_reads
     with (tmp_path / "corpora.py").open("a") as file:
         file.write("\n")
     assert digest("names") != before[0]
+
+
+def test_the_digest_of_a_shipped_corpus_is_of_its_file_and_of_the_code_that_reads_it(tmp_path, monkeypatch):
+    """And needs no network: not even a data folder."""
+
+    def open_wheel(name: str, data_dir: str) -> None:
+        raise AssertionError(name)
+
+    monkeypatch.setattr(sources, "open_wheel", open_wheel)
+    source = open_source(SourceConfig(source="korean_names"), str(tmp_path / "nowhere"))
+    before = source.digest()
+    assert re.fullmatch("[0-9a-f]{64}", before)
+    names = Path(shutil.copy(sources.SHIPPED["korean_names"], tmp_path / "names.txt"))
+    code = Path(shutil.copy(sources.corpora.__file__, tmp_path / "corpora.py"))
+    monkeypatch.setitem(sources.SHIPPED, "korean_names", names)
+    monkeypatch.setattr(sources.corpora, "__file__", str(code))
+    assert source.digest() == before
+    for file in (names, code):
+        content = file.read_bytes()
+        file.write_bytes(content + b"\n")
+        assert source.digest() != before
+        file.write_bytes(content)
+    assert source.digest() == before
 
 
 # ---- reading again, and how far --------------------------------------------------------------------------------------
@@ -874,6 +1053,17 @@ def test_a_line_of_64_mb_takes_memory_for_a_few_pieces(tmp_path, separator):
     size, peak = size_and_peak(opened(tmp_path / "x.txt", separator=separator))
     assert size == 64_000_000
     assert peak < 20_000_000
+
+
+def test_dialogues_are_read_some_lines_at_a_time(tmp_path):
+    line = "one utterance , " * 30 + "__eou__ another . __eou__\n"
+    with (tmp_path / "x.txt").open("w") as file:
+        for _ in range(64):
+            file.write(line * 1000)
+    size, peak = size_and_peak(opened(tmp_path / "x.txt"))
+    assert size == 64_000 * (len(line) - len(" __eou__ __eou__ ") + len("A: B: ") + 1)
+    assert (tmp_path / "x.txt").stat().st_size > 30_000_000
+    assert peak < 10_000_000
 
 
 def test_a_table_is_read_some_rows_at_a_time(tmp_path):

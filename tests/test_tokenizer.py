@@ -17,14 +17,17 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import tokenizer as tokenizer_module
+from config import SourceConfig
 from corpora import CORPORA
 from errors import UserError
 from fetch import open_wheel
+from sources import open_source
 from tokenizer import (
     BETWEEN,
     ByteTokenizer,
     CharTokenizer,
     JsonTokenizer,
+    SeenBytesTokenizer,
     Tokenizer,
     build_tokenizer,
     byte_letters,
@@ -39,6 +42,7 @@ SYMBOLS = "abc \n.éß中文😀\ufffd"
 WIDE = st.text(alphabet="aé中文字😀🏳️‍🌈 \n", max_size=30)  # characters of one to four bytes
 KINDS = ["byte", "char", "bpe:300", "gpt2"]
 BYTE_LEVEL = ["byte", "bpe:300", "gpt2"]
+OWN = ["byte", "seen-bytes", "char", "char:20", "bpe:300"]  # whose ends a config may choose
 
 
 @cache
@@ -140,6 +144,171 @@ def test_char_ids_are_in_code_point_order_and_an_unknown_symbol_is_0():
     assert tokenizer.vocab_size == 6
 
 
+# ---- the bytes that occur --------------------------------------------------------------------------------------------
+
+HANGUL = ["서연", "지우", "민준", "하윤 a"]
+
+
+def seen_of(texts: list[str]) -> list[int]:
+    return sorted(set("".join(texts).encode()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text() | WIDE, max_size=5), bos=st.booleans(), eos=st.booleans())
+def test_seen_bytes_are_the_bytes_of_the_corpus_in_order_and_then_the_ends(texts, bos, eos):
+    tokenizer = SeenBytesTokenizer.train(iter(texts), bos, eos)
+    order = seen_of(texts)
+    assert tokenizer.seen.tolist() == order
+    assert tokenizer.vocab_size == len(order) + bos + eos
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (len(order) if bos else None, len(order) + bos if eos else None)
+    for text in texts:
+        assert tokenizer.encode(text) == [order.index(byte) for byte in text.encode()]
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert arrays(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
+    assert arrays(tokenizer, []) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="".join(HANGUL)))
+def test_seen_bytes_decode_undoes_encode_for_any_text_over_them(text):
+    tokenizer = SeenBytesTokenizer.train(HANGUL)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id, tokenizer.vocab_size + 7]) == text
+
+
+def test_seen_bytes_write_other_text_that_the_same_bytes_spell():
+    """Which are not characters: é and ñ are C3 A9 and C3 B1, and ± is C2 B1."""
+    tokenizer = SeenBytesTokenizer.train(["é", "±"])
+    assert tokenizer.decode(tokenizer.encode("ñ")) == "ñ"
+
+
+def test_26_letters_have_27_entries_and_the_korean_names_58(tmp_path):
+    """The vocabularies of microgpt: the end of a document is the last one, and what separates documents is none."""
+    (tmp_path / "names.txt").write_text("the\nquick\nbrown\nfox\njumps\nover\nlazy\ndogs\n")
+    pieces = open_source(SourceConfig(path=str(tmp_path / "names.txt"), separator="line"), DATA).pieces()
+    tokenizer = build_tokenizer("seen-bytes", DATA, (text for text, _ in pieces))
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (27, 26, None)
+    assert tokenizer.encode("az") == [0, 25]
+    assert stored(tokenizer, ["ab", "c"]) == [26, 0, 1, 26, 2, 26]
+    korean = build_tokenizer("seen-bytes", DATA, CORPORA["korean_names"](str(DATA)))
+    assert (korean.vocab_size, korean.eos_id, korean.dtype) == (58, 57, "<u2")
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("서연x", "x"), ("x서연", "x"), ("\0", r"\x00"), ("서\n", r"\n"), ("하'", "'"),
+    ("서연é", "é"), ("서나", "나"), ("서석", "석"), ("연😀", "😀"),
+])  # fmt: skip
+def test_a_byte_that_was_not_seen_is_a_user_error_that_shows_its_character(text, shown):
+    """Of é no byte was seen; of 나 the first was, of 석 the first two."""
+    tokenizer = SeenBytesTokenizer.train(HANGUL)
+    for ask in (tokenizer.encode, lambda text: tokenizer.encode_arrays(["서연", text, "y"])):
+        with pytest.raises(UserError) as error:
+            ask(text)
+        quoted = '"\'"' if shown == "'" else f"'{shown}'"
+        assert str(error.value).startswith(f"{quoted} has a byte that does not occur in the text of which the tokenizer 'seen-bytes' was")
+        assert str(error.value).endswith("data.tokenizer=byte")
+        assert "\n" not in str(error.value)
+
+
+def test_half_a_syllable_is_decoded_as_a_replacement_character():
+    tokenizer = SeenBytesTokenizer.train(HANGUL)
+    ids = tokenizer.encode("서연")
+    assert [tokenizer.decode(ids[:n]) for n in range(7)] == ["", "\ufffd", "\ufffd", "서", "서\ufffd", "서\ufffd", "서연"]
+    assert tokenizer.decode(ids[1:]) == "\ufffd\ufffd연"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="".join(HANGUL)))
+def test_seen_bytes_stream_in_whole_syllables(text):
+    tokenizer = SeenBytesTokenizer.train(HANGUL)
+    assert [*stream_text(tokenizer, iter(tokenizer.encode(text)))] == [*text]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_seen_bytes_stream_any_ids_as_they_decode(data):
+    tokenizer = SeenBytesTokenizer.train(HANGUL)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))
+    assert "".join(stream_text(tokenizer, iter(ids))) == tokenizer.decode(ids)
+
+
+def test_seen_bytes_go_through_state_and_pickle():
+    tokenizer = SeenBytesTokenizer.train(HANGUL, True, True)
+    for again in (from_state(json.loads(json.dumps(tokenizer.state()))), pickle.loads(pickle.dumps(tokenizer))):
+        assert isinstance(again, SeenBytesTokenizer)
+        assert again.state() == tokenizer.state()
+        assert (again.fingerprint, again.name, again.kind) == (tokenizer.fingerprint, "seen-bytes", "seen-bytes")
+        assert again.encode("민준") == tokenizer.encode("민준")
+    assert SeenBytesTokenizer.train(HANGUL[::-1]).fingerprint == SeenBytesTokenizer.train(HANGUL).fingerprint
+    assert SeenBytesTokenizer.train(HANGUL[1:]).fingerprint != SeenBytesTokenizer.train(HANGUL).fingerprint
+    everything = SeenBytesTokenizer(bytes(range(256)))
+    assert (everything.vocab_size, everything.encode("é")) == (257, ByteTokenizer().encode("é"))
+    assert everything.fingerprint != ByteTokenizer().fingerprint
+
+
+# ---- the commonest characters ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    texts=st.lists(st.text(alphabet="aaabbc é中😀\n") | st.text(), max_size=5),
+    size=st.integers(4, 14),
+    bos=st.booleans(),
+    eos=st.booleans(),
+)
+def test_a_sized_char_keeps_the_commonest_characters_and_of_equals_the_lowest(texts, size, bos, eos):
+    tokenizer = build_tokenizer(f"char:{size}", DATA, iter(texts), bos, eos)
+    text, room = "".join(texts), size - 1 - bos - eos
+    ranked = sorted(set(text), key=lambda symbol: (-text.count(symbol), ord(symbol)))
+    kept, lost = sorted(ranked[:room], key=ord), ranked[room:]
+    assert tokenizer.symbols == "".join(kept)
+    assert tokenizer.name == f"char:{size}"
+    assert tokenizer.vocab_size == 1 + bos + eos + len(kept) <= size
+    assert tokenizer.decode(tokenizer.encode(text)) == "".join("\ufffd" if symbol in lost else symbol for symbol in text)
+    assert arrays(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
+    assert bool(tokenizer.note) == bool(lost)
+
+
+def test_a_sized_char_says_how_many_characters_it_leaves_out_and_what_becomes_of_them():
+    tokenizer = build_tokenizer("char:5", DATA, ["aaaabbb", "cccdd!"])
+    assert tokenizer.symbols == "abc"
+    assert tokenizer.encode("abcd!") == [2, 3, 4, 0, 0]
+    assert tokenizer.note == (
+        "the training text has 5 different characters; char:5 keeps the 3 commonest, and the other 2, 23.08% of the text, become <unk>"
+    )
+    assert build_tokenizer("char:7", DATA, ["aaaabbb", "cccdd!"]).note == ""
+    assert build_tokenizer("char", DATA, ["aaaabbb", "cccdd!"]).note == ""
+
+
+@pytest.mark.parametrize("bos, eos, least", [(False, False, 2), (False, True, 3), (None, None, 3), (True, False, 3), (True, True, 4)])
+def test_a_sized_char_has_room_for_one_character_at_least(bos, eos, least):
+    assert build_tokenizer(f"char:{least}", DATA, ["baa"], bos, eos).symbols == "a"
+    with pytest.raises(UserError, match=f"write char:SIZE with a size of {least} or more"):
+        build_tokenizer(f"char:{least - 1}", DATA, ["baa"], bos, eos)
+
+
+@pytest.mark.parametrize("bos, eos", [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_a_sized_char_that_suffices_is_the_plain_one_but_for_its_name(size, bos, eos):
+    """From the exact size on."""
+    plain = build_tokenizer("char", DATA, [SYMBOLS, "aab"], bos, eos)
+    sized = build_tokenizer(f"char:{plain.vocab_size + size}", DATA, [SYMBOLS, "aab"], bos, eos)
+    assert {**sized.state(), "name": "char"} == plain.state()
+    assert sized.fingerprint == plain.fingerprint
+    assert sized.encode(SYMBOLS + "?") == plain.encode(SYMBOLS + "?")
+    smaller = build_tokenizer(f"char:{plain.vocab_size - 1}", DATA, [SYMBOLS, "aab"], bos, eos)
+    assert smaller.fingerprint != plain.fingerprint
+    assert smaller.vocab_size == plain.vocab_size - 1
+
+
+def test_a_sized_char_keeps_its_name_through_state_and_pickle():
+    tokenizer = build_tokenizer("char:6", DATA, [SYMBOLS, "aab"])
+    for again in (from_state(json.loads(json.dumps(tokenizer.state()))), pickle.loads(pickle.dumps(tokenizer))):
+        assert again.state() == tokenizer.state()
+        assert (again.name, again.kind, again.fingerprint) == ("char:6", "char", tokenizer.fingerprint)
+        assert again.encode(SYMBOLS) == tokenizer.encode(SYMBOLS)
+
+
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +330,7 @@ def test_eos_alone_ends_every_document_and_opens_every_prompt(kind, eos):
 ENDS = [(True, True), (False, True), (True, False), (False, False)]
 
 
-@pytest.mark.parametrize("kind", ["byte", "char", "bpe:300"])
+@pytest.mark.parametrize("kind", OWN)
 @pytest.mark.parametrize("bos, eos", ENDS)
 def test_documents_between_every_choice_of_ends(kind, bos, eos):
     tokenizer = build_tokenizer(kind, DATA, [SYMBOLS], bos, eos)
@@ -387,7 +556,7 @@ def test_a_bpe_of_more_than_its_text_gives_is_as_large_as_it_can_be():
     assert build_tokenizer("bpe:5000", DATA, []).vocab_size == 257
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe:400"])
+@pytest.mark.parametrize("kind", ["seen-bytes", "char", "char:60", "bpe:400"])
 def test_training_twice_gives_the_same_tokenizer(kind):
     assert build_tokenizer(kind, DATA, wiki()[:100]).state() == build_tokenizer(kind, DATA, iter(wiki()[:100])).state()
 
@@ -660,7 +829,7 @@ def test_state_through_json_gives_the_same_tokenizer(tokenizer):
         assert getattr(again, name) == getattr(tokenizer, name)
 
 
-@pytest.mark.parametrize("kind", ["byte", "char", "bpe:300"])
+@pytest.mark.parametrize("kind", OWN)
 @pytest.mark.parametrize("bos, eos", ENDS)
 def test_the_ends_go_through_state_and_pickle(kind, bos, eos):
     tokenizer = build_tokenizer(kind, DATA, [SYMBOLS], bos, eos)
@@ -671,7 +840,7 @@ def test_the_ends_go_through_state_and_pickle(kind, bos, eos):
 
 def test_other_ends_have_another_fingerprint(tmp_path):
     folder = str(word_level(tmp_path, {"?": 0, "[B]": 1, "[E]": 2, "a": 3}, bos_token="[B]", eos_token="[E]"))
-    for kind in ("byte", "char", "bpe:300", folder):
+    for kind in (*OWN, folder):
         assert len({build_tokenizer(kind, DATA, [SYMBOLS], bos, eos).fingerprint for bos, eos in ENDS}) == 4
 
 
@@ -737,8 +906,10 @@ def test_a_tokenizer_that_drops_the_first_space_streams_all_the_others(tmp_path)
 
 
 @pytest.mark.parametrize("name, said", [
+    ("char:abc", "write char:SIZE with a size of 3 or more, for example char:4096"), ("char:2", "3 or more"), ("char:0", "3 or more"),
+    ("char:", "char:4096"), ("char:-5", "char:SIZE"), ("char:1e3", "char:SIZE"), ("char: 9", "char:SIZE"),
     ("bpe:abc", "bpe:SIZE"), ("bpe:256", "257 or more"), ("bpe:", "bpe:4096"), ("bpe:-5", "bpe:SIZE"),
-    ("gtp2", "no copy of tokenizer 'gtp2'"), ("gtp2", "byte, char, bpe:SIZE, gpt2"),
+    ("gtp2", "no copy of tokenizer 'gtp2'"), ("gtp2", "byte, seen-bytes, char, char:SIZE, bpe:SIZE, gpt2"),
     ("nobody/no-such-name", "no copy of tokenizer 'nobody/no-such-name'"),
     ("folder", "folder holds no tokenizer.json"),
     ("text.json", "text.json is not a tokenizer.json"),

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,14 +14,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import callbacks
+import evaluate_checkpoints
+import infer
 import train
+from cases import load_suite
 from checkpoint import load_checkpoint, read_checkpoint
-from config import load_config
+from config_file import load_config
 from errors import UserError
 from loss import cross_entropy
 from model import Transformer
 from packing import PackedLMDataset
-from prepare import prepare
+from prepare import is_validation, prepare
+from probe_report import scalars
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -253,6 +258,102 @@ def test_raising_max_steps_goes_on(folder, capsys):
     run("training.max_steps=12")
     assert "training.max_steps 6 -> 12" in capsys.readouterr().err
     assert read_checkpoint("checkpoints/final.ckpt")["global_step"] == 12
+
+
+def test_epochs_are_the_steps_of_so_many_passes_and_may_be_raised(folder):
+    text = Path("text.txt").read_bytes()
+    tokens = len(text) - len(text) // 20 + 2  # byte and an eos at both ends; the last twentieth is validation
+    steps = [math.ceil(epochs * math.ceil((tokens - 1) / 16) / 8) for epochs in (0.5, 2)]
+    run("run.name=epochs", "training.max_epochs=0.5", "training.schedule=constant")
+    assert read_checkpoint("checkpoints/epochs/final.ckpt")["global_step"] == steps[0] < steps[1]
+    run("run.name=epochs", "training.max_epochs=2", "training.schedule=constant")
+    run("run.name=steps", f"training.max_steps={steps[1]}", "training.schedule=constant")
+    assert same(*(weights_and_optimizer(f"checkpoints/{name}/final.ckpt") for name in ("epochs", "steps")))
+
+
+NAMES = ["anna", "emma", "hannah", "ann", "em", "nan", "maanna", "emmann"]
+
+
+def test_a_run_on_lines_prints_the_facts_and_numbered_samples_as_microgpt_does(folder, capsys):
+    """Few letters and few names, so that some of the samples are new and some are remembered."""
+    Path("names.txt").write_text("\n".join(NAMES))
+    options = ["data.path=names.txt", "data.separator=line", "data.tokenizer=seen-bytes", "data.packing=padded", "data.val_share=0.3"]
+    run(*options, "sampling.prompts=['']", "sampling.num_samples=40", "sampling.max_new_tokens=6", "training.max_steps=60")
+    said = capsys.readouterr()
+    parameters = load_checkpoint("checkpoints/final.ckpt").model.state_dict()
+    assert f"num docs: 8\nvocab size: 6\nnum params: {sum(p.numel() for p in parameters.values())}\n" in said.err.replace(" \n", "\n")
+    samples = re.findall(r"^sample +(\d+): ([aehmn]*)(  \(a training document\))?$", said.out, re.MULTILINE)
+    assert [int(number) for number, _, _ in samples] == list(range(1, 41))
+    trained_on = {name for name in NAMES if not is_validation(name, 0.3)}
+    assert 0 < len(trained_on) < len(NAMES)
+    assert [bool(mark) for _, _, mark in samples] == [text in trained_on for _, text, _ in samples]
+    new = sum(text not in trained_on for _, text, _ in samples)
+    assert 0 < new < 40
+    assert f"{new} of 40 are new: not among the {len(trained_on)} documents to train on." in said.out
+
+
+def test_prompts_are_continued_by_the_model_of_the_last_step(folder, capsys):
+    run("sampling.prompts=['7 times', '1']", "sampling.temperature=0", "sampling.max_new_tokens=5", "training.max_steps=3")
+    said = capsys.readouterr().out
+    for number, prompt in enumerate(["7 times", "1"], 1):
+        assert infer.main(["--ckpt", "checkpoints/final.ckpt", "--prompt", prompt, "--device", "cpu"]) == 0
+        text = capsys.readouterr().out.removesuffix("\n").replace("\n", " ⏎ ")
+        assert f"sample {number:2d}: {prompt}{text}\n" in said
+
+
+@pytest.mark.parametrize("options, told", [
+    (["data.eos=false", "sampling.prompts=['']"], "sampling.prompts holds ''.*no token begins a document"),
+    (["training.max_epochs=1", "data.streaming=true", "data.separator=line"], "max_epochs is 1.*stream"),
+    (["data.tokenizer=seen-bytes", "data.streaming=true", "data.separator=line"], "streaming.*seen-bytes"),
+])  # fmt: skip
+def test_what_no_run_can_do_is_refused_in_a_sentence(folder, options, told):
+    with pytest.raises(UserError, match=told):
+        run(*options)
+
+
+def test_a_vocabulary_that_leaves_characters_out_and_documents_that_do_not_fit_are_told_before_the_run(folder, capsys):
+    """Digits are the rare ones: 50 lines of 'i times i is i*i'; a row of 16 holds no whole line with two-digit numbers."""
+    options = ["data.tokenizer=char:12", "data.separator=line", "data.packing=padded", "data.val_share=0.1"]
+    assert train.main(["--config", "config.yaml", *TINY, *options, "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    lines = [line for line in Path("text.txt").read_text().splitlines() if not is_validation(line, 0.1)]
+    different = len(set("".join(lines)))
+    assert f"the training text has {different} different characters; char:12 keeps the 10 commonest, and the other {different - 10}" in said
+    assert f"{sum(len(line) + 1 > 16 for line in lines)} of {len(lines)} do not fit a row of 16 tokens: each cut off there" in said
+
+
+SUITE = """
+schema: 1
+name: sums
+cases:
+  - {id: a, type: choice, category: digits, prompt: "7 times 7 is", answers: [" 49"], distractors: [" 4q"]}
+  - {id: b, type: minimal_pair, category: order, good: "3 times", bad: "3 semit"}
+"""
+
+
+def test_each_validation_scores_the_probe_cases_as_the_evaluator_does(folder, capsys):
+    """The last one's scores are those of final.ckpt; a resumed run may ask other cases."""
+    Path("sums.yaml").write_text(SUITE)
+    run("training.probe_cases=[sums.yaml]", "training.max_steps=10")
+    assert capsys.readouterr().err.count("probes ") == 2
+    with Path("logs/metrics.csv").open() as file:
+        macros = [(int(row["step"]), float(row["probe/macro"])) for row in csv.DictReader(file) if row["probe/macro"]]
+    [result] = evaluate_checkpoints.evaluate(["checkpoints/final.ckpt"], load_suite("sums.yaml"))
+    assert [step for step, _ in macros] == [5, 10] and macros[1][1] == result.macro
+    events = EventAccumulator("logs")
+    events.Reload()
+    logged = {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"] if name.startswith("probe/")}
+    assert logged == pytest.approx(scalars(result), rel=1e-5)
+    Path("other.yaml").write_text(SUITE.replace("id: a", "id: c"))
+    run("training.probe_cases=[other.yaml]", "training.max_steps=12")
+
+
+def test_probe_cases_that_cannot_be_asked_are_refused_before_the_first_step(folder):
+    Path("long.yaml").write_text("[{name: a, prompt: much longer than a row of sixteen, target: ' x'}]")
+    for path, told in (("gone.yaml", "cannot read the cases gone.yaml"), ("long.yaml", "'a' has 36 tokens")):
+        with pytest.raises(UserError, match=told):
+            run(f"training.probe_cases=[{path}]")
+    assert not list(Path("checkpoints").glob("*.ckpt"))
 
 
 def test_a_second_process_in_the_same_folder_is_refused(folder):
