@@ -24,11 +24,11 @@ from checkpoint import link_or_copy
 from config import Config, TrainingConfig
 from config_file import to_yaml
 from errors import UserError
-from evaluate_checkpoints import Result
 from hardware import memory_in_use
 from infer import complete_whole, generate
 from prepare import PreparedData
 from probe_report import scalars
+from results import Result
 from runs import Run, print_note
 from scoring import encode_case, score_cases
 

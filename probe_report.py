@@ -19,8 +19,8 @@ from rich.table import Table
 import intervals
 from cases import Suite
 from errors import UserError
-from evaluate_checkpoints import Result, Summary, emerged, flips, mean, summarise
 from intervals import Interval, mcnemar, spearman
+from results import Result, Summary, emerged, flips, mean, summarise
 
 SCHEMA = 2  # of the JSON; 1 was a list of cases without categories
 EXAMPLES = 6  # flipped cases named in a line
@@ -60,7 +60,7 @@ def print_tables(results: list[Result], suite: Suite, top_k: int, baseline: Resu
     out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
     first = results[0]
     show(out, ranking_table(results, suite))
-    out.print(verdict(results), markup=False)
+    out.print(verdict(results), markup=False, soft_wrap=True)
     if first.graded:
         for part in category_tables(first, top_k):
             show(out, part)
@@ -68,7 +68,7 @@ def print_tables(results: list[Result], suite: Suite, top_k: int, baseline: Resu
     if len({result.step for result in results}) > 1 and first.graded:
         show(out, steps_table(results))
         for line in flip_lines(results):
-            out.print(line, markup=False)
+            out.print(line, markup=False, soft_wrap=True)
     if baseline is not None and first.graded:
         show(out, baseline_table(results, baseline))
 
@@ -302,27 +302,44 @@ def print_markdown(results: list[Result], top_k: int) -> None:
 
 
 def draw(results: list[Result], path: str) -> None:
-    """Accuracy against steps: a line and a band for each category, the mean over them in black, chance dotted."""
+    """Accuracy against steps: a panel for each category with its line, its interval as a band and chance dotted; their mean first."""
     import matplotlib  # 0.5 s
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     ordered = [result for result in by_step(results) if result.graded]
-    steps = [result.step for result in ordered]
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=120, layout="constrained")
-    for i, category in enumerate(categories_of(ordered[0]) if ordered else []):
-        summaries = [summarise(result, category, 1) for result in ordered]
-        color = plt.get_cmap("tab20")(i % 20)
-        axes.plot(steps, [s.accuracy for s in summaries], color=color, marker="o", markersize=3, linewidth=1.2, label=category)
-        axes.fill_between(
-            steps, [s.interval[0] for s in summaries], [s.interval[1] for s in summaries], color=color, alpha=0.08, linewidth=0
-        )
-        axes.axhline(summaries[0].chance, color=color, linestyle=":", linewidth=0.8)
-    axes.plot(steps, [r.macro for r in ordered], color="black", linewidth=2, marker="o", markersize=4, label="mean over categories")
-    axes.set(xlabel="optimizer steps", ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    lines = {"mean over categories": [(r.step, r.macro, r.macro_interval, None) for r in ordered]}
+    for category in categories_of(ordered[0]) if ordered else []:
+        summaries = [(r.step, summarise(r, category, 1)) for r in ordered]
+        lines[category] = [(step, s.accuracy, s.interval, s.chance) for step, s in summaries]
+    columns = min(5, len(lines))
+    rows = -(-len(lines) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.2 * columns + 0.4, 1.9 * rows + 0.4),
+        dpi=120,
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for axes, (name, points) in zip(grid.flat, lines.items(), strict=False):
+        steps, accuracy, interval, chance = zip(*points, strict=True) if points else ((), (), (), (None,))
+        color = "#1f4e79" if chance[0] is not None else "black"
+        axes.plot(steps, accuracy, color=color, marker="o", markersize=3, linewidth=1.4)
+        axes.fill_between(steps, [low for low, _ in interval], [high for _, high in interval], color=color, alpha=0.15, linewidth=0)
+        if chance[0] is not None:
+            axes.axhline(chance[0], color="#808080", linestyle=":", linewidth=1)
+        axes.set_title(name, fontsize=9)
+        axes.set_ylim(-0.02, 1.02)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(lines) :]:
+        axes.set_visible(False)
+    figure.supxlabel("optimizer steps", fontsize=9)
+    figure.supylabel("accuracy", fontsize=9)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(path)
