@@ -208,7 +208,7 @@ def print_verdict(
         table.add_row(name, f"{loss:.3f}", f"{perplexity:,.1f}", f"{bits:.3f}")
     out.print(table)
     if worse := [name for name, bits in counted.items() if bits <= validation["bpb"]]:
-        out.print(f"\nCounting ({', '.join(worse)}) is still better than this model: train longer, or look at training.lr.")
+        out.print(f"\nCounting ({', '.join(worse)}) is still better than this model.")
     recent = float(np.mean(read_metrics(run.metrics_file, "train/loss")[1][-5:]))
     epochs = None if data.stream else rows_in_run(config) / len(rows_of(data, config, validation=False))
     out.print("\n" + fit_sentence(recent, validation["loss"], best, epochs))
