@@ -237,9 +237,9 @@ class Samples(L.Callback):
     def __init__(self, config: Config, data: PreparedData):
         self.tokenizer, self.params = data.tokenizer, replace(config.sampling, seed=config.sampling.seed or 0)
         if config.sampling.prompts:
-            self.prompts = [torch.tensor([self.ids(prompt)]) for prompt in config.sampling.prompts]
-        else:
-            self.prompts = [torch.from_numpy(ids)[None] for ids in openings(data, config.model.max_seq_len)]
+            self.batches = [torch.tensor([self.ids(prompt)]) for prompt in config.sampling.prompts]
+        else:  # all of one length
+            self.batches = [torch.from_numpy(np.stack(openings(data, config.model.max_seq_len)))]
         self.latest: list[tuple[str, str]] = []
 
     def ids(self, prompt: str) -> list[int]:
@@ -253,9 +253,11 @@ class Samples(L.Callback):
             return
         module.model.eval()
         self.latest = [
-            (self.tokenizer.decode(prompt[0].tolist()), text)
-            for prompt in self.prompts
-            for _, text in complete_whole(self.tokenizer, generate(module.model, prompt, self.params, self.tokenizer.eos_id), self.params)
+            (self.tokenizer.decode(prompts[row % len(prompts)].tolist()), text)
+            for prompts in self.batches
+            for row, text in complete_whole(
+                self.tokenizer, generate(module.model, prompts, self.params, self.tokenizer.eos_id), self.params
+            )
         ]
         module.model.train()
         text = "\n\n".join(f"**{prompt}**{continuation}" for prompt, continuation in self.latest)

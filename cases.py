@@ -85,10 +85,10 @@ class Case:
 
 ANY = {"id", "type", "category", "group", "source", "negative", "echo", "joined"}
 FIELDS: dict[str, tuple[set[str], set[str]]] = {  # type: fields it must have, fields it may have
-    "cloze": ({"prompt", "answers"}, {"distractors", "scoring", "pmi_prompt", "echo", "joined"}),
-    "choice": ({"prompt", "answers", "distractors"}, {"scoring", "pmi_prompt", "echo", "joined"}),
+    "cloze": ({"prompt", "answers"}, {"distractors", "scoring", "pmi_prompt"}),
+    "choice": ({"prompt", "answers", "distractors"}, {"scoring", "pmi_prompt"}),
     "minimal_pair": ({"good", "bad"}, {"scoring"}),
-    "schema": ({"contexts", "continuation"}, {"gold", "scoring", "echo", "joined"}),
+    "schema": ({"contexts", "continuation"}, {"gold", "scoring"}),
     "generate": ({"prompt", "match"}, {"forbid", "max_new_tokens"}),
     "text": (set(), {"text", "file"}),
 }

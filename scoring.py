@@ -265,10 +265,13 @@ def score_case(tokenizer: Tokenizer, encoded: Encoded, answers: dict[Request, An
         logprob=log_sum_exp(sums[:n]),
         tokens=len(first.logprobs),
         bytes=sizes[0],
-        greedy=any(a.greedy for a in right),
-        first_token_rank=min(a.rank for a in right),
-        top=tuple((tokenizer.decode([token]), p) for token, p in first.top),
     )
+    if case.type != "minimal_pair":  # a whole text, of which no prompt asks for the first token
+        common |= dict(
+            greedy=any(a.greedy for a in right),
+            first_token_rank=min(a.rank for a in right),
+            top=tuple((tokenizer.decode([token]), p) for token, p in first.top),
+        )
     if len(found) == n:
         return Score(correct=float(common["greedy"]), **common)
     by = {

@@ -311,6 +311,22 @@ def test_a_trained_tokenizer_does_not_see_val_path(tmp_path):
     assert prepare(byte_config(tmp_path, **paths, tokenizer="char")).tokenizer.symbols == "abc"
 
 
+def test_seen_bytes_are_those_of_all_documents_since_it_knows_no_other(tmp_path):
+    """Each document has a letter of its own, so that validation's would be unseen; and so has val_path's."""
+    documents = [f"{letter}x" for letter in "abcdefghijklmnopqrstuvw"]
+    path, other = jsonl(tmp_path / "a.jsonl", documents), jsonl(tmp_path / "b.jsonl", ["zx"])
+    assert {is_validation(document, 0.3) for document in documents} == {True, False}
+    for val_path, letters in ((None, "abcdefghijklmnopqrstuvwx"), (other, "abcdefghijklmnopqrstuvwxz")):
+        data = prepare(byte_config(tmp_path, tokenizer="seen-bytes", path=path, val_path=val_path, val_share=0.3))
+        assert bytes(data.tokenizer.seen) == letters.encode()
+
+
+def test_what_a_vocabulary_leaves_out_is_told_again_when_it_is_read_back(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [f"{letter}xyz" for letter in "abcdefghijklmnopqrstuvw"])
+    notes = [prepare(byte_config(tmp_path, tokenizer="char:5", path=path)).tokenizer.note for _ in range(2)]
+    assert notes[0] == notes[1] and "char:5 keeps the 3 commonest" in notes[0]
+
+
 def test_the_same_text_for_both_parts_has_a_shard_of_each(tmp_path):
     paths = {"path": text_file(tmp_path / "1.txt", "abc"), "val_path": text_file(tmp_path / "2.txt", "abc")}
     data = prepare(byte_config(tmp_path, **paths))

@@ -19,6 +19,7 @@ import infer
 import train
 from cases import load_suite
 from checkpoint import load_checkpoint, read_checkpoint
+from config import SamplingParams
 from config_file import load_config
 from errors import UserError
 from loss import cross_entropy
@@ -290,6 +291,20 @@ def test_a_run_on_lines_prints_the_facts_and_numbered_samples_as_microgpt_does(f
     new = sum(text not in trained_on for _, text, _ in samples)
     assert 0 < new < 40
     assert f"{new} of 40 are new: not among the {len(trained_on)} documents to train on." in said.out
+
+
+def test_several_continuations_stand_behind_the_openings_they_continue(folder, capsys):
+    """The openings of validation documents go in as one batch; each row's text begins anew for each of its two continuations."""
+    run("sampling.num_samples=2", "sampling.temperature=0", "sampling.max_new_tokens=5", "training.max_steps=3")
+    samples = re.findall(r"^sample +\d+: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(samples) == 6 and samples[:3] == samples[3:]  # greedy: the second round is the first
+    config = load_config("config.yaml", TINY)
+    data = prepare(config.data)
+    model, ids = load_checkpoint("checkpoints/final.ckpt").model, callbacks.openings(data, config.model.max_seq_len)
+    for shown, opening in zip(samples, ids, strict=False):
+        alone = infer.generate(model, torch.from_numpy(opening)[None], SamplingParams(5, temperature=0.0), data.tokenizer.eos_id)
+        text = data.tokenizer.decode([*opening.tolist(), *(token for [token] in alone if token is not None)])
+        assert shown == text.replace("\n", " ⏎ ")
 
 
 def test_prompts_are_continued_by_the_model_of_the_last_step(folder, capsys):
