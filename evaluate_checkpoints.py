@@ -93,7 +93,10 @@ def found(patterns: list[str], what: str) -> list[str]:
     for pattern in patterns:
         matching = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
         if not matching:
-            raise UserError(f"no {what} matches {pattern!r}" + (f"; {known_checkpoints()}" if what == "checkpoint" else ""))
+            there = (
+                known_checkpoints() if what == "checkpoint" else f"in cases/ there are {', '.join(sorted(glob.glob('cases/*'))) or 'none'}"
+            )
+            raise UserError(f"no {what} matches {pattern!r}; {there}")
         paths |= dict.fromkeys(matching)
     return list(paths)
 
