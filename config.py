@@ -145,7 +145,7 @@ class HardwareConfig:
     accelerator: Literal["auto", "cpu", "mps", "cuda", "gpu"] = "auto"  # auto: mps, else cuda, else cpu; gpu is cuda
     devices: int = 1  # how many of them
     num_workers: int = 0  # processes that prepare batches; 0: the training process itself
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA only
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA, and on a CPU in a run of many minutes
 
     def __post_init__(self) -> None:
         if self.devices < 1:

@@ -5,14 +5,15 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import psutil
 import torch
 
 from config import HardwareConfig
 from errors import UserError
-from model import MPS_INNER_LIMIT
+from model import MPS_INNER_LIMIT, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,28 @@ def has_bfloat16_cpu() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported()
 
 
-def choose_compile(asked: str, accelerator: str) -> tuple[bool, str]:
-    """Whether to torch.compile, and the reason."""
+COMPILE_SECONDS = 25  # that compiling a step has taken here at most, the first time; 4 when its cache still had it
+COMPILE_SAVES = 0.2  # of the time outside the head, measured on a CPU: 0.13 to 0.27
+
+
+def choose_compile(asked: str, accelerator: str, seconds: float) -> tuple[bool, str]:
+    """Whether to torch.compile, and the reason. `seconds` is what the run would take without, the head left out."""
     if asked == "off":
         return False, "as asked"
-    if asked == "auto" and accelerator != "cuda":
-        return False, "compiling takes longer than it saves in a short run here; hardware.compile=on to try"
     if accelerator == "mps":
         return False, "torch.compile for MPS is a prototype"
+    if asked == "auto" and accelerator == "cpu" and seconds * COMPILE_SAVES < 2 * COMPILE_SECONDS:
+        return (
+            False,
+            f"it would save some {seconds * COMPILE_SAVES:.0f} s of this run and take up to {COMPILE_SECONDS}; hardware.compile=on to try",
+        )
     compilers = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "cl")
     if not any(shutil.which(name) for name in compilers if name):
         return False, "there is no C++ compiler on the PATH, which torch.compile needs"
-    return True, "as asked" if asked == "on" else "pays back on CUDA"
+    return (
+        True,
+        "as asked" if asked == "on" else f"saves about {seconds * COMPILE_SAVES / 60:.0f} minutes; takes up to {COMPILE_SECONDS} s first",
+    )
 
 
 def check_matmul_sizes(accelerator: str, tokens: int) -> None:
@@ -84,14 +95,28 @@ def check_matmul_sizes(accelerator: str, tokens: int) -> None:
         )
 
 
+def check_recomputation(accelerator: str, model: ModelConfig) -> None:
+    """Raise UserError for dropout in blocks that are recomputed on MPS: torch draws other masks there the second time."""
+    if accelerator == "mps" and model.gradient_checkpointing and model.dropout:
+        raise UserError(
+            f"model.gradient_checkpointing with model.dropout {model.dropout} has wrong gradients on MPS, where the masks are drawn anew "
+            "in the backward pass: set one of them to false or 0"
+        )
+
+
 def choose_hardware(config: HardwareConfig, precision: str) -> Hardware:
+    """Device and precision; whether to compile is for `with_compile`, which has to know how long the run is."""
     accelerator, why_accelerator = choose_accelerator(config.accelerator)
     precision, why_precision = choose_precision(precision, accelerator)
     there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}[accelerator]
     if config.devices > there:
         raise UserError(f"hardware.devices is {config.devices}, and this machine has {there} of {accelerator}")
-    compiles, why_compile = choose_compile(config.compile, accelerator)
-    return Hardware(accelerator, precision, compiles, {"accelerator": why_accelerator, "precision": why_precision, "compile": why_compile})
+    return Hardware(accelerator, precision, False, {"accelerator": why_accelerator, "precision": why_precision})
+
+
+def with_compile(hardware: Hardware, asked: str, seconds: float) -> Hardware:
+    compiles, why = choose_compile(asked, hardware.accelerator, seconds)
+    return replace(hardware, compile=compiles, reasons=hardware.reasons | {"compile": why})
 
 
 def keep_freed_memory() -> None:
@@ -102,10 +127,12 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-        for option, value in [(M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)]:
+        never = -1
+        for option, value in [(M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, never), (M_TOP_PAD, 2**26)]:
             libc.mallopt(option, value)
 
 
+@cache
 def matmul_rate(accelerator: str, precision: str, size: int = 1024) -> float:
     """Measured floating-point operations a second of one square matmul, the best of five."""
     dtype = torch.float32 if precision == "32-true" else torch.float16 if precision == "16-mixed" else torch.bfloat16

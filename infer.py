@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mps
 from checkpoint import Checkpoint, best_checkpoint, load_checkpoint
 from config import SamplingParams
 from errors import UserError, run_main
@@ -152,6 +153,8 @@ def place(checkpoint: Checkpoint, device: str, dtype: str) -> str:
     accelerator, _ = choose_accelerator(device)
     if dtype == "float16" and accelerator == "cpu":
         raise UserError("--dtype float16 is 27 times slower than float32 on a CPU; use bfloat16 or float32")
+    if accelerator == "mps":
+        mps.check(accelerator, DTYPES[dtype], checkpoint.config.model)
     checkpoint.model.to(device=accelerator, dtype=DTYPES[dtype])
     return accelerator
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import MPS_INNER_LIMIT
+
 IGNORE = -100  # a target that counts for nothing
 
 
@@ -29,30 +31,43 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * scale, d_weight * scale, None, None, None
+        return d_hidden.mul_(scale), d_weight.mul_(scale), None, None, None  # in place: autograd refuses a second backward
 
 
 def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Summed nats and their gradients by hidden (N, C) and weight (V, C), with matmuls in `dtype` and sums in float32 at least."""
-    h, w = hidden.to(dtype), weight.to(dtype)
+    V, C = weight.shape
+    h = hidden.to(dtype)
+    w = torch.empty(V + -V % 64, C, dtype=dtype, device=weight.device)  # the gradient of an odd number of rows is a third slower
+    w[:V], w[V:] = weight, 0
     nats = torch.zeros((), dtype=torch.float32 if dtype != torch.float64 else dtype, device=hidden.device)
     d_hidden = torch.empty_like(hidden)
-    d_weight = torch.zeros_like(weight)
+    d_weight: Tensor | None = None
     for first in range(0, hidden.size(0), chunk):
         rows = slice(first, first + chunk)
         kept = (targets[rows] != IGNORE).to(nats.dtype)
         target = targets[rows].clamp(min=0)
         logits = h[rows] @ w.T
+        logits[:, V:] = -torch.inf
         target_logit = logits.gather(1, target[:, None])[:, 0].to(nats.dtype)
         largest = logits.amax(1, keepdim=True)
         e = logits.sub_(largest).exp_()  # in place, and never divided: the row sums divide the small factors below
-        total = torch.cat([part.to(nats.dtype).sum(1) for part in e.split(64)])  # in parts: converts no more at a time
+        total = e.view(len(e), 64, -1).sum(-1).to(nats.dtype).sum(1)  # 64 parts, so that little is lost in `dtype`
         nats += ((total.log() + largest[:, 0] - target_logit) * kept).sum()
         share = (kept / total)[:, None]
-        d_hidden[rows] = (e @ w) * share - w[target] * kept[:, None]
-        d_weight += e.T @ (h[rows] * share).to(dtype)
+        d_hidden[rows] = matmul(e, w) * share - w[target] * kept[:, None]
+        part = matmul(e.T, (h[rows] * share).to(dtype))
+        d_weight = part.to(weight.dtype) if d_weight is None else d_weight.add_(part)
         d_weight.index_add_(0, target, h[rows].to(d_weight.dtype) * -kept[:, None].to(d_weight.dtype))
-    return nats, d_hidden, d_weight
+    return nats, d_hidden, d_weight[:V]
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; on MPS in pieces of the inner dimension, where the whole of it would be summed wrongly."""
+    if a.device.type != "mps" or a.size(1) < MPS_INNER_LIMIT:
+        return a @ b
+    pieces = zip(a.split(MPS_INNER_LIMIT // 2, dim=1), b.split(MPS_INNER_LIMIT // 2), strict=True)
+    return sum(left.contiguous() @ right for left, right in pieces)
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:

@@ -9,7 +9,6 @@ S tokens seen so far (those in the cache and the T new ones).
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,6 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from attention import attend
 
 Rotary = tuple[Tensor, Tensor] | None  # cosine and sine of the positions' angles, where RoPE is used
 
@@ -158,28 +159,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot-product attention of q (B, H, T, D) over k, v (B, K, S, D) -> (B, H, T, D).
-
-    A mask of None means causal, for T == S, or no restriction, for T == 1.
-    """
-    device, dtype = q.device.type, q.dtype
-    if device == "mps":  # its kernels have been wrong for strided inputs and for grouped heads: give them neither
-        groups = q.size(1) // k.size(1)
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        if mask is None and q.size(2) > 1 and dtype != torch.float32:  # is_causal has leaked the future in half precision
-            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
-    autocast = nullcontext()
-    if device == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled():
-        q, k, v = q.float(), k.float(), v.float()  # the bf16 backward is 4 times slower than float32's
-        autocast = torch.autocast("cpu", enabled=False)  # which would take them back
-    causal, grouped = mask is None and q.size(2) > 1, q.size(1) != k.size(1)
-    with autocast:
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
-    return y.to(dtype)
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (Ainslie et al. 2023, arXiv 2305.13245), and RoPE where given."""
 
@@ -285,6 +264,13 @@ class Transformer(nn.Module):
         """The (V, C) matrix that turns a hidden state into logits."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Rows (B, T, C) of the embedding."""
+        weight = self.embed_tokens.weight
+        # added to the gradient of a tied head, the few rows in use save a matrix of zeros; only where eager, on a CPU
+        sparse = self.lm_head is None and weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        return F.embedding(input_ids, weight, sparse=sparse)
+
     def hidden(
         self, input_ids: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
@@ -307,7 +293,7 @@ class Transformer(nn.Module):
             mask = same & torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()  # (B, 1, T, T)
             if positions is None:
                 positions = positions_in_document(doc_ids)
-        x, rotary = self.embed_tokens(input_ids), None
+        x, rotary = self.embed(input_ids), None
         if self.embed_positions is not None:
             x = x + (self.embed_positions.weight[start : start + T] if positions is None else self.embed_positions(positions))
         elif positions is None:

@@ -115,5 +115,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: T
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) * scale
     factor = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.as_tensor(scale)
-    torch._foreach_mul_(grads, factor)
+    if factor.device.type != "cpu" or factor != 1:  # where a look costs nothing, it may save a pass over all gradients
+        torch._foreach_mul_(grads, factor)
     return norm

@@ -26,13 +26,19 @@ class TrainingOrder:
         self.start = 0  # batches that this rank has had
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
+    def indices(self, first: int, count: int) -> list[int]:
+        """The dataset indices at so many positions, counted over all ranks and epochs."""
+        found: list[int] = []
+        while len(found) < count:
+            epoch, place = divmod(first + len(found), self.size)
+            if epoch != self._epoch:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
+            found += self._permutation[place : place + count - len(found)].tolist()
+        return found
+
     def index(self, position: int) -> int:
-        """The dataset index at a position counted over all ranks and epochs."""
-        epoch, place = divmod(position, self.size)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
-        return int(self._permutation[place])
+        return self.indices(position, 1)[0]
 
     def __len__(self) -> int:
         return ENDLESS
@@ -40,7 +46,7 @@ class TrainingOrder:
     def __iter__(self) -> Iterator[list[int]]:
         for batch in range(self.start, ENDLESS):
             first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [self.index(first + row) for row in range(self.batch_size)]
+            yield self.indices(first, self.batch_size)
 
 
 class MixtureOrder(TrainingOrder):
@@ -60,6 +66,9 @@ class MixtureOrder(TrainingOrder):
         for number, share in enumerate(self.shares):
             nth[drawn == number] = np.arange(share)
         self._block, self._drawn, self._nth = block, drawn, nth
+
+    def indices(self, first: int, count: int) -> list[int]:
+        return [self.index(position) for position in range(first, first + count)]
 
     def index(self, position: int) -> int:
         block, place = divmod(position, MIXTURE_BLOCK)

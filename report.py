@@ -34,6 +34,14 @@ def estimated_seconds(config: Config, data: PreparedData, hardware: Hardware) ->
     return tokens / config.hardware.devices * config.model.flops_per_token(training.seq_len) / rate
 
 
+def seconds_outside_head(config: Config, hardware: Hardware) -> float:
+    """The part of the training that compiling makes shorter: all but the head's three matmuls."""
+    model, training = config.model, config.training
+    flops = model.flops_per_token(training.seq_len) - 6 * model.vocab_size * model.d_model
+    rate = matmul_rate(hardware.accelerator, hardware.precision) * MATMUL_SHARE
+    return training.max_steps * tokens_per_step(config) / config.hardware.devices * flops / rate
+
+
 def estimated_memory(config: Config) -> float:
     """Megabytes on a device: weights, gradients and two moments in float32, kept activations, a chunk of logits, the imports."""
     model, training = config.model, config.training

@@ -22,17 +22,18 @@ from rich.console import Console, Group
 from torch import Tensor
 
 import callbacks as cb
+import mps
 from checkpoint import kit_entry, read_checkpoint, save_whole
 from config import Config
 from config_file import load_config, to_yaml
 from data import loaders, validated_bytes, with_steps
 from errors import UserError, run_main
-from hardware import Hardware, check_matmul_sizes, choose_hardware, keep_freed_memory
+from hardware import Hardware, check_matmul_sizes, check_recomputation, choose_hardware, keep_freed_memory, with_compile
 from loss import IGNORE, chunked_cross_entropy, cross_entropy
 from model import Transformer
 from optim import build_optimizer, clip_gradients, lr_at_step
 from prepare import PreparedData, prepare
-from report import facts, plan, print_verdict
+from report import facts, plan, print_verdict, seconds_outside_head
 from runs import Run, Start, find_start, is_first_process, print_note
 
 
@@ -45,7 +46,7 @@ class LitTransformer(L.LightningModule):
         self.config, self.tokenizer_state, self.fused = config, data.tokenizer.state(), fused
         self.val_bytes, self.data_sha256 = validated_bytes(data, config), data.sha256
         self.model = Transformer(config.model)
-        self.hidden = self.model.hidden  # or what it compiles to; generation keeps the plain one
+        self.training_nats = self.nats  # or what it compiles to; validation and generation stay plain
         self.tokens_seen = 0  # targets trained on, up to the last interval
         self.validation: dict[str, float] = {}
         self.resumed: dict[str, Any] = {}
@@ -65,13 +66,13 @@ class LitTransformer(L.LightningModule):
 
     def nats(self, batch: dict[str, Tensor]) -> Tensor:
         """Summed cross-entropy of the batch's targets."""
-        hidden = self.hidden(batch["input_ids"], doc_ids=batch.get("doc_ids"))
-        if self.config.training.loss_chunk and hidden.device.type != "mps":
+        hidden = self.model.hidden(batch["input_ids"], doc_ids=batch.get("doc_ids"))
+        if self.config.training.loss_chunk:
             return chunked_cross_entropy(hidden, self.model.head_weight, batch["targets"], self.config.training.loss_chunk)
         return cross_entropy(self.model.logits(hidden), batch["targets"])
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        nats, targets = self.nats(batch), batch["targets"]
+        nats, targets = self.training_nats(batch), batch["targets"]
         count = (targets != IGNORE).sum()
         self.interval_nats += nats.detach()
         self.interval_targets += count
@@ -175,8 +176,10 @@ def fit(
     t = config.training
     L.seed_everything(t.seed, verbose=False)
     module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
+    if hardware.accelerator == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where a matmul is left in float32
     if hardware.compile:
-        module.hidden = torch.compile(module.model.hidden, dynamic=False)
+        module.training_nats = torch.compile(module.nats, dynamic=False)
     first_step = start.step if start else 0
     metrics = cb.Metrics(run, t, data.train.n_bytes / data.train.n_tokens, first_step)
     checkpoints, samples = cb.Checkpoints(run, t), cb.Samples(config, data)
@@ -235,8 +238,12 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     hardware = choose_hardware(config.hardware, config.training.precision)
     check_matmul_sizes(hardware.accelerator, config.training.micro_batch_size * config.training.seq_len)
+    check_recomputation(hardware.accelerator, config.model)
     data = prepare(config.data)
     config = with_steps(config.with_vocab_size(data.tokenizer.vocab_size), data)
+    if hardware.accelerator == "mps":
+        mps.check("mps", torch.float32 if hardware.precision == "32-true" else torch.bfloat16, config.model, config.training)
+    hardware = with_compile(hardware, config.hardware.compile, seconds_outside_head(config, hardware))
     summary = Group(plan(config, data, hardware), facts(config, data))
     if args.dry_run:
         Console(highlight=False, soft_wrap=True, emoji=False).print(summary)

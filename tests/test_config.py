@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hardware
+import report
 from config import SECTIONS, Config, DataConfig, HardwareConfig, ModelConfig, RunConfig, TrainingConfig
 from config_file import config_from_dict, load_config, to_yaml
 from errors import UserError
@@ -276,7 +277,8 @@ def machine(monkeypatch):
 
 
 def choose(precision: str = "auto", **section: str) -> tuple[str, str, bool]:
-    chosen = hardware.choose_hardware(HardwareConfig(**section), precision)
+    config = HardwareConfig(**section)
+    chosen = hardware.with_compile(hardware.choose_hardware(config, precision), config.compile, seconds=60)
     assert set(chosen.reasons) == {"accelerator", "precision", "compile"} and all(chosen.reasons.values())
     return chosen.accelerator, chosen.precision, chosen.compile
 
@@ -333,12 +335,27 @@ def test_compile_needs_a_compiler_and_says_so(machine, monkeypatch, tmp_path, ac
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    compiles, why = hardware.choose_compile("on", accelerator)
+    compiles, why = hardware.choose_compile("on", accelerator, seconds=60)
     assert not compiles and "compiler" in why
     for name in ("g++", "gcc"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
-    assert hardware.choose_compile("on", accelerator) == (True, "as asked")
+    assert hardware.choose_compile("on", accelerator, seconds=60) == (True, "as asked")
+
+
+def test_a_cpu_compiles_where_a_fifth_of_the_time_is_worth_two_compilations(machine):
+    assert hardware.choose_compile("auto", "cpu", seconds=249)[0] is False  # 49.8 s saved, 25 s spent
+    compiles, why = hardware.choose_compile("auto", "cpu", seconds=3000)
+    assert compiles and why == "saves about 10 minutes; takes up to 25 s first"
+    assert hardware.choose_compile("on", "cpu", seconds=1) == (True, "as asked")
+
+
+@pytest.mark.parametrize("preset, compiles", [("config.yaml", False), ("presets/microgpt.yaml", False), ("presets/nnzig.yaml", True)])
+def test_long_runs_outside_the_head_are_compiled_on_a_cpu_and_the_default_run_is_not(machine, monkeypatch, preset, compiles):
+    monkeypatch.setattr(report, "matmul_rate", lambda *_: 440e9)  # of two Zen 4 cores in bfloat16
+    config = load_config(Path(__file__).parent.parent / preset).with_vocab_size({"config.yaml": 50_257}.get(preset, 256))
+    chosen = hardware.choose_hardware(config.hardware, config.training.precision)
+    assert hardware.with_compile(chosen, "auto", report.seconds_outside_head(config, chosen)).compile is compiles
 
 
 @pytest.mark.parametrize("accelerator, devices, there", [("cuda", 3, 2), ("mps", 2, 1)])

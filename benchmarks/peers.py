@@ -1,0 +1,195 @@
+"""Other programs that train the shapes of a config: how each is started, and how it tells the time of a step.
+
+Peers run from their own checkouts as they are, but for llm.c, whose batch size stands in its source: there two numbers are put
+in before it is compiled. Models of transformers and litgpt are trained by the plainest loop: autocast, fused AdamW, a clip.
+"""
+
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import Finished, commit_of, run_watched
+from config import Config
+from errors import UserError
+from prepare import PreparedData
+from shards import write_bin
+
+MILLISECONDS = r"(?:time |took )([\d.]+) ?ms"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all contenders train: the config's sizes, on the config's tokens, on one device."""
+
+    config: Config
+    data: PreparedData
+    accelerator: str
+    precision: str
+    steps: int
+
+    @property
+    def dtype(self) -> str:
+        return {"32-true": "float32", "16-mixed": "float16"}.get(self.precision, "bfloat16")
+
+
+def step_times(done: Finished) -> list[float]:
+    """Seconds of each step, out of a program's own lines."""
+    return [float(found) / 1e3 for found in re.findall(MILLISECONDS, done.stdout)]
+
+
+def needs(path: str, name: str, file: str) -> Path:
+    if not (Path(path) / file).is_file():
+        raise UserError(f"--peer {name}={path}: there is no {file} in it; give a checkout of {name}")
+    return Path(path).resolve()
+
+
+def nanogpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
+    """Its train.py as it is: float32 on a CPU, for it knows nothing else there, and bfloat16, compiled, on a GPU."""
+    checkout = needs(path, "nanogpt", "train.py")
+    model, training = shape.config.model, shape.config.training
+    (folder / "data" / "bench").mkdir(parents=True)
+    for name in ("train", "val"):
+        write_bin(folder / "data" / "bench" / f"{name}.bin", getattr(shape.data, name).shards[0], "nanogpt")
+    with (folder / "data" / "bench" / "meta.pkl").open("wb") as file:
+        pickle.dump({"vocab_size": -(-model.vocab_size // 64) * 64 if model.vocab_size > 1000 else model.vocab_size}, file)
+    shutil.copy(checkout / "configurator.py", folder)  # which it looks for where it is started
+    on_gpu = shape.accelerator == "cuda"
+    flags = {
+        "dataset": "bench",
+        "device": shape.accelerator,
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "compile": on_gpu,
+        "block_size": training.seq_len,
+        "batch_size": training.micro_batch_size,
+        "gradient_accumulation_steps": training.grad_accum_steps,
+        "n_layer": model.n_layers,
+        "n_head": model.n_heads,
+        "n_embd": model.d_model,
+        "dropout": float(model.dropout),
+        "eval_iters": 1,
+        "eval_interval": 1_000_000,
+        "log_interval": 1,
+        "max_iters": shape.steps,
+        "lr_decay_iters": shape.steps,
+        "out_dir": "out",
+    }
+    command = [sys.executable, str(checkout / "train.py"), *(f"--{key}={value}" for key, value in flags.items())]
+    return f"nanoGPT {commit_of(checkout)}, {flags['dtype']}", run_watched(command, folder)
+
+
+def llmc(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
+    """train_gpt2.c with the batch's two numbers put in, compiled as its Makefile does; the weights are random."""
+    checkout = needs(path, "llmc", "train_gpt2.c")
+    model, training = shape.config.model, shape.config.training
+    if model.mlp != "gelu" or model.position != "learned" or model.norm != "layernorm" or not model.bias or not model.tie_embeddings:
+        raise UserError("--peer llmc trains GPT-2 only; give it a config of that kind, such as presets/gpt2_124m.yaml")
+    compiler = next((name for name in ("clang", "gcc") if shutil.which(name)), None)
+    if compiler is None:
+        raise UserError("--peer llmc needs clang or gcc on the PATH")
+    source = (checkout / "train_gpt2.c").read_text()
+    source = source.replace("int B = 4;", f"int B = {training.micro_batch_size};").replace("int T = 64;", f"int T = {training.seq_len};")
+    (folder / "train_gpt2.c").write_text(source)
+    flags = ["-Ofast", "-march=native", "-fopenmp", "-DOMP", f"-I{checkout}", "-Wno-unused-result"]
+    subprocess.run([compiler, *flags, "train_gpt2.c", "-lm", "-o", "train_gpt2"], cwd=folder, check=True, capture_output=True)
+    V, C, L, T = model.vocab_size, model.d_model, model.n_layers, model.max_seq_len
+    padded = -(-V // 128) * 128
+    numbers = padded * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+    random = np.random.default_rng(0)
+    with (folder / "gpt2_124M.bin").open("wb") as file:
+        header = np.zeros(256, np.int32)
+        header[:8] = 20240326, 3, T, V, L, model.n_heads, C, padded
+        file.write(header.tobytes())
+        file.write((random.standard_normal(numbers, np.float32) * 0.02).tobytes())
+    for name in ("train", "val"):
+        write_bin(folder / "dev" / "data" / "tinyshakespeare" / f"tiny_shakespeare_{name}.bin", getattr(shape.data, name).shards[0], "llmc")
+    done = run_watched(["stdbuf", "-oL", "./train_gpt2"], folder, enough=(MILLISECONDS, shape.steps))
+    return f"llm.c {commit_of(checkout)}, {compiler}, float32", done
+
+
+LOOP = """
+import sys, time
+import torch
+{model}
+if {device!r} == "cuda":
+    torch.set_float32_matmul_precision("high")
+model = model.to({device!r}).train()
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+batch = torch.randint({vocabulary}, ({steps}, {rows}, {length} + 1))
+for x in batch.to({device!r}):
+    begin = time.perf_counter()
+    with torch.autocast({device!r}, torch.bfloat16, enabled={dtype!r} == "bfloat16"):
+        loss = loss_of(x)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss.item()
+    print(f"took {{(time.perf_counter() - begin) * 1e3:.3f}} ms", flush=True)
+"""
+
+TRANSFORMERS = """
+from transformers import {kind}Config, {kind}LMHeadModel as Model
+torch.manual_seed(0)
+model = Model({kind}Config({sizes}, use_cache=False))
+loss_of = lambda x: model(input_ids=x[:, :-1], labels=x[:, :-1]).loss
+""".replace("{kind}LMHeadModel", "{model_class}")
+
+LITGPT = """
+sys.path.insert(0, {path!r})
+from litgpt.model import GPT, Config
+from litgpt.utils import chunked_cross_entropy
+torch.manual_seed(0)
+model = GPT(Config({sizes}))
+loss_of = lambda x: chunked_cross_entropy(model(x[:, :-1]), x[:, 1:], chunk_size=0)
+"""
+
+
+def looped(model: str, shape: Shape, folder: Path) -> Finished:
+    training = shape.config.training
+    code = LOOP.format(
+        model=model,
+        device=shape.accelerator,
+        dtype=shape.dtype,
+        vocabulary=shape.config.model.vocab_size,
+        steps=shape.steps,
+        rows=training.micro_batch_size,
+        length=training.seq_len,
+    )
+    return run_watched([sys.executable, "-c", code], folder)
+
+
+def transformers(_: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
+    """Its GPT-2 for a config with gelu, else its Llama, in the precision of our run."""
+    from importlib.metadata import version
+
+    m = shape.config.model
+    if m.mlp == "gelu":
+        kind, model_class = "GPT2", "GPT2LMHeadModel"
+        sizes = f"vocab_size={m.vocab_size}, n_positions={m.max_seq_len}, n_embd={m.d_model}, n_layer={m.n_layers}, n_head={m.n_heads}"
+        sizes += f", resid_pdrop={m.dropout}, embd_pdrop={m.dropout}, attn_pdrop={m.dropout}"
+    else:
+        kind, model_class = "Llama", "LlamaForCausalLM"
+        sizes = f"vocab_size={m.vocab_size}, hidden_size={m.d_model}, intermediate_size={m.d_ff}, num_hidden_layers={m.n_layers}"
+        sizes += f", num_attention_heads={m.n_heads}, num_key_value_heads={m.n_kv_heads}, max_position_embeddings={m.max_seq_len}"
+        sizes += f", tie_word_embeddings={m.tie_embeddings}"
+    done = looped(TRANSFORMERS.format(kind=kind, model_class=model_class, sizes=sizes), shape, folder)
+    return f"transformers {version('transformers')}, {kind}, {shape.dtype}", done
+
+
+def litgpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
+    """Its GPT of a Llama's kind; its own requirements have to be installed."""
+    checkout, m = needs(path, "litgpt", "litgpt/model.py"), shape.config.model
+    sizes = f"block_size={m.max_seq_len}, padded_vocab_size={-(-m.vocab_size // 64) * 64}, n_layer={m.n_layers}, n_embd={m.d_model}"
+    sizes += f", n_head={m.n_heads}, n_query_groups={m.n_kv_heads}, intermediate_size={m.d_ff}, rotary_percentage=1.0, bias=False"
+    sizes += ", norm_class_name='RMSNorm', mlp_class_name='LLaMAMLP', parallel_residual=False"
+    done = looped(LITGPT.format(path=str(checkout), sizes=sizes), shape, folder)
+    return f"litgpt {commit_of(checkout)}, {shape.dtype}", done
+
+
+PEERS = {"nanogpt": nanogpt, "llmc": llmc, "transformers": transformers, "litgpt": litgpt}
