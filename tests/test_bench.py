@@ -39,3 +39,33 @@ def test_a_peer_that_is_not_known_is_refused():
     done = bench("prepare", "--peer", "gptnano=x")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --peer gptnano=x: the peer here is nanogpt=PATH, a checkout of it\n"
+
+
+@pytest.mark.parametrize(
+    "peer, why",
+    [
+        ("gptnano=x", "--peer gptnano: the peers are nanogpt=PATH, llmc=PATH, litgpt=PATH, transformers"),
+        ("nanogpt=x", "--peer nanogpt=x: there is no train.py in it; give a checkout of nanogpt"),
+    ],
+)
+def test_a_peer_to_train_beside_that_is_not_there_is_refused(tmp_path, peer, why):
+    (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(500)))
+    settings = [f"data.path={tmp_path / 'text.txt'}", "data.tokenizer=byte", "training.seq_len=16", f"data.cache_dir={tmp_path}"]
+    done = bench("train", "--steps", "3", "--repeat", "1", "--peer", peer, "--work", str(tmp_path), *settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"error: {why}"
+
+
+@pytest.mark.slow
+def test_training_is_set_beside_transformers_and_its_steps_are_taken_apart(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
+    tiny = ["model.n_layers=1", "model.d_model=16", "training.seq_len=16", "data.tokenizer=byte", f"data.cache_dir={tmp_path}"]
+    options = ["--steps", "30", "--peer-steps", "6", "--repeat", "1", "--parts", "--peer", "transformers", "--work", str(tmp_path)]
+    done = bench("train", *options, f"data.path={tmp_path / 'text.txt'}", *tiny)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (float(re.search(rf"^ {name}.*? {{2,}}([\d.]+) ", done.stdout, re.MULTILINE)[1]) for name in ("this", "transformers"))
+    ratio = float(re.search(r"([\d.]+)x transformers", done.stdout)[1])
+    assert ratio == pytest.approx(theirs / ours, abs=0.01 + 0.005 * ratio)  # the table's figures are rounded
+    parts = dict(re.findall(r"(data|forward|backward|clip|optimizer|logging|Lightning and the rest) (-?[\d.]+)", done.stdout))
+    assert len(parts) == 7 and all(float(parts[name]) > 0 for name in ("forward", "backward", "clip", "optimizer"))
+    assert re.search(r"first step [\d.]+ s after the start of the process", done.stdout)

@@ -312,6 +312,7 @@ def test_what_is_asked_for_is_done(machine):
     machine("mps", "cuda")
     assert choose("bf16-mixed", accelerator="mps") == ("mps", "bf16-mixed", False)
     assert choose("16-mixed", accelerator="cuda", compile="off") == ("cuda", "16-mixed", False)
+    assert choose(accelerator="cpu", compile="on") == ("cpu", "32-true", True)
     assert choose(accelerator="mps", compile="on") == ("mps", "32-true", False)  # and reasons["compile"] says why not
 
 

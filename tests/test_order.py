@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def epoch(order: TrainingOrder, number: int) -> list[int]:
-    return [order.index(number * order.size + place) for place in range(order.size)]
+    return order.indices(number * order.size, order.size)
 
 
 def test_each_epoch_is_a_permutation_of_its_own():
@@ -41,10 +41,25 @@ def test_the_order_never_changes():
 
 def test_the_order_is_a_pure_function_of_seed_and_position():
     order = TrainingOrder(7, 3, seed=5)
-    forwards = [order.index(position) for position in range(30)]
+    forwards = order.indices(0, 30)
     torch.manual_seed(0)
-    assert [TrainingOrder(7, 99, seed=5).index(position) for position in reversed(range(30))] == forwards[::-1]
+    assert [TrainingOrder(7, 99, seed=5).indices(position, 1) for position in reversed(range(30))] == [[i] for i in forwards[::-1]]
     assert list(islice(order, 10)) == [forwards[i : i + 3] for i in range(0, 30, 3)]
+
+
+def defined(size: int, seed: int, position: int) -> int:
+    """The index at a position by the order's definition: a permutation for each epoch, of a generator with a seed of its own."""
+    epoch, place = divmod(position, size)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))[place].item()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 2**32 - 1), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 30)), min_size=1, max_size=4))
+def test_indices_are_those_of_the_definition_one_at_a_time_over_any_number_of_epochs(size, seed, asked):
+    """Whatever was asked for before; a batch may be longer than an epoch."""
+    order = TrainingOrder(size, 4, seed)
+    for first, count in asked:
+        assert order.indices(first, count) == [defined(size, seed, position) for position in range(first, first + count)]
 
 
 @pytest.mark.parametrize("seed", [0, 2**32, 2**44, 2**62])
@@ -84,13 +99,25 @@ def drawn_from(indices: list[int]) -> list[int]:
 
 
 def indices(order: TrainingOrder, count: int) -> list[int]:
-    return [order.index(position) for position in range(count)]
+    return order.indices(0, count)
 
 
 def test_every_thousand_rows_hold_the_proportions_exactly():
     drawn = drawn_from(indices(MixtureOrder(SIZES, WEIGHTS, 4, seed=1), 5000))
     for begin in range(0, 5000, 1000):
         assert [drawn[begin : begin + 1000].count(part) for part in range(3)] == [100, 600, 300]
+
+
+def test_a_mixture_is_the_one_it_is_defined_to_be():
+    """Of each block a permutation of the parts' numbers in their proportions; each part goes on where its last row was."""
+    expected, taken = [], [0, 0, 0]
+    for block in range(3):
+        for number in np.random.default_rng([9, block]).permutation(np.repeat([0, 1, 2], [100, 600, 300])):
+            expected.append([0, 17, 1017][number] + defined(SIZES[number], 9 + 7919 * int(number), taken[number]))
+            taken[number] += 1
+    order = MixtureOrder(SIZES, WEIGHTS, 4, seed=9)
+    assert order.indices(0, 2500) == expected[:2500]
+    assert order.indices(990, 1020) == expected[990:2010]  # back, and over two borders of blocks
 
 
 def test_a_mixture_is_mixed_anew_in_every_block():
@@ -118,7 +145,7 @@ def test_a_mixture_is_a_pure_function_of_seed_and_position():
     forwards = indices(MixtureOrder(SIZES, WEIGHTS, 4, seed=9), 2500)
     order = MixtureOrder(SIZES, WEIGHTS, 99, seed=9)
     torch.manual_seed(0)
-    assert [order.index(position) for position in reversed(range(2500))] == forwards[::-1]
+    assert [order.indices(position, 1) for position in reversed(range(2500))] == [[i] for i in forwards[::-1]]
     assert list(islice(MixtureOrder(SIZES, WEIGHTS, 50, seed=9), 50)) == [forwards[i : i + 50] for i in range(0, 2500, 50)]
     assert indices(MixtureOrder(SIZES, WEIGHTS, 4, seed=10), 100) != forwards[:100]
 
