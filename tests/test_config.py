@@ -336,8 +336,9 @@ def test_compile_needs_a_compiler_and_says_so(machine, monkeypatch, tmp_path, ac
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    compiles, why = hardware.choose_compile("on", accelerator, seconds=60)
-    assert not compiles and "compiler" in why
+    for asked in ("on", "auto"):
+        compiles, why = hardware.choose_compile(asked, accelerator, seconds=1e6)
+        assert not compiles and "compiler" in why
     for name in ("g++", "gcc"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
@@ -349,6 +350,37 @@ def test_a_cpu_compiles_where_a_fifth_of_the_time_is_worth_two_compilations(mach
     compiles, why = hardware.choose_compile("auto", "cpu", seconds=3000)
     assert compiles and why == "saves about 10 minutes; takes up to 25 s first"
     assert hardware.choose_compile("on", "cpu", seconds=1) == (True, "as asked")
+
+
+def test_auto_compiles_from_where_twice_the_seconds_of_compiling_are_saved(monkeypatch):
+    """Half of 300 s is 150 s, twice the 75 s that compiling takes here."""
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: name)
+    monkeypatch.setattr(hardware, "COMPILE_SAVES", 0.5)
+    monkeypatch.setattr(hardware, "COMPILE_SECONDS", 75)
+    compiles, why = hardware.choose_compile("auto", "cpu", 299.9)
+    assert not compiles and why == "it would save some 150 s of this run and take up to 75; hardware.compile=on to try"
+    compiles, why = hardware.choose_compile("auto", "cpu", 300.0)
+    assert compiles and "takes up to 75 s" in why
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
+def test_how_long_a_run_takes_matters_to_auto_on_a_cpu_alone(monkeypatch, seconds):
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: name)
+    for accelerator in ("cpu", "mps", "cuda"):
+        assert hardware.choose_compile("off", accelerator, seconds) == (False, "as asked")
+    for accelerator in ("cpu", "cuda"):
+        assert hardware.choose_compile("on", accelerator, seconds) == (True, "as asked")
+    for asked in ("auto", "on"):
+        compiles, why = hardware.choose_compile(asked, "mps", seconds)
+        assert not compiles and "MPS" in why
+    assert hardware.choose_compile("auto", "cuda", seconds)[0]
+
+
+def test_whether_to_compile_changes_nothing_else_of_the_hardware(machine):
+    chosen = hardware.choose_hardware(HardwareConfig(), "32-true")
+    assert not chosen.compile and "compile" not in chosen.reasons  # that is not decided here
+    decided = hardware.with_compile(chosen, "off", 1e6)
+    assert decided == dataclasses.replace(chosen, reasons=chosen.reasons | {"compile": "as asked"})
 
 
 @pytest.mark.parametrize("preset, compiles", [("config.yaml", False), ("presets/microgpt.yaml", False), ("presets/nnzig.yaml", True)])

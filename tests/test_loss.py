@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loss import IGNORE, chunked_cross_entropy, cross_entropy
+from loss import IGNORE, chunked_cross_entropy, cross_entropy, loss_and_gradients
 
 B, T, C, V = 2, 50, 8, 11  # 100 tokens of 11 entries: targets occur more than once in a chunk
 chunks = pytest.mark.parametrize("chunk", [1, 3, 70, B * T, 1000])  # 3 and 70 leave a shorter last chunk
@@ -82,6 +82,36 @@ def test_under_float16_autocast_the_chunked_loss_is_that_of_float32(chunk: int) 
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.float32
         assert (a - b).abs().max() < 1e-5 * b.abs().max()  # 100 float32 roundings; one of float16 would show as 5e-4
+
+
+@chunks
+def test_gradients_are_kept_in_the_dtype_of_what_they_are_of_whatever_the_matmuls_are_in(chunk: int) -> None:
+    """Autograd would turn a bfloat16 gradient into a float32 one without a word, its bits being lost by then."""
+    hidden, weight, targets = example()
+    arguments = hidden.detach().flatten(0, 1), weight.detach(), targets.flatten(), chunk
+    assert [x.dtype for x in loss_and_gradients(*arguments, torch.bfloat16)] == [torch.float32] * 3
+
+
+def test_a_thousand_small_chunks_add_up_under_autocast() -> None:
+    """The same token each time: a sum in bfloat16 stays where it is once a part is below half of its last bit, after 512 at most."""
+    hidden, weight, _ = example()
+    same, target = hidden[0, 0].expand(1, 1000, C), torch.full((1, 1000), 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        nats = chunked_cross_entropy(same, weight, target, 1)
+    ours = torch.autograd.grad(nats, weight)[0]
+    theirs = torch.autograd.grad(whole(same, weight, target), weight)[0]
+    assert (ours - theirs).abs().max() < 0.01 * theirs.abs().max()  # as above
+
+
+def test_a_second_backward_pass_is_refused_and_changes_no_gradient() -> None:
+    """The first one scales the kept gradients where they are: a second would give their product with both scales."""
+    hidden, weight, targets = example()
+    nats = chunked_cross_entropy(hidden, weight, targets, 70)
+    (nats / 9).backward(retain_graph=True)
+    once = hidden.grad.clone(), weight.grad.clone()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (nats / 9).backward()
+    assert torch.equal(hidden.grad, once[0]) and torch.equal(weight.grad, once[1])
 
 
 @chunks

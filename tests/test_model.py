@@ -181,7 +181,8 @@ def assert_same_ten_steps(ours: Transformer, reference: LlamaForCausalLM, precis
 
 
 def compiled(model: Transformer) -> Transformer:
-    """The model with `hidden` compiled as in training. The compiler forgets what it did before: past eight shapes it gives up."""
+    """The model with `hidden` compiled; test_fast_paths.py has all that training compiles. The compiler forgets what it did before: past
+    eight shapes it gives up."""
     torch._dynamo.reset()
     counters.clear()
     model.hidden = torch.compile(model.hidden, dynamic=False)

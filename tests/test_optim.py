@@ -246,6 +246,26 @@ def test_a_max_norm_of_zero_scales_and_does_not_clip(scale: float | Tensor) -> N
     assert norm.item() == pytest.approx(exact.item(), rel=1e-6)  # float32
 
 
+@pytest.mark.parametrize("max_norm", [0.0, 1e6])
+@pytest.mark.parametrize("scale, written", [(1.0, 0), (torch.tensor(1.0), 0), (0.5, 1)], ids=["1", "tensor of 1", "a half"])
+def test_gradients_that_keep_their_size_are_not_written_to(max_norm: float, scale: float | Tensor, written: int) -> None:
+    """The version that autograd keeps of each counts the writes."""
+    model = tiny_model()
+    set_gradients(model, 0)
+    before = [p.grad._version for p in model.parameters()]
+    clip_gradients(model.parameters(), max_norm, scale)
+    assert [p.grad._version - version for p, version in zip(model.parameters(), before, strict=True)] == [written] * len(before)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_is_not_hidden(max_norm: float) -> None:
+    model = tiny_model()
+    set_gradients(model, 0)
+    model.embed_tokens.weight.grad[0, 0] = torch.nan
+    assert clip_gradients(model.parameters(), max_norm).isnan()
+    assert model.embed_tokens.weight.grad[0, 0].isnan()
+
+
 # ---- schedule ----
 
 schedules = pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

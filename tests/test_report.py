@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import report
 from config import DataConfig
 from config_file import config_from_dict
 from hardware import Hardware
+from model import Transformer
 from prepare import prepare
 
 
@@ -51,6 +55,33 @@ def test_the_bigram_baseline_is_a_probability_distribution(data):
 )
 def test_the_verdict_tells_under_from_overfitting(train, val, best, word):
     assert word in report.fit_sentence(train, val, best, 1.0)
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("devices, accumulated", [(1, 1), (1, 3), (2, 1)])
+def test_the_seconds_outside_the_head_are_those_of_the_operations_that_a_step_does_there(
+    monkeypatch, tie_embeddings, devices, accumulated
+):
+    """A pass over all but the head, whose operations torch counts: weights' matmuls, and of attention's the half that is not future.
+
+    A device takes `micro_batch_size` rows a pass, and reaches half of the rate that a single matmul has been measured at.
+    """
+    sections = {
+        "model": {"n_layers": 3, "d_model": 48, "tie_embeddings": tie_embeddings},
+        "training": {"seq_len": 20, "micro_batch_size": 5, "grad_accum_steps": accumulated, "max_steps": 7},
+        "hardware": {"devices": devices},
+    }
+    config = config_from_dict(sections).with_vocab_size(1000)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        Transformer(config.model).hidden(torch.zeros(5, 20, dtype=torch.long)).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    matmuls, of_all_pairs = counts.pop(torch.ops.aten.mm), counts.pop(torch.ops.aten.bmm)
+    assert not counts
+    asked = []
+    monkeypatch.setattr(report, "matmul_rate", lambda *of: asked.append(of) or 1e9)
+    seconds = report.seconds_outside_head(config, Hardware("cpu", "bf16-mixed", False, {}))
+    assert asked == [("cpu", "bf16-mixed")]
+    assert seconds == pytest.approx(7 * accumulated * (matmuls + of_all_pairs / 2) / 0.5e9, rel=1e-12)
 
 
 def test_the_plan_states_counts_and_reasons(data):

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.utils import counters
 
 import callbacks
 import evaluate_checkpoints
+import hardware
 import infer
+import report
 import train
 from cases import load_suite
 from checkpoint import load_checkpoint, read_checkpoint
@@ -141,6 +144,39 @@ def test_a_killed_process_continues_from_its_last_save_and_ends_the_same(folder)
     assert again.returncode == 0, again.stderr
     assert "continuing checkpoints/killed/last.ckpt from step 6" in again.stderr
     assert same(weights_and_optimizer("checkpoints/killed/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_compiled_once_and_stopped_after_a_step_ends_as_the_uninterrupted_one(folder, monkeypatch):
+    """Through validations, accumulation and dropout, whose masks it draws from torch's generator too, in ways of its own."""
+    graphs = []
+    for name, stop in (("whole", None), ("stopped", 7), ("stopped", None)):
+        torch._dynamo.reset()  # as a new process begins
+        counters.clear()
+        with monkeypatch.context() as patch:
+            if stop:
+                stop_at(patch, stop)
+                with pytest.raises(SystemExit):
+                    run(f"run.name={name}", "hardware.compile=on")
+            else:
+                run(f"run.name={name}", "hardware.compile=on")
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert not counters["graph_break"], counters
+    assert graphs == [1, 1, 1]
+    assert same(weights_and_optimizer("checkpoints/stopped/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
+    rows = [[row.split(",")[:6] for row in Path(f"logs/{name}/metrics.csv").read_text().splitlines()] for name in ("stopped", "whole")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("rate, compiles", [(1e6, "on"), (1e15, "off")])
+def test_the_plan_says_whether_the_step_is_compiled_and_why(folder, monkeypatch, capsys, rate, compiles):
+    """By default, on a CPU: where the run would take long."""
+    monkeypatch.setattr(report, "matmul_rate", lambda *_: rate)
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: name)
+    assert train.main(["--config", "config.yaml", *TINY, "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    why = {"on": r"saves about \d+ minutes; takes up to \d+ s first", "off": r"it would save some 0 s of this run and take up to \d+"}
+    assert re.search(f"compile {compiles}: {why[compiles]}", said)
 
 
 def places(name: str) -> list[dict]:
