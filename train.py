@@ -178,6 +178,9 @@ def fit(
     module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
     if hardware.accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where a matmul is left in float32
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost a pass over all that is allocated
+    compiled_on_cpu = hardware.compile and hardware.accelerator == "cpu"  # its sums of embedding rows race, unless told not to
+    torch.use_deterministic_algorithms(compiled_on_cpu, warn_only=True)
     if hardware.compile:
         module.training_nats = torch.compile(module.nats, dynamic=False)
     first_step = start.step if start else 0

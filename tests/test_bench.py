@@ -57,6 +57,17 @@ def test_a_peer_to_train_beside_that_is_not_there_is_refused(tmp_path, peer, why
 
 
 @pytest.mark.slow
+def test_llm_c_is_not_set_beside_a_llama(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(500)))
+    (tmp_path / "train_gpt2.c").write_text("")
+    settings = [f"data.path={tmp_path / 'text.txt'}", "data.tokenizer=byte", "training.seq_len=16", f"data.cache_dir={tmp_path}"]
+    done = bench("train", "--steps", "3", "--repeat", "1", "--peer", f"llmc={tmp_path}", "--work", str(tmp_path), *settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    why = "--peer llmc trains GPT-2 only; give it a config of that kind, such as presets/gpt2_124m.yaml"
+    assert done.stderr.splitlines()[-1] == f"error: {why}"
+
+
+@pytest.mark.slow
 def test_training_is_set_beside_transformers_and_its_steps_are_taken_apart(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(2000)))
     tiny = ["model.n_layers=1", "model.d_model=16", "training.seq_len=16", "data.tokenizer=byte", f"data.cache_dir={tmp_path}"]
