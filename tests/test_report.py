@@ -59,9 +59,7 @@ def test_the_verdict_tells_under_from_overfitting(train, val, best, word):
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.parametrize("devices, accumulated", [(1, 1), (1, 3), (2, 1)])
-def test_the_seconds_outside_the_head_are_those_of_the_operations_that_a_step_does_there(
-    monkeypatch, tie_embeddings, devices, accumulated
-):
+def test_the_seconds_outside_the_head_are_those_of_the_operations_that_a_step_does_there(monkeypatch, tie_embeddings, devices, accumulated):
     """A pass over all but the head, whose operations torch counts: weights' matmuls, and of attention's the half that is not future.
 
     A device takes `micro_batch_size` rows a pass, and reaches half of the rate that a single matmul has been measured at.
