@@ -9,7 +9,6 @@ its last tokens: whenever the context is full, generation goes on from its last 
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -21,81 +20,28 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, best_checkpoint, load_checkpoint
 from config import SamplingParams
+from engine import Engine, Request
 from errors import UserError, run_main
-from model import KVCache, Transformer
+from model import Transformer
 from tokenizer import Tokenizer, stream_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def filter_logits(logits: Tensor, params: SamplingParams, context: Tensor) -> Tensor:
-    """Logits (B, V) with what the parameters rule out at -inf; temperature, 0 apart, is applied. context (B, S) ids.
-
-    The order is that of Hugging Face's processors: penalty (Keskar et al. 2019), temperature, top-k, top-p
-    (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
-
-    >>> logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
-    >>> filter_logits(logits, SamplingParams(temperature=1.0, top_k=2, top_p=1.0), torch.zeros(1, 0, dtype=torch.long)).tolist()
-    [[4.0, 3.0, -inf, -inf]]
-    """
-    logits = logits.clone()
-    if params.repetition_penalty != 1:
-        seen = logits.gather(1, context)
-        logits.scatter_(1, context, torch.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty))
-    if params.temperature > 0:
-        logits /= params.temperature
-    if 0 < params.top_k < logits.size(-1):
-        logits.masked_fill_(logits < logits.topk(params.top_k).values[:, -1:], -math.inf)
-    if params.top_p < 1:
-        ordered, order = logits.sort(descending=True, stable=True)
-        p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= params.top_p  # the mass before a token is enough already; the first always stays
-        logits.masked_fill_(beyond.scatter(1, order, beyond), -math.inf)
-    if params.min_p > 0:
-        p = logits.softmax(-1)
-        logits.masked_fill_(p < params.min_p * p.amax(-1, keepdim=True), -math.inf)
-    return logits
-
-
-def sample(logits: Tensor, params: SamplingParams, context: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw the next token (B,) from logits (B, V), on the CPU. Greedy at temperature 0, the first of equals."""
-    logits = filter_logits(logits.float(), params, context)
-    if params.temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-@torch.inference_mode()
 def generate(model: Transformer, prompt_ids: Tensor, params: SamplingParams, eos_id: int | None = None) -> Iterator[list[int | None]]:
-    """The tokens that follow prompt_ids (B, T), a list of B at a time; None for a row that has ended with `eos_id`.
-
-    One pass over the prompt fills the cache; then one token a pass. Sampling is on the CPU with the params' own seed.
-    """
-    context_size = model.config.max_seq_len
-    ids = prompt_ids.repeat(params.num_samples, 1).cpu()
-    weight = model.embed_tokens.weight
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    room = min(context_size, ids.size(1) + params.max_new_tokens)
-    cache = KVCache(model.config, len(ids), room, dtype=weight.dtype, device=weight.device)
-    new = ids[:, -context_size:]
-    ended = torch.zeros(len(ids), dtype=torch.bool)
-    for _ in range(params.max_new_tokens):
-        if cache.length + new.size(1) > context_size:  # full: begin again from the last half
-            cache.length = 0
-            new = ids[:, -max(1, context_size // 2) :]
-        logits = model.logits(model.hidden(new.to(weight.device), cache=cache)[:, -1])
-        token = sample(logits.cpu(), params, ids, generator)
-        if eos_id is not None:
-            ended |= token == eos_id
-        yield [None if end else int(t) for t, end in zip(token, ended, strict=True)]
-        if ended.all():
-            return
-        new = token[:, None]
-        ids = torch.cat([ids, new], dim=1)
+    """The tokens that follow prompt_ids (B, T), a list of num_samples * B at a time; None for a row that has ended."""
+    prompts = prompt_ids.tolist()
+    engine = Engine(model, len(prompts) * params.num_samples, prompt_ids.size(1) + params.max_new_tokens)
+    place = {}
+    for row, ids in enumerate(prompts):
+        engine.add(request := Request(ids, params, eos_id))
+        engine.join()
+        place |= {(request, sample): sample * len(prompts) + row for sample in range(params.num_samples)}
+    while engine.busy:
+        row: list[int | None] = [None] * len(place)
+        for token in engine.step():
+            row[place[token.request, token.sample]] = None if token.end == "stop" else token.id
+        yield row
 
 
 def complete(checkpoint: Checkpoint, prompt: str, params: SamplingParams) -> Iterator[tuple[int, str]]:

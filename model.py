@@ -102,7 +102,7 @@ class ModelConfig:
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated and owned by the caller.
 
-    keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled.
+    keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled. engine.py has rows of different lengths.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device):
@@ -121,6 +121,16 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def mask(self, T: int) -> Tensor | None:
+        """What T new tokens may attend to, for `attend`."""
+        if self.length == 0 or T == 1:
+            return None
+        return torch.ones(T, self.length + T, dtype=torch.bool, device=self.keys.device).tril(self.length)  # is_causal would align the ends
+
+    def advance(self, T: int) -> None:
+        """Count the T tokens that every layer has taken in."""
+        self.length += T
 
 
 class RMSNorm(nn.Module):
@@ -281,6 +291,15 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
 
     @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the hidden states."""
+        return self.embed_tokens.weight.dtype
+
+    @property
     def head_weight(self) -> Tensor:
         """The (V, C) matrix that turns a hidden state into logits."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -299,9 +318,7 @@ class Transformer(nn.Module):
         if start + T > self.config.max_seq_len:
             raise ValueError(f"{start + T} tokens do not fit the context of {self.config.max_seq_len}")
         assert doc_ids is None or cache is None, "a cache holds one document a row"
-        mask = None
-        if start > 0 and T > 1:  # a chunk after others: is_causal would align it with the first key, not the last
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=input_ids.device).tril(start)
+        mask = cache.mask(T) if cache is not None else None
         if doc_ids is not None:
             same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
             mask = same & torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()  # (B, 1, T, T)
@@ -322,7 +339,7 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, rotary, mask, cache)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import math
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import infer
 from checkpoint import kit_entry, load_checkpoint
 from config import Config, DataConfig, ModelConfig, SamplingConfig, TrainingConfig
 from errors import UserError, run_main
-from infer import SamplingParams, filter_logits, generate, sample, until_stop
+from infer import SamplingParams, generate, until_stop
 from model import Transformer
 from tokenizer import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer
 
@@ -43,72 +42,6 @@ def random_ids(length: int, batch: int = 1) -> Tensor:
 def tokens_of(model: Transformer, ids: Tensor, eos_id: int | None = None, **params: object) -> list[list[int | None]]:
     """One list a row."""
     return [list(row) for row in zip(*generate(model, ids, dataclasses.replace(PLAIN, **params), eos_id), strict=True)]
-
-
-# ---- the distribution ------------------------------------------------------------------------------------------------
-
-EACH = [
-    dict(temperature=0.7), dict(temperature=3.0), dict(top_k=1), dict(top_k=5), dict(top_k=500), dict(top_p=0.3), dict(top_p=1e-6),
-    dict(top_p=0.95), dict(min_p=0.2), dict(min_p=1.0), dict(repetition_penalty=1.7), dict(repetition_penalty=0.6),
-    dict(temperature=1.4, top_k=20, top_p=0.7, min_p=0.05, repetition_penalty=1.3),
-]  # fmt: skip
-
-
-def their_processors(params: SamplingParams):
-    """Hugging Face's processors, in the order in which its `generate` calls them."""
-    from transformers import generation as hf
-
-    processors = [hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty), hf.TemperatureLogitsWarper(params.temperature)]
-    processors += [hf.TopKLogitsWarper(params.top_k)] if params.top_k else []
-    processors += [hf.TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
-    processors += [hf.MinPLogitsWarper(params.min_p)] if params.min_p else []
-    return hf.LogitsProcessorList(processors)
-
-
-@pytest.mark.parametrize("changes", EACH, ids=str)
-def test_filtered_logits_equal_transformers(changes):
-    params = dataclasses.replace(PLAIN, **changes)
-    generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(16, 100, generator=generator)
-    context = torch.randint(100, (16, 30), generator=generator)  # with repeated ids: each is penalised once
-    before = logits.clone()
-    ours, theirs = filter_logits(logits, params, context), their_processors(params)(context, logits.clone())
-    assert torch.equal(ours.isinf(), theirs.isinf())
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)  # the same float32 operations, a rounding apart at most
-    assert torch.equal(logits, before)
-
-
-def test_a_filter_keeps_the_most_likely_token_always():
-    logits = torch.tensor([[1.0, 5.0, 2.0]])
-    kept = filter_logits(logits, SamplingParams(temperature=1.0, top_k=1, top_p=1e-9, min_p=1.0), torch.zeros(1, 0, dtype=torch.long))
-    assert kept.tolist() == [[-math.inf, 5.0, -math.inf]]
-
-
-def test_greedy_takes_the_largest_and_the_first_of_equals():
-    logits = torch.tensor([[0.0, 7.0, 7.0], [1.0, 0.0, -1.0]])
-    nothing = torch.zeros(2, 0, dtype=torch.long)
-    assert sample(logits, SamplingParams(temperature=0), nothing, torch.Generator()).tolist() == [1, 0]
-
-
-def test_drawn_tokens_have_the_probabilities_of_the_softmax():
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(20_000, 1)
-    drawn = sample(logits, PLAIN, torch.zeros(20_000, 0, dtype=torch.long), torch.Generator().manual_seed(0))
-    shares = drawn.bincount(minlength=4) / 20_000
-    torch.testing.assert_close(shares, logits[0].softmax(0), rtol=0, atol=0.018)  # five standard deviations of a share of a half
-
-
-BAD = [
-    ("max_new_tokens", 0), ("max_new_tokens", -1), ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf),
-    ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("top_p", -0.5), ("top_p", math.nan), ("min_p", -0.1), ("min_p", 1.1),
-    ("min_p", math.nan), ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", math.inf),
-    ("repetition_penalty", math.nan), ("num_samples", 0), ("stop", ("a", "")), ("seed", -1), ("seed", 2**63),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, value", BAD)
-def test_a_bad_value_is_refused_by_its_name(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} is "):
-        SamplingParams(**{name: value})
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
