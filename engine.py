@@ -40,6 +40,18 @@ class Request:
         return replace(self.params, max_new_tokens=1, stop=(), stop_ids=(), seed=None, num_samples=1)
 
 
+def check(request: Request, vocab_size: int) -> None:
+    """Raise ValueError, by the field's name, for what a vocabulary of this size has no place for."""
+    params = request.params
+    if not request.ids:
+        raise ValueError("a prompt needs a token")
+    if params.top_k > vocab_size:
+        raise ValueError(f"top_k is {params.top_k}, and the vocabulary has {vocab_size:,} entries")
+    for name, ids in (("logit_bias", [i for i, _ in params.logit_bias]), ("stop_ids", params.stop_ids), ("the prompt", request.ids)):
+        if beyond := [i for i in ids if not 0 <= i < vocab_size]:
+            raise ValueError(f"{name} has the id {beyond[0]}, and the vocabulary {vocab_size:,} entries")
+
+
 class Token(NamedTuple):
     """What a step gave to one sample of a request."""
 
@@ -135,16 +147,9 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request; it joins as soon as there are rows for all its samples. Raises ValueError for one that cannot be."""
-        size, params = self.model.config.vocab_size, request.params
-        if not request.ids:
-            raise ValueError("a prompt needs a token")
-        if params.num_samples > self.max_rows:
-            raise ValueError(f"num_samples is {params.num_samples}, and there is room for {self.max_rows}")
-        if params.top_k > size:
-            raise ValueError(f"top_k is {params.top_k}, and the vocabulary has {size:,} entries")
-        for name, ids in (("logit_bias", [i for i, _ in params.logit_bias]), ("stop_ids", params.stop_ids), ("the prompt", request.ids)):
-            if not all(0 <= i < size for i in ids):
-                raise ValueError(f"{name} has the id {next(i for i in ids if not 0 <= i < size)}, and the vocabulary {size:,} entries")
+        check(request, self.model.config.vocab_size)
+        if request.params.num_samples > self.max_rows:
+            raise ValueError(f"num_samples is {request.params.num_samples}, and there is room for {self.max_rows}")
         self.waiting.append(request)
 
     def cancel(self, request: Request, sample: int | None = None) -> None:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, best_checkpoint, load_checkpoint
 from config import SamplingParams
-from engine import Engine, Request
+from engine import Engine, Request, Token
 from errors import UserError, run_main
 from model import Transformer
-from tokenizer import Tokenizer, stream_text
+from tokenizer import TextStream, Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,51 +44,116 @@ def generate(model: Transformer, prompt_ids: Tensor, params: SamplingParams, eos
         yield row
 
 
+def continuations(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], params: SamplingParams) -> Iterator[tuple[int, str]]:
+    """(place, piece of text) as the texts behind all prompts grow side by side; place is sample * len(prompts) + prompt.
+
+    A text that comes to one of params.stop is ended there. Raises ValueError for a prompt or parameters that the model has no place for.
+    """
+    longest = max(map(len, prompts))
+    engine = Engine(model, len(prompts) * params.num_samples, longest + params.max_new_tokens)
+    texts: dict[tuple[Request, int], tuple[int, Text]] = {}
+    for row, ids in enumerate(prompts):
+        engine.add(request := Request(ids, params, tokenizer.eos_id))
+        texts |= {(request, n): (n * len(prompts) + row, Text(tokenizer, params.stop)) for n in range(params.num_samples)}
+
+    def pieces() -> Iterator[tuple[int, str]]:
+        while engine.busy:
+            for token in engine.step():
+                place, text = texts[token.request, token.sample]
+                if piece := text.push(token):
+                    yield place, piece
+                if text.ended:
+                    engine.cancel(token.request, token.sample)
+
+    return pieces()
+
+
+def whole_texts(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], params: SamplingParams) -> list[str]:
+    """The same when all have ended."""
+    texts = [""] * (len(prompts) * params.num_samples)
+    for place, piece in continuations(model, tokenizer, prompts, params):
+        texts[place] += piece
+    return texts
+
+
 def complete(checkpoint: Checkpoint, prompt: str, params: SamplingParams) -> Iterator[tuple[int, str]]:
     """(sample's number, piece of text) as the completions of `prompt` grow; one sample streams, several come whole.
 
     An empty prompt begins a document. Raises UserError at once for a prompt that is not Unicode or has no token.
     """
+    ids = encode_prompt(checkpoint.tokenizer, prompt)
+    try:
+        if params.num_samples == 1:
+            return continuations(checkpoint.model, checkpoint.tokenizer, [ids], params)
+        return iter(list(enumerate(whole_texts(checkpoint.model, checkpoint.tokenizer, [ids], params))))
+    except ValueError as error:
+        raise UserError(as_option(error)) from None
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids to continue, with what begins a document. Raises UserError."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid Unicode: {error.reason} at character {error.start}") from None
-    tokenizer = checkpoint.tokenizer
     if not (ids := tokenizer.prefix + tokenizer.encode(prompt)):
         raise UserError(f"the prompt {prompt!r} has no token in {tokenizer.name!r}, with which a text could begin; give some other text")
-    rows = generate(checkpoint.model, torch.tensor([ids]), params, tokenizer.eos_id)
-    if params.num_samples == 1:
-        ids = (row[0] for row in rows if row[0] is not None)
-        return ((0, piece) for piece in until_stop(stream_text(tokenizer, ids), params.stop))
-    return complete_whole(tokenizer, rows, params)
+    return ids
 
 
-def complete_whole(tokenizer: Tokenizer, rows: Iterator[list[int | None]], params: SamplingParams) -> Iterator[tuple[int, str]]:
-    """The samples one after the other, when all have ended."""
-    for number, ids in enumerate(zip(*rows, strict=True)):
-        text = tokenizer.decode([i for i in ids if i is not None])
-        yield number, "".join(until_stop(iter([text]), params.stop))
+class Text:
+    """The text of one sample as its tokens come, up to the first stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
+        self.stream, self.until = TextStream(tokenizer), Until(stops)
+        self.ended = False
+
+    def push(self, token: Token) -> str:
+        """What the token adds to the text; often nothing yet."""
+        piece = self.until.push("" if token.end == "stop" else self.stream.push(token.id))
+        if token.end:
+            piece += self.until.push(self.stream.rest()) + self.until.rest()
+        self.ended = bool(token.end) or self.until.reached is not None
+        return piece
+
+
+class Until:
+    """Pieces in, pieces out, up to the first stop text; what may become the beginning of one is held back.
+
+    >>> until = Until(("two",))
+    >>> [until.push(piece) for piece in ("one", " tw", "o th", "ree")], until.reached
+    (['o', 'ne ', '', ''], 'two')
+    """
+
+    def __init__(self, stops: tuple[str, ...]):
+        self.stops, self.longest = stops, max(map(len, stops), default=1)
+        self.held = ""
+        self.reached: str | None = None  # the stop text that was complete first
+
+    def push(self, piece: str) -> str:
+        if self.reached is not None:
+            return ""
+        self.held += piece
+        if found := [(at + len(stop), at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0]:
+            _, end, self.reached = min(found)
+        else:
+            end = max(0, len(self.held) - (self.longest - 1))
+        free, self.held = self.held[:end], self.held[end:]
+        return free
+
+    def rest(self) -> str:
+        """What is left when no piece follows."""
+        return self.held if self.reached is None else ""
 
 
 def until_stop(pieces: Iterator[str], stops: tuple[str, ...]) -> Iterator[str]:
-    """The pieces up to the first stop text, holding back what may become the beginning of one.
-
-    >>> "".join(until_stop(iter(["one", " tw", "o th", "ree"]), ("two",)))
-    'one '
-    """
-    held = ""
-    longest = max(map(len, stops), default=1)
+    """The pieces up to the first stop text; nothing is taken from `pieces` after it."""
+    until = Until(stops)
     for piece in pieces:
-        held += piece
-        found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
-        if found:  # the stop that was complete first
-            yield held[: min(found)[1]]
+        yield until.push(piece)
+        if until.reached is not None:
             return
-        free = len(held) - (longest - 1)
-        if free > 0:
-            yield held[:free]
-            held = held[free:]
-    yield held
+    yield until.rest()
 
 
 def place(checkpoint: Checkpoint, device: str, dtype: str) -> str:
@@ -121,12 +186,16 @@ def read_prompt(args: argparse.Namespace) -> str:
     return prompt
 
 
-OF_THE_CHECKPOINT = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+def as_option(error: ValueError) -> str:
+    """The sentence of SamplingParams, or of the engine, in the words of the command line."""
+    name, _, rest = str(error).partition(" ")
+    return f"--{name.replace('_', '-')} {rest}" if name in {field.name for field in fields(SamplingParams)} else str(error)
 
 
 def chosen_params(given: dict[str, Any], checkpoint: Checkpoint) -> SamplingParams:
-    """What was given, and for the rest what the checkpoint's config says of its sampling."""
-    return SamplingParams(**{name: getattr(checkpoint.config.sampling, name) for name in OF_THE_CHECKPOINT} | given)
+    """What was given, and for the rest what the checkpoint's config says of its sampling; of samples one."""
+    said = {field.name: getattr(checkpoint.config.sampling, field.name) for field in fields(SamplingParams)}
+    return SamplingParams(**said | {"num_samples": 1} | given)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -145,6 +214,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sampling.add_argument("--top-p", type=float, help="1 is all")
     sampling.add_argument("--min-p", type=float, help="0 is all")
     sampling.add_argument("--repetition-penalty", type=float, help="1 is none")
+    sampling.add_argument("--no-repeat-ngram", type=int, metavar="N", help="never write the same N tokens twice; 0 is may be")
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="ends the completion; may be given again")
     sampling.add_argument("--seed", type=int, help="the same text every time")
     sampling.add_argument("--num-samples", type=int, help="1 unless given")
@@ -160,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         SamplingParams(**given)
     except ValueError as error:
-        raise UserError(f"--{str(error).replace('_', '-', str(error).split()[0].count('_'))}") from None
+        raise UserError(as_option(error)) from None
     prompt = read_prompt(args)
     path = args.ckpt or best_checkpoint()
     checkpoint = load_checkpoint(path, args.tokenizer)
