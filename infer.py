@@ -23,6 +23,8 @@ from config import SamplingParams
 from engine import Engine, Request, Token
 from errors import UserError, run_main
 from model import Transformer
+from native import why_not
+from quantize import QUANTIZED, quantize
 from tokenizer import TextStream, Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -156,15 +158,22 @@ def until_stop(pieces: Iterator[str], stops: tuple[str, ...]) -> Iterator[str]:
     yield until.rest()
 
 
-def place(checkpoint: Checkpoint, device: str, dtype: str) -> str:
-    """Move the model where `--device` and `--dtype` say; return the device type. Raises UserError."""
-    from hardware import choose_accelerator  # here, since training's settings need it too
+def place(checkpoint: Checkpoint, device: str, dtype: str | None) -> str:
+    """Put the model where `--device` and `--dtype` say; tell where that is. Raises UserError for a pair that cannot be."""
+    from hardware import choose_accelerator, has_bfloat16_cpu  # here, since training's settings need them too
 
     accelerator, _ = choose_accelerator(device)
+    dtype = dtype or checkpoint.quantized or "float32"
+    if checkpoint.quantized not in (None, dtype):
+        raise UserError(f"--dtype {dtype}: {checkpoint.path} is {checkpoint.quantized} already; leave --dtype out")
     if dtype == "float16" and accelerator == "cpu":
         raise UserError("--dtype float16 is 27 times slower than float32 on a CPU; use bfloat16 or float32")
-    checkpoint.model.to(device=accelerator, dtype=DTYPES[dtype])
-    return accelerator
+    if dtype in QUANTIZED and not checkpoint.quantized:
+        quantize(checkpoint.model, dtype)
+    half = accelerator == "cuda" or accelerator == "cpu" and has_bfloat16_cpu()
+    checkpoint.model.to(device=accelerator, dtype=DTYPES.get(dtype, torch.bfloat16 if half else torch.float32))
+    why = why_not(checkpoint.model) if accelerator == "cpu" else ""
+    return f"{dtype} on {accelerator}{why and f', every step by torch, several times slower: {why}'}"
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -219,7 +228,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sampling.add_argument("--seed", type=int, help="the same text every time")
     sampling.add_argument("--num-samples", type=int, help="1 unless given")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--dtype", choices=[*DTYPES, *QUANTIZED], help="of the weights; float32, or what a quantised checkpoint has")
     return parser.parse_args(argv)
 
 
@@ -235,9 +244,9 @@ def main(argv: list[str] | None = None) -> int:
     path = args.ckpt or best_checkpoint()
     checkpoint = load_checkpoint(path, args.tokenizer)
     params = chosen_params(given, checkpoint)
-    device = place(checkpoint, args.device, args.dtype)
+    placed = place(checkpoint, args.device, args.dtype)
     pieces = complete(checkpoint, prompt, params)
-    print(f"{path}: step {checkpoint.step}, {args.dtype} on {device}", file=sys.stderr)
+    print(f"{path}: step {checkpoint.step}, {placed}", file=sys.stderr)
     if sys.stdout.isatty():  # a person reads on from the prompt; a pipe gets the completion alone
         print(prompt, end="", file=sys.stderr, flush=True)
     for number, piece in pieces:

@@ -296,8 +296,8 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the hidden states."""
-        return self.embed_tokens.weight.dtype
+        """That of the hidden states; a quantised embedding says it, since its weight is of integers."""
+        return getattr(self.embed_tokens, "dtype", self.embed_tokens.weight.dtype)
 
     @property
     def head_weight(self) -> Tensor:
@@ -344,6 +344,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden (..., C) -> (..., V)."""
+        if not isinstance(self.lm_head, nn.Linear | None):  # a quantised one
+            return self.lm_head(hidden)
         if hidden.device.type == "mps":  # keep the inner dimension of the backward matmul, V, under the limit
             return torch.cat([F.linear(hidden, part) for part in self.head_weight.split(MPS_INNER_LIMIT // 2)], dim=-1)
         return F.linear(hidden, self.head_weight)

@@ -1,6 +1,6 @@
 """decode.c from Python: compiled once for this machine, filled with a model's own weights, called for every token.
 
-Where it cannot be (no C compiler, another device, a width that does not fit), `native_step` says why and torch steps instead.
+Where it cannot be (no C compiler, another device, a width that does not fit), the reason is told and torch steps instead.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ class CannotStep(Exception):
 
 
 class Linear(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("kind", "n_in", "n_out")] + [(name, c_void_p) for name in ("weight", "scale", "low", "bias")]
+    _fields_ = [(name, c_int64) for name in ("kind", "n_in", "n_out")] + [(name, c_void_p) for name in ("weight", "scale", "bias")]
 
 
 class Norm(ctypes.Structure):
@@ -111,9 +111,7 @@ class NativeStep:
         n_out, n_in = weight.size(0), weight.size(1) * (4 if kind == INT4 else 1)
         if kind in (INT8, INT4):
             self.weights = kind
-        scale, low = getattr(module, "scale", None), getattr(module, "low", None)
-        scale = self.floats(scale) if kind == INT8 else self.pointer(scale)
-        return Linear(kind, n_in, n_out, self.pointer(weight), scale, self.pointer(low), bias)
+        return Linear(kind, n_in, n_out, self.pointer(weight), self.pointer(getattr(module, "scale", None)), bias)
 
     def layer(self, block: nn.Module) -> Layer:
         a, f = block.self_attn, block.mlp
@@ -121,6 +119,15 @@ class NativeStep:
             self.norm(block.input_layernorm), *map(self.linear, (a.q_proj, a.k_proj, a.v_proj, a.o_proj)),
             self.norm(block.post_attention_layernorm), *map(self.linear, (f.gate_proj, f.up_proj, f.down_proj)),
         )  # fmt: skip
+
+
+def why_not(model: Transformer) -> str:
+    """Why this model is not stepped in C; empty where it is."""
+    try:
+        NativeStep(model)
+    except CannotStep as reason:
+        return str(reason)
+    return ""
 
 
 def library() -> ctypes.CDLL:
