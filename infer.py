@@ -3,6 +3,7 @@
     python infer.py --prompt "The history of Dubai is"                # the best checkpoint there is
     python infer.py --ckpt checkpoints/final.ckpt --temperature 0 < prompt.txt
     python infer.py --ckpt examples/microgpt.ckpt --new-document --num-samples 20
+    python infer.py --ckpt checkpoints/smollm2.ckpt --dtype int8 --chat
 
 The completion of the raw prompt streams to stdout; nothing is wrapped around it. A text longer than the context keeps
 its last tokens: whenever the context is full, generation goes on from its last half.
@@ -11,7 +12,7 @@ its last tokens: whenever the context is full, generation goes on from its last 
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="text to continue; else --prompt-file or standard input")
     parser.add_argument("--prompt-file")
     parser.add_argument("--new-document", action="store_true", help="begin a document instead: a new name, a new article")
+    parser.add_argument("--chat", action="store_true", help="talk: answers to what is typed, until /quit")
     sampling = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
     sampling.add_argument("--max-new-tokens", type=int)
     sampling.add_argument("--temperature", type=float, help="0 is greedy")
@@ -240,13 +242,20 @@ def main(argv: list[str] | None = None) -> int:
         SamplingParams(**given)
     except ValueError as error:
         raise UserError(as_option(error)) from None
-    prompt = read_prompt(args)
+    if args.chat and (args.prompt is not None or args.prompt_file or args.new_document):
+        raise UserError("--chat answers to what is typed; leave --prompt, --prompt-file and --new-document out")
+    prompt = "" if args.chat else read_prompt(args)
     path = args.ckpt or best_checkpoint()
     checkpoint = load_checkpoint(path, args.tokenizer)
     params = chosen_params(given, checkpoint)
     placed = place(checkpoint, args.device, args.dtype)
-    pieces = complete(checkpoint, prompt, params)
+    pieces = () if args.chat else complete(checkpoint, prompt, params)
     print(f"{path}: step {checkpoint.step}, {placed}", file=sys.stderr)
+    if args.chat:
+        from chat import ANSWER, talk
+
+        talk(checkpoint, replace(params, max_new_tokens=given.get("max_new_tokens", ANSWER)))
+        return 0
     if sys.stdout.isatty():  # a person reads on from the prompt; a pipe gets the completion alone
         print(prompt, end="", file=sys.stderr, flush=True)
     for number, piece in pieces:

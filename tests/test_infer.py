@@ -19,7 +19,7 @@ from config import Config, DataConfig, ModelConfig, SamplingConfig, TrainingConf
 from errors import UserError, run_main
 from infer import SamplingParams, generate, until_stop
 from model import Transformer
-from tokenizer import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer
+from tokenizer import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer, stream_text
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(vocab_size=61, max_seq_len=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2)
@@ -177,6 +177,26 @@ def test_nothing_is_held_back_that_cannot_become_a_stop_text():
     assert next(until_stop(iter(["ab", "cd"]), ())) == "ab"
 
 
+def test_a_sample_that_comes_to_a_stop_text_ends_and_the_others_go_on():
+    """Each text is cut where it would be alone, and no token is drawn for it after that."""
+    model, tokenizer = random_model(vocab_size=257), ByteTokenizer()
+    params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=60, num_samples=5, seed=3)
+    free = infer.whole_texts(model, tokenizer, [[65]], params)
+    stop = free[0][20:22]
+    cut = infer.whole_texts(model, tokenizer, [[65]], dataclasses.replace(params, stop=(stop,)))
+    assert cut == [text.partition(stop)[0] for text in free]
+    assert len(cut[0]) <= 20
+
+
+def test_prompts_of_different_lengths_go_on_together_as_they_do_alone():
+    model, tokenizer = random_model(vocab_size=257), ByteTokenizer()
+    prompts = [list(b"a"), list(b"something longer"), list(b"x" * 100)]
+    params = SamplingParams(temperature=1.0, max_new_tokens=30, num_samples=2, seed=5)
+    together = infer.whole_texts(model, tokenizer, prompts, params)
+    alone = [infer.whole_texts(model, tokenizer, [prompt], params) for prompt in prompts]
+    assert together == [texts[sample] for sample in range(2) for texts in alone]
+
+
 def test_nothing_is_drawn_after_a_stop_text():
     drawn = []
     assert "".join(until_stop((drawn.append(piece) or piece for piece in ["a", "b", "c", "d"]), ("b",))) == "a"
@@ -194,10 +214,11 @@ def write_checkpoint(
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
     sampling: SamplingConfig | None = None,
+    **sizes: object,
 ) -> Path:
     """What train.py would write for a tiny model of random weights."""
     tokenizer = tokenizer or ByteTokenizer()
-    model = random_model(seed, vocab_size=vocab_size or tokenizer.vocab_size)
+    model = random_model(seed, vocab_size=vocab_size or tokenizer.vocab_size, **sizes)
     config = Config(
         model=model.config,
         data=DataConfig(tokenizer=tokenizer.name),
@@ -313,6 +334,13 @@ MISTAKES = {
     "--prompt a --max-new-tokens 0": "--max-new-tokens is 0",
     "--prompt a --num-samples 0": "--num-samples is 0",
     "--prompt a --stop=": "--stop is ('',)",
+    "--prompt a --max-new-tokens 9999999999": "--max-new-tokens is 9999999999; it must be from 1 to 1,000,000",
+    "--prompt a --top-k 258": "--top-k is 258, and the vocabulary has 257 entries",
+    "--prompt a --no-repeat-ngram -1": "--no-repeat-ngram is -1",
+    "--prompt a" + " --stop x" * 65: "it must be a list of at most 64 texts",
+    "--prompt a --stop " + "x" * 1001: "it must be texts of at most 1,000 characters",
+    "--prompt a --dtype int4 --ckpt narrow.ckpt": "int4 needs widths that 64 divides",
+    "--prompt a --chat": "--chat answers to what is typed",
     "--prompt=": "the prompt is empty",
     "--prompt a --device cuda": "'cuda'",
     "--prompt a --device cpu --dtype float16": "--dtype float16",
@@ -324,12 +352,36 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(folder, capsys, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("empty.txt").write_text("\n")
     Path("latin.txt").write_bytes(b"caf\xe9")
+    write_checkpoint(Path("narrow.ckpt"), d_ff=96)
     with pytest.raises(SystemExit) as exit_:
         run_main(lambda: infer.main(args.split()))
     out, err = capsys.readouterr()
     assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
     assert said in err
+
+
+ODD = {
+    "nul": "a\0b",
+    "right to left": "مرحبا שלום",
+    "emoji": "👩‍👩‍👧‍👦 🇦🇪",
+    "special": "<|endoftext|> <|im_end|>",
+    "blank": " \t\n\n",
+    "long": "word " * 200_000,
+}
+
+
+@pytest.mark.parametrize("prompt", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), JsonTokenizer.train_bpe(["a word"], 300)], ids=["byte", "bpe:300"])
+def test_any_text_is_a_prompt_and_only_text(tmp_path, tokenizer, prompt):
+    """Its ids are those of its bytes or pieces, behind the token that begins a document, which the text cannot spell."""
+    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "x.ckpt", tokenizer=tokenizer))
+    ids = infer.encode_prompt(tokenizer, prompt)
+    assert ids.count(tokenizer.eos_id) == 1
+    assert tokenizer.decode(ids[1:]) == prompt
+    text = "".join(piece for _, piece in infer.complete(checkpoint, prompt, SamplingParams(temperature=0.0, max_new_tokens=5)))
+    rows = generate(checkpoint.model, torch.tensor([ids[-64:]]), SamplingParams(temperature=0.0, max_new_tokens=5), tokenizer.eos_id)
+    assert text == "".join(stream_text(tokenizer, [token for [token] in rows if token is not None]))
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), JsonTokenizer.train_bpe(["a"], 257)], ids=["byte", "bpe:257"])

@@ -154,7 +154,8 @@ def test_few_rows_by_torchs_packed_matmul_equal_many_by_the_matrix(width, output
     """torch 2.13's `_weight_int8pack_mm` reads beyond the end of rows that are no multiple of 32, and may crash there."""
     linear = Int8Linear(q.as_linear(random_matrix(outputs, width))).to(torch.bfloat16)
     x = torch.randn(q.FEW + 1, width, generator=torch.Generator().manual_seed(1)).bfloat16()
-    torch.testing.assert_close(linear(x[:3]), linear(x)[:3], rtol=0.03, atol=0.03)  # bfloat16: 2^-8, and sums of some hundred such
+    few, many = linear(x[:3]).float(), linear(x)[:3].float()
+    assert ((few - many).abs() <= 0.02 * many.abs().amax(0)).all()  # weights and sums are rounded to bfloat16, by 2^-9 each
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
