@@ -92,12 +92,13 @@ INLINE F8 add_pairs(F8 sums, W8 a, W8 b) {
 #endif
 }
 
-INLINE I8 pairs(S16 a, S16 b) {                  /* a[0] b[0] + a[1] b[1], ... */
-#ifdef __AVX2__
-    return (I8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+INLINE I8 add_products(I8 sums, S16 a, S16 b) {  /* sums[0] + a[0] b[0] + a[1] b[1], ... */
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (I8)_mm256_dpwssd_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return sums + (I8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
-    I8 sums;
-    for (int i = 0; i < 8; i++) sums[i] = (int32_t)a[2 * i] * b[2 * i] + (int32_t)a[2 * i + 1] * b[2 * i + 1];
+    for (int i = 0; i < 8; i++) sums[i] += (int32_t)a[2 * i] * b[2 * i] + (int32_t)a[2 * i + 1] * b[2 * i + 1];
     return sums;
 #endif
 }
@@ -171,7 +172,7 @@ INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R,
             }
             EACH for (int r = 0; r < R; r++) {
                 S16 v = LOAD(S16, x + r * l->in + i);
-                EACH for (int n = 0; n < N; n++) sums[r][n] += pairs(w[n], v);
+                EACH for (int n = 0; n < N; n++) sums[r][n] = add_products(sums[r][n], w[n], v);
             }
         }
         EACH for (int r = 0; r < R; r++) {
@@ -203,10 +204,12 @@ INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const 
             W8 first = (W8){0} + scale[n * groups + g], second = (W8){0} + scale[n * groups + g + 1];
             EACH for (int r = 0; r < R; r++) {
                 const int16_t *v = x + r * l->in + i;
-                F8 v01 = __builtin_convertvector(pairs(w0, LOAD(S16, v)) + pairs(w1, LOAD(S16, v + 16)), F8);
-                F8 v23 = __builtin_convertvector(pairs(w2, LOAD(S16, v + 32)) + pairs(w3, LOAD(S16, v + 48)), F8);
-                a[r][n] += (F8)(first << 16) * v01 + (F8)(first & 0xffff0000) * x_sums[r * groups + g];
-                b[r][n] += (F8)(second << 16) * v23 + (F8)(second & 0xffff0000) * x_sums[r * groups + g + 1];
+                I8 v01 = add_products(add_products((I8){0}, w0, LOAD(S16, v)), w1, LOAD(S16, v + 16));
+                I8 v23 = add_products(add_products((I8){0}, w2, LOAD(S16, v + 32)), w3, LOAD(S16, v + 48));
+                a[r][n] += (F8)(first << 16) * __builtin_convertvector(v01, F8);
+                a[r][n] += (F8)(first & 0xffff0000) * x_sums[r * groups + g];
+                b[r][n] += (F8)(second << 16) * __builtin_convertvector(v23, F8);
+                b[r][n] += (F8)(second & 0xffff0000) * x_sums[r * groups + g + 1];
             }
         }
     }
