@@ -6,6 +6,7 @@
     python bench.py prepare --mb 10 100 --peer nanogpt=PATH   # beside a checkout of nanoGPT, whose script runs as it is
     python bench.py loader --config config.yaml               # the loader alone, beside the training that it feeds
     python bench.py probes --cases cases/grammar.yaml         # scoring probes, beside a loop over the candidates
+    python bench.py generate --ckpt checkpoints/final.ckpt    # generation, beside transformers on the same weights
 
 Memory is the highest sum of private (anonymous) memory of a process and its children, sampled while it runs. Contenders take
 turns, `--repeat` times; the median is shown with all of them. Each subject is a file of benchmarks/.
@@ -53,6 +54,18 @@ def main(argv: list[str] | None = None) -> int:
     probes.add_argument("--limit", type=int, help="as many cases at most")
     probes.add_argument("--repeat", type=int, default=3, help="runs of ours (default %(default)s)")
     probes.set_defaults(run=runs("probes", "bench_probes"))
+    generate = commands.add_parser("generate", help="generation, beside transformers' generate on the same weights")
+    generate.add_argument("--ckpt", required=True)
+    dtypes = ["float32", "bfloat16", "int8", "int4"]
+    generate.add_argument("--dtypes", nargs="*", default=dtypes, choices=dtypes, help="ours (default: all)")
+    generate.add_argument("--beside", nargs="*", default=["bfloat16"], choices=dtypes[:2], help="transformers' (default: bfloat16)")
+    generate.add_argument("--torch", action="store_true", help="and ours with the step in torch, in bfloat16")
+    works = ["alone", "batch", "first"]
+    generate.add_argument("--works", nargs="+", default=works, choices=works, help="what to time (default: all)")
+    generate.add_argument("--tokens", type=int, default=100, help="that each prompt gets (default %(default)s)")
+    generate.add_argument("--batch", type=int, default=16, help="prompts of the batch (default %(default)s)")
+    generate.add_argument("--repeat", type=int, default=3, help="runs of each (default %(default)s)")
+    generate.set_defaults(run=runs("generate", "bench_generate"))
     for command in (train, prepare, loader):
         command.add_argument("--work", help="a folder for scratch files (default: the system's)")
     args = parser.parse_args(argv)

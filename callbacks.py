@@ -23,9 +23,10 @@ from cases import joined, load_suite
 from checkpoint import link_or_copy
 from config import Config, TrainingConfig
 from config_file import to_yaml
+from engine import Request, check
 from errors import UserError
 from hardware import memory_in_use
-from infer import complete_whole, generate
+from infer import whole_texts
 from prepare import PreparedData
 from probe_report import scalars
 from results import Result
@@ -237,10 +238,14 @@ class Samples(L.Callback):
     def __init__(self, config: Config, data: PreparedData):
         self.tokenizer, self.params = data.tokenizer, replace(config.sampling, seed=config.sampling.seed or 0)
         if config.sampling.prompts:
-            self.batches = [torch.tensor([self.ids(prompt)]) for prompt in config.sampling.prompts]
-        else:  # all of one length
-            self.batches = [torch.from_numpy(np.stack(openings(data, config.model.max_seq_len)))]
+            self.prompts = [self.ids(prompt) for prompt in config.sampling.prompts]
+        else:
+            self.prompts = [ids.tolist() for ids in openings(data, config.model.max_seq_len)]
         self.latest: list[tuple[str, str]] = []
+        try:
+            check(Request(self.prompts[0], self.params), config.model.vocab_size)
+        except ValueError as error:
+            raise UserError(f"sampling.{error}") from None
 
     def ids(self, prompt: str) -> list[int]:
         ids = self.tokenizer.prefix + self.tokenizer.encode(prompt)
@@ -252,13 +257,8 @@ class Samples(L.Callback):
         if not trainer.is_global_zero:
             return
         module.model.eval()
-        self.latest = [
-            (self.tokenizer.decode(prompts[row % len(prompts)].tolist()), text)
-            for prompts in self.batches
-            for row, text in complete_whole(
-                self.tokenizer, generate(module.model, prompts, self.params, self.tokenizer.eos_id), self.params
-            )
-        ]
+        texts = whole_texts(module.model, self.tokenizer, self.prompts, self.params)
+        self.latest = [(self.tokenizer.decode(self.prompts[n % len(self.prompts)]), text) for n, text in enumerate(texts)]
         module.model.train()
         text = "\n\n".join(f"**{prompt}**{continuation}" for prompt, continuation in self.latest)
         trainer.logger.experiment.add_text("samples", text, trainer.global_step)

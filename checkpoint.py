@@ -40,6 +40,8 @@ class Checkpoint:
     step: int  # optimizer steps
     tokens: int  # targets trained on
     val_loss: float | None  # nats per token when it was last measured
+    quantized: str | None = None  # int8 or int4, where the weights are
+    chat_template: str | None = None  # Jinja, of a model that was taught to answer
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -129,7 +131,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Checkpoint:
-    """The model (float32, CPU, evaluation mode) and what belongs to it; `tokenizer_name` is checked against its own."""
+    """The model (float32 or quantised, CPU, evaluation mode) and what belongs to it; `tokenizer_name` is checked against its own."""
     state = read_checkpoint(path)
     kit = state["kit"]
     tokenizer = from_state(kit["tokenizer"])
@@ -140,11 +142,16 @@ def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Chec
             raise UserError(f"{path} was trained with the tokenizer {tokenizer.name!r}, not {tokenizer_name!r}; leave --tokenizer out")
     weights = {name.removeprefix("model."): tensor for name, tensor in state["state_dict"].items()}
     model = Transformer(config.model)  # on the meta device it would not draw weights, and take 0.8 s to import what that needs
+    if quantized := kit.get("quantized"):
+        from quantize import quantize  # few are
+
+        model = quantize(model, quantized)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the weights of {path} do not fit its config: {' '.join(str(error).split())[:300]}") from None
-    return Checkpoint(Path(path), model.eval(), tokenizer, config, state["global_step"], kit["tokens"], kit["val_loss"])
+    counters = state["global_step"], kit["tokens"], kit["val_loss"]
+    return Checkpoint(Path(path), model.eval(), tokenizer, config, *counters, quantized, kit.get("chat_template"))
 
 
 def hash_weights(weights: dict[str, torch.Tensor]) -> str:

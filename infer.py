@@ -3,16 +3,16 @@
     python infer.py --prompt "The history of Dubai is"                # the best checkpoint there is
     python infer.py --ckpt checkpoints/final.ckpt --temperature 0 < prompt.txt
     python infer.py --ckpt examples/microgpt.ckpt --new-document --num-samples 20
+    python infer.py --ckpt checkpoints/smollm2.ckpt --dtype int8 --chat
 
 The completion of the raw prompt streams to stdout; nothing is wrapped around it. A text longer than the context keeps
 its last tokens: whenever the context is full, generation goes on from its last half.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,81 +22,62 @@ from torch import Tensor
 import mps
 from checkpoint import Checkpoint, best_checkpoint, load_checkpoint
 from config import SamplingParams
+from engine import Engine, Request, Token
 from errors import UserError, run_main
-from model import KVCache, Transformer
-from tokenizer import Tokenizer, stream_text
+from model import Transformer
+from native import why_not
+from quantize import QUANTIZED, quantize
+from tokenizer import TextStream, Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def filter_logits(logits: Tensor, params: SamplingParams, context: Tensor) -> Tensor:
-    """Logits (B, V) with what the parameters rule out at -inf; temperature, 0 apart, is applied. context (B, S) ids.
-
-    The order is that of Hugging Face's processors: penalty (Keskar et al. 2019), temperature, top-k, top-p
-    (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
-
-    >>> logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
-    >>> filter_logits(logits, SamplingParams(temperature=1.0, top_k=2, top_p=1.0), torch.zeros(1, 0, dtype=torch.long)).tolist()
-    [[4.0, 3.0, -inf, -inf]]
-    """
-    logits = logits.clone()
-    if params.repetition_penalty != 1:
-        seen = logits.gather(1, context)
-        logits.scatter_(1, context, torch.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty))
-    if params.temperature > 0:
-        logits /= params.temperature
-    if 0 < params.top_k < logits.size(-1):
-        logits.masked_fill_(logits < logits.topk(params.top_k).values[:, -1:], -math.inf)
-    if params.top_p < 1:
-        ordered, order = logits.sort(descending=True, stable=True)
-        p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= params.top_p  # the mass before a token is enough already; the first always stays
-        logits.masked_fill_(beyond.scatter(1, order, beyond), -math.inf)
-    if params.min_p > 0:
-        p = logits.softmax(-1)
-        logits.masked_fill_(p < params.min_p * p.amax(-1, keepdim=True), -math.inf)
-    return logits
-
-
-def sample(logits: Tensor, params: SamplingParams, context: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw the next token (B,) from logits (B, V), on the CPU. Greedy at temperature 0, the first of equals."""
-    logits = filter_logits(logits.float(), params, context)
-    if params.temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-@torch.inference_mode()
 def generate(model: Transformer, prompt_ids: Tensor, params: SamplingParams, eos_id: int | None = None) -> Iterator[list[int | None]]:
-    """The tokens that follow prompt_ids (B, T), a list of B at a time; None for a row that has ended with `eos_id`.
+    """The tokens that follow prompt_ids (B, T), a list of num_samples * B at a time; None for a row that has ended."""
+    prompts = prompt_ids.tolist()
+    engine = Engine(model, len(prompts) * params.num_samples, prompt_ids.size(1) + params.max_new_tokens)
+    place = {}
+    for row, ids in enumerate(prompts):
+        engine.add(request := Request(ids, params, eos_id))
+        engine.join()
+        place |= {(request, sample): sample * len(prompts) + row for sample in range(params.num_samples)}
+    while engine.busy:
+        row: list[int | None] = [None] * len(place)
+        for token in engine.step():
+            row[place[token.request, token.sample]] = None if token.end == "stop" else token.id
+        yield row
 
-    One pass over the prompt fills the cache; then one token a pass. Sampling is on the CPU with the params' own seed.
+
+def continuations(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], params: SamplingParams) -> Iterator[tuple[int, str]]:
+    """(place, piece of text) as the texts behind all prompts grow side by side; place is sample * len(prompts) + prompt.
+
+    A text that comes to one of params.stop is ended there. Raises ValueError for a prompt or parameters that the model has no place for.
     """
-    context_size = model.config.max_seq_len
-    ids = prompt_ids.repeat(params.num_samples, 1).cpu()
-    weight = model.embed_tokens.weight
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    room = min(context_size, ids.size(1) + params.max_new_tokens)
-    cache = KVCache(model.config, len(ids), room, dtype=weight.dtype, device=weight.device)
-    new = ids[:, -context_size:]
-    ended = torch.zeros(len(ids), dtype=torch.bool)
-    for _ in range(params.max_new_tokens):
-        if cache.length + new.size(1) > context_size:  # full: begin again from the last half
-            cache.length = 0
-            new = ids[:, -max(1, context_size // 2) :]
-        logits = model.logits(model.hidden(new.to(weight.device), cache=cache)[:, -1])
-        token = sample(logits.cpu(), params, ids, generator)
-        if eos_id is not None:
-            ended |= token == eos_id
-        yield [None if end else int(t) for t, end in zip(token, ended, strict=True)]
-        if ended.all():
-            return
-        new = token[:, None]
-        ids = torch.cat([ids, new], dim=1)
+    longest = max(map(len, prompts))
+    engine = Engine(model, len(prompts) * params.num_samples, longest + params.max_new_tokens)
+    texts: dict[tuple[Request, int], tuple[int, Text]] = {}
+    for row, ids in enumerate(prompts):
+        engine.add(request := Request(ids, params, tokenizer.eos_id))
+        texts |= {(request, n): (n * len(prompts) + row, Text(tokenizer, params.stop)) for n in range(params.num_samples)}
+
+    def pieces() -> Iterator[tuple[int, str]]:
+        while engine.busy:
+            for token in engine.step():
+                place, text = texts[token.request, token.sample]
+                if piece := text.push(token):
+                    yield place, piece
+                if text.ended:
+                    engine.cancel(token.request, token.sample)
+
+    return pieces()
+
+
+def whole_texts(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], params: SamplingParams) -> list[str]:
+    """The same when all have ended."""
+    texts = [""] * (len(prompts) * params.num_samples)
+    for place, piece in continuations(model, tokenizer, prompts, params):
+        texts[place] += piece
+    return texts
 
 
 def complete(checkpoint: Checkpoint, prompt: str, params: SamplingParams) -> Iterator[tuple[int, str]]:
@@ -104,59 +85,99 @@ def complete(checkpoint: Checkpoint, prompt: str, params: SamplingParams) -> Ite
 
     An empty prompt begins a document. Raises UserError at once for a prompt that is not Unicode or has no token.
     """
+    ids = encode_prompt(checkpoint.tokenizer, prompt)
+    try:
+        if params.num_samples == 1:
+            return continuations(checkpoint.model, checkpoint.tokenizer, [ids], params)
+        return iter(list(enumerate(whole_texts(checkpoint.model, checkpoint.tokenizer, [ids], params))))
+    except ValueError as error:
+        raise UserError(as_option(error)) from None
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids to continue, with what begins a document. Raises UserError."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid Unicode: {error.reason} at character {error.start}") from None
-    tokenizer = checkpoint.tokenizer
     if not (ids := tokenizer.prefix + tokenizer.encode(prompt)):
         raise UserError(f"the prompt {prompt!r} has no token in {tokenizer.name!r}, with which a text could begin; give some other text")
-    rows = generate(checkpoint.model, torch.tensor([ids]), params, tokenizer.eos_id)
-    if params.num_samples == 1:
-        ids = (row[0] for row in rows if row[0] is not None)
-        return ((0, piece) for piece in until_stop(stream_text(tokenizer, ids), params.stop))
-    return complete_whole(tokenizer, rows, params)
+    return ids
 
 
-def complete_whole(tokenizer: Tokenizer, rows: Iterator[list[int | None]], params: SamplingParams) -> Iterator[tuple[int, str]]:
-    """The samples one after the other, when all have ended."""
-    for number, ids in enumerate(zip(*rows, strict=True)):
-        text = tokenizer.decode([i for i in ids if i is not None])
-        yield number, "".join(until_stop(iter([text]), params.stop))
+class Text:
+    """The text of one sample as its tokens come, up to the first stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
+        self.stream, self.until = TextStream(tokenizer), Until(stops)
+        self.ended = False
+
+    def push(self, token: Token) -> str:
+        """What the token adds to the text; often nothing yet."""
+        piece = self.until.push("" if token.end == "stop" else self.stream.push(token.id))
+        if token.end:
+            piece += self.until.push(self.stream.rest()) + self.until.rest()
+        self.ended = bool(token.end) or self.until.reached is not None
+        return piece
+
+
+class Until:
+    """Pieces in, pieces out, up to the first stop text; what may become the beginning of one is held back.
+
+    >>> until = Until(("two",))
+    >>> [until.push(piece) for piece in ("one", " tw", "o th", "ree")], until.reached
+    (['o', 'ne ', '', ''], 'two')
+    """
+
+    def __init__(self, stops: tuple[str, ...]):
+        self.stops, self.longest = stops, max(map(len, stops), default=1)
+        self.held = ""
+        self.reached: str | None = None  # the stop text that was complete first
+
+    def push(self, piece: str) -> str:
+        if self.reached is not None:
+            return ""
+        self.held += piece
+        if found := [(at + len(stop), at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0]:
+            _, end, self.reached = min(found)
+        else:
+            end = max(0, len(self.held) - (self.longest - 1))
+        free, self.held = self.held[:end], self.held[end:]
+        return free
+
+    def rest(self) -> str:
+        """What is left when no piece follows."""
+        return self.held if self.reached is None else ""
 
 
 def until_stop(pieces: Iterator[str], stops: tuple[str, ...]) -> Iterator[str]:
-    """The pieces up to the first stop text, holding back what may become the beginning of one.
-
-    >>> "".join(until_stop(iter(["one", " tw", "o th", "ree"]), ("two",)))
-    'one '
-    """
-    held = ""
-    longest = max(map(len, stops), default=1)
+    """The pieces up to the first stop text; nothing is taken from `pieces` after it."""
+    until = Until(stops)
     for piece in pieces:
-        held += piece
-        found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
-        if found:  # the stop that was complete first
-            yield held[: min(found)[1]]
+        yield until.push(piece)
+        if until.reached is not None:
             return
-        free = len(held) - (longest - 1)
-        if free > 0:
-            yield held[:free]
-            held = held[free:]
-    yield held
+    yield until.rest()
 
 
-def place(checkpoint: Checkpoint, device: str, dtype: str) -> str:
-    """Move the model where `--device` and `--dtype` say; return the device type. Raises UserError."""
-    from hardware import choose_accelerator  # here, since training's settings need it too
+def place(checkpoint: Checkpoint, device: str, dtype: str | None) -> str:
+    """Put the model where `--device` and `--dtype` say; tell where that is. Raises UserError for a pair that cannot be."""
+    from hardware import choose_accelerator, has_bfloat16_cpu  # here, since training's settings need them too
 
     accelerator, _ = choose_accelerator(device)
+    dtype = dtype or checkpoint.quantized or "float32"
+    if checkpoint.quantized not in (None, dtype):
+        raise UserError(f"--dtype {dtype}: {checkpoint.path} is {checkpoint.quantized} already; leave --dtype out")
     if dtype == "float16" and accelerator == "cpu":
         raise UserError("--dtype float16 is 27 times slower than float32 on a CPU; use bfloat16 or float32")
-    if accelerator == "mps":
-        mps.check(accelerator, DTYPES[dtype], checkpoint.config.model)
-    checkpoint.model.to(device=accelerator, dtype=DTYPES[dtype])
-    return accelerator
+    if dtype in QUANTIZED and not checkpoint.quantized:
+        quantize(checkpoint.model, dtype)
+    half = accelerator == "cuda" or accelerator == "cpu" and has_bfloat16_cpu()
+    compute = DTYPES.get(dtype, torch.bfloat16 if half else torch.float32)
+    mps.check(accelerator, compute, checkpoint.config.model)
+    checkpoint.model.to(device=accelerator, dtype=compute)
+    why = why_not(checkpoint.model) if accelerator == "cpu" else ""
+    return f"{dtype} on {accelerator}{why and f', every step by torch, several times slower: {why}'}"
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -178,12 +199,16 @@ def read_prompt(args: argparse.Namespace) -> str:
     return prompt
 
 
-OF_THE_CHECKPOINT = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+def as_option(error: ValueError) -> str:
+    """The sentence of SamplingParams, or of the engine, in the words of the command line."""
+    name, _, rest = str(error).partition(" ")
+    return f"--{name.replace('_', '-')} {rest}" if name in {field.name for field in fields(SamplingParams)} else str(error)
 
 
 def chosen_params(given: dict[str, Any], checkpoint: Checkpoint) -> SamplingParams:
-    """What was given, and for the rest what the checkpoint's config says of its sampling."""
-    return SamplingParams(**{name: getattr(checkpoint.config.sampling, name) for name in OF_THE_CHECKPOINT} | given)
+    """What was given, and for the rest what the checkpoint's config says of its sampling; of samples one."""
+    said = {field.name: getattr(checkpoint.config.sampling, field.name) for field in fields(SamplingParams)}
+    return SamplingParams(**said | {"num_samples": 1} | given)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -195,6 +220,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="text to continue; else --prompt-file or standard input")
     parser.add_argument("--prompt-file")
     parser.add_argument("--new-document", action="store_true", help="begin a document instead: a new name, a new article")
+    parser.add_argument("--chat", action="store_true", help="talk: answers to what is typed, until /quit")
     sampling = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
     sampling.add_argument("--max-new-tokens", type=int)
     sampling.add_argument("--temperature", type=float, help="0 is greedy")
@@ -202,11 +228,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sampling.add_argument("--top-p", type=float, help="1 is all")
     sampling.add_argument("--min-p", type=float, help="0 is all")
     sampling.add_argument("--repetition-penalty", type=float, help="1 is none")
+    sampling.add_argument("--no-repeat-ngram", type=int, metavar="N", help="never write the same N tokens twice; 0 is may be")
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="ends the completion; may be given again")
     sampling.add_argument("--seed", type=int, help="the same text every time")
     sampling.add_argument("--num-samples", type=int, help="1 unless given")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--dtype", choices=[*DTYPES, *QUANTIZED], help="of the weights; float32, or what a quantised checkpoint has")
     return parser.parse_args(argv)
 
 
@@ -217,14 +244,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         SamplingParams(**given)
     except ValueError as error:
-        raise UserError(f"--{str(error).replace('_', '-', str(error).split()[0].count('_'))}") from None
-    prompt = read_prompt(args)
+        raise UserError(as_option(error)) from None
+    if args.chat and (args.prompt is not None or args.prompt_file or args.new_document):
+        raise UserError("--chat answers to what is typed; leave --prompt, --prompt-file and --new-document out")
+    prompt = "" if args.chat else read_prompt(args)
     path = args.ckpt or best_checkpoint()
     checkpoint = load_checkpoint(path, args.tokenizer)
     params = chosen_params(given, checkpoint)
-    device = place(checkpoint, args.device, args.dtype)
-    pieces = complete(checkpoint, prompt, params)
-    print(f"{path}: step {checkpoint.step}, {args.dtype} on {device}", file=sys.stderr)
+    placed = place(checkpoint, args.device, args.dtype)
+    pieces = () if args.chat else complete(checkpoint, prompt, params)
+    print(f"{path}: step {checkpoint.step}, {placed}", file=sys.stderr)
+    if args.chat:
+        from chat import ANSWER, talk
+
+        talk(checkpoint, replace(params, max_new_tokens=given.get("max_new_tokens", ANSWER)))
+        return 0
     if sys.stdout.isatty():  # a person reads on from the prompt; a pipe gets the completion alone
         print(prompt, end="", file=sys.stderr, flush=True)
     for number, piece in pieces:

@@ -103,7 +103,7 @@ class ModelConfig:
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated and owned by the caller.
 
-    keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled.
+    keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled. engine.py has rows of different lengths.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device):
@@ -122,6 +122,16 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def mask(self, T: int) -> Tensor | None:
+        """What T new tokens may attend to, for `attend`."""
+        if self.length == 0 or T == 1:
+            return None
+        return torch.ones(T, self.length + T, dtype=torch.bool, device=self.keys.device).tril(self.length)  # is_causal would align the ends
+
+    def advance(self, T: int) -> None:
+        """Count the T tokens that every layer has taken in."""
+        self.length += T
 
 
 class RMSNorm(nn.Module):
@@ -223,6 +233,15 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
+class Embedding(nn.Embedding):
+    """Rows (B, T, C) of the table for ids (B, T)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # added to the gradient of a tied head, the few rows in use save a matrix of zeros; only where eager, on a CPU
+        sparse = self.sparse and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        return F.embedding(input, self.weight, sparse=sparse)
+
+
 class Transformer(nn.Module):
     """Token ids (B, T) -> logits (B, T, V). `hidden` is all but the head, for a loss that never holds all logits."""
 
@@ -230,7 +249,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.vocab_size and config.max_seq_len, "vocab_size and max_seq_len come from the tokenizer and training"
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_tokens = Embedding(config.vocab_size, config.d_model, sparse=config.tie_embeddings)
         self.embed_positions = nn.Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
         self.embed_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -260,16 +279,18 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
 
     @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the hidden states; a quantised embedding says it, since its weight is of integers."""
+        return getattr(self.embed_tokens, "dtype", self.embed_tokens.weight.dtype)
+
+    @property
     def head_weight(self) -> Tensor:
         """The (V, C) matrix that turns a hidden state into logits."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Rows (B, T, C) of the embedding."""
-        weight = self.embed_tokens.weight
-        # added to the gradient of a tied head, the few rows in use save a matrix of zeros; only where eager, on a CPU
-        sparse = self.lm_head is None and weight.device.type == "cpu" and not torch.compiler.is_compiling()
-        return F.embedding(input_ids, weight, sparse=sparse)
 
     def hidden(
         self, input_ids: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
@@ -285,15 +306,13 @@ class Transformer(nn.Module):
         if start + T > self.config.max_seq_len:
             raise ValueError(f"{start + T} tokens do not fit the context of {self.config.max_seq_len}")
         assert doc_ids is None or cache is None, "a cache holds one document a row"
-        mask = None
-        if start > 0 and T > 1:  # a chunk after others: is_causal would align it with the first key, not the last
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=input_ids.device).tril(start)
+        mask = cache.mask(T) if cache is not None else None
         if doc_ids is not None:
             same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
             mask = same & torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()  # (B, 1, T, T)
             if positions is None:
                 positions = positions_in_document(doc_ids)
-        x, rotary = self.embed(input_ids), None
+        x, rotary = self.embed_tokens(input_ids), None
         if self.embed_positions is not None:
             x = x + (self.embed_positions.weight[start : start + T] if positions is None else self.embed_positions(positions))
         elif positions is None:
@@ -308,11 +327,13 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, rotary, mask, cache)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden (..., C) -> (..., V)."""
+        if not isinstance(self.lm_head, nn.Linear | None):  # a quantised one
+            return self.lm_head(hidden)
         if hidden.device.type == "mps":  # keep the inner dimension of the backward matmul, V, under the limit
             return torch.cat([F.linear(hidden, part) for part in self.head_weight.split(MPS_INNER_LIMIT // 2)], dim=-1)
         return F.linear(hidden, self.head_weight)

@@ -76,12 +76,11 @@ def answer(model: Transformer, requests: list[Request], top_k: int = 0) -> dict[
 def as_tensor(model: Transformer, rows: list[tuple[int, ...]]) -> Tensor:
     """Rows of ids (B, T), shorter ones filled up behind, where causal attention ignores it."""
     longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=model.embed_tokens.weight.device)
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=model.device)
 
 
 def new_cache(model: Transformer, batch_size: int, length: int) -> KVCache:
-    weight = model.embed_tokens.weight
-    return KVCache(model.config, batch_size, length, dtype=weight.dtype, device=weight.device)
+    return KVCache(model.config, batch_size, length, dtype=model.dtype, device=model.device)
 
 
 def answer_first_tokens(

@@ -94,14 +94,15 @@ def clock_optimizer() -> None:
 def watch_memory() -> None:
     """Until the verdict, which counts its baselines and draws its picture when training is over."""
     over = threading.Event()
+    process = psutil.Process()
     verdict = train.print_verdict
 
     def print_verdict(*args: Any) -> None:
         over.set()
+        megabytes.append(private_memory(process) / 1e6)  # of a run that was over before the first look
         verdict(*args)
 
     def watch() -> None:
-        process = psutil.Process()
         while not over.wait(0.5):
             if begins:
                 megabytes.append(private_memory(process) / 1e6)

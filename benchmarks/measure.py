@@ -15,7 +15,7 @@ from rich.console import Console
 from errors import UserError
 
 ROOT = Path(__file__).parent.parent
-OUT = Console(highlight=False, emoji=False, soft_wrap=True, width=160)
+OUT = Console(highlight=False, emoji=False, soft_wrap=True, width=200)
 
 
 @dataclass(frozen=True)

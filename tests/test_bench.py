@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint import kit_entry, save_whole
+from config_file import config_from_dict
+from model import Transformer
+from tokenizer import ByteTokenizer
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -80,3 +85,21 @@ def test_training_is_set_beside_transformers_and_its_steps_are_taken_apart(tmp_p
     parts = dict(re.findall(r"(data|forward|backward|clip|optimizer|logging|Lightning and the rest) (-?[\d.]+)", done.stdout))
     assert len(parts) == 7 and all(float(parts[name]) > 0 for name in ("forward", "backward", "clip", "optimizer"))
     assert re.search(r"first step [\d.]+ s after the start of the process", done.stdout)
+
+
+def test_generation_is_set_beside_transformers_on_the_same_weights(tmp_path):
+    path = tmp_path / "small.ckpt"
+    sizes = {"vocab_size": ByteTokenizer().vocab_size, "n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
+    config = config_from_dict({"model": sizes, "data": {"tokenizer": "byte"}, "training": {"seq_len": 64}})
+    weights = {f"model.{name}": p for name, p in Transformer(config.model).state_dict().items()}
+    kit = kit_entry(config, ByteTokenizer().state(), tokens=1, val_loss=None)
+    save_whole({"state_dict": weights, "global_step": 1, "kit": kit}, path)
+    options = ["--beside", "float32", "--dtypes", "float32", "int8", "--torch", "--tokens", "8", "--batch", "3", "--repeat", "2"]
+    done = bench("generate", "--ckpt", str(path), *options)
+    assert done.returncode == 0, done.stderr
+    rows = [re.match(r" *(\S.*?) {2,}([\d.,]+) +([\d.]+)x +(\d+)% +([\d.]+) ([\d.]+) ", line) for line in done.stdout.splitlines()]
+    rates = {row[1]: float(row[2].replace(",", "")) for row in rows if row}
+    ratios = {row[1]: float(row[3]) for row in rows if row}
+    assert list(rates) == ["transformers, float32", "this, float32, in C", "this, int8, in C", "this, bfloat16, in torch"]
+    for name, ratio in ratios.items():  # the table's figures are rounded
+        assert ratio == pytest.approx(rates[name] / rates["transformers, float32"], abs=0.01 + 0.002 * ratio)

@@ -37,7 +37,7 @@ from attention import TiledAttention
 from config_file import load_config
 from hardware import Hardware
 from loss import IGNORE
-from model import Transformer
+from model import Embedding, Transformer
 from optim import build_optimizer, clip_gradients
 from prepare import prepare
 from runs import Run
@@ -123,7 +123,7 @@ def assert_same_way(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 @pytest.fixture
 def dense(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From here on the embedding's gradient is a matrix."""
-    return lambda: monkeypatch.setattr(Transformer, "embed", lambda net, ids: F.embedding(ids, net.embed_tokens.weight))
+    return lambda: monkeypatch.setattr(Embedding, "forward", lambda table, ids: F.embedding(ids, table.weight))
 
 
 @chunks

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import math
 import os
 import subprocess
 import sys
@@ -18,9 +17,9 @@ import infer
 from checkpoint import kit_entry, load_checkpoint
 from config import Config, DataConfig, ModelConfig, SamplingConfig, TrainingConfig
 from errors import UserError, run_main
-from infer import SamplingParams, filter_logits, generate, sample, until_stop
+from infer import SamplingParams, generate, until_stop
 from model import Transformer
-from tokenizer import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer
+from tokenizer import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer, stream_text
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(vocab_size=61, max_seq_len=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2)
@@ -43,72 +42,6 @@ def random_ids(length: int, batch: int = 1) -> Tensor:
 def tokens_of(model: Transformer, ids: Tensor, eos_id: int | None = None, **params: object) -> list[list[int | None]]:
     """One list a row."""
     return [list(row) for row in zip(*generate(model, ids, dataclasses.replace(PLAIN, **params), eos_id), strict=True)]
-
-
-# ---- the distribution ------------------------------------------------------------------------------------------------
-
-EACH = [
-    dict(temperature=0.7), dict(temperature=3.0), dict(top_k=1), dict(top_k=5), dict(top_k=500), dict(top_p=0.3), dict(top_p=1e-6),
-    dict(top_p=0.95), dict(min_p=0.2), dict(min_p=1.0), dict(repetition_penalty=1.7), dict(repetition_penalty=0.6),
-    dict(temperature=1.4, top_k=20, top_p=0.7, min_p=0.05, repetition_penalty=1.3),
-]  # fmt: skip
-
-
-def their_processors(params: SamplingParams):
-    """Hugging Face's processors, in the order in which its `generate` calls them."""
-    from transformers import generation as hf
-
-    processors = [hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty), hf.TemperatureLogitsWarper(params.temperature)]
-    processors += [hf.TopKLogitsWarper(params.top_k)] if params.top_k else []
-    processors += [hf.TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
-    processors += [hf.MinPLogitsWarper(params.min_p)] if params.min_p else []
-    return hf.LogitsProcessorList(processors)
-
-
-@pytest.mark.parametrize("changes", EACH, ids=str)
-def test_filtered_logits_equal_transformers(changes):
-    params = dataclasses.replace(PLAIN, **changes)
-    generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(16, 100, generator=generator)
-    context = torch.randint(100, (16, 30), generator=generator)  # with repeated ids: each is penalised once
-    before = logits.clone()
-    ours, theirs = filter_logits(logits, params, context), their_processors(params)(context, logits.clone())
-    assert torch.equal(ours.isinf(), theirs.isinf())
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)  # the same float32 operations, a rounding apart at most
-    assert torch.equal(logits, before)
-
-
-def test_a_filter_keeps_the_most_likely_token_always():
-    logits = torch.tensor([[1.0, 5.0, 2.0]])
-    kept = filter_logits(logits, SamplingParams(temperature=1.0, top_k=1, top_p=1e-9, min_p=1.0), torch.zeros(1, 0, dtype=torch.long))
-    assert kept.tolist() == [[-math.inf, 5.0, -math.inf]]
-
-
-def test_greedy_takes_the_largest_and_the_first_of_equals():
-    logits = torch.tensor([[0.0, 7.0, 7.0], [1.0, 0.0, -1.0]])
-    nothing = torch.zeros(2, 0, dtype=torch.long)
-    assert sample(logits, SamplingParams(temperature=0), nothing, torch.Generator()).tolist() == [1, 0]
-
-
-def test_drawn_tokens_have_the_probabilities_of_the_softmax():
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(20_000, 1)
-    drawn = sample(logits, PLAIN, torch.zeros(20_000, 0, dtype=torch.long), torch.Generator().manual_seed(0))
-    shares = drawn.bincount(minlength=4) / 20_000
-    torch.testing.assert_close(shares, logits[0].softmax(0), rtol=0, atol=0.018)  # five standard deviations of a share of a half
-
-
-BAD = [
-    ("max_new_tokens", 0), ("max_new_tokens", -1), ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf),
-    ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("top_p", -0.5), ("top_p", math.nan), ("min_p", -0.1), ("min_p", 1.1),
-    ("min_p", math.nan), ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", math.inf),
-    ("repetition_penalty", math.nan), ("num_samples", 0), ("stop", ("a", "")), ("seed", -1), ("seed", 2**63),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, value", BAD)
-def test_a_bad_value_is_refused_by_its_name(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} is "):
-        SamplingParams(**{name: value})
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
@@ -244,6 +177,26 @@ def test_nothing_is_held_back_that_cannot_become_a_stop_text():
     assert next(until_stop(iter(["ab", "cd"]), ())) == "ab"
 
 
+def test_a_sample_that_comes_to_a_stop_text_ends_and_the_others_go_on():
+    """Each text is cut where it would be alone, and no token is drawn for it after that."""
+    model, tokenizer = random_model(vocab_size=257), ByteTokenizer()
+    params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=60, num_samples=5, seed=3)
+    free = infer.whole_texts(model, tokenizer, [[65]], params)
+    stop = free[0][20:22]
+    cut = infer.whole_texts(model, tokenizer, [[65]], dataclasses.replace(params, stop=(stop,)))
+    assert cut == [text.partition(stop)[0] for text in free]
+    assert len(cut[0]) <= 20
+
+
+def test_prompts_of_different_lengths_go_on_together_as_they_do_alone():
+    model, tokenizer = random_model(vocab_size=257), ByteTokenizer()
+    prompts = [list(b"a"), list(b"something longer"), list(b"x" * 100)]
+    params = SamplingParams(temperature=1.0, max_new_tokens=30, num_samples=2, seed=5)
+    together = infer.whole_texts(model, tokenizer, prompts, params)
+    alone = [infer.whole_texts(model, tokenizer, [prompt], params) for prompt in prompts]
+    assert together == [texts[sample] for sample in range(2) for texts in alone]
+
+
 def test_nothing_is_drawn_after_a_stop_text():
     drawn = []
     assert "".join(until_stop((drawn.append(piece) or piece for piece in ["a", "b", "c", "d"]), ("b",))) == "a"
@@ -261,10 +214,11 @@ def write_checkpoint(
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
     sampling: SamplingConfig | None = None,
+    **sizes: object,
 ) -> Path:
     """What train.py would write for a tiny model of random weights."""
     tokenizer = tokenizer or ByteTokenizer()
-    model = random_model(seed, vocab_size=vocab_size or tokenizer.vocab_size)
+    model = random_model(seed, vocab_size=vocab_size or tokenizer.vocab_size, **sizes)
     config = Config(
         model=model.config,
         data=DataConfig(tokenizer=tokenizer.name),
@@ -380,6 +334,13 @@ MISTAKES = {
     "--prompt a --max-new-tokens 0": "--max-new-tokens is 0",
     "--prompt a --num-samples 0": "--num-samples is 0",
     "--prompt a --stop=": "--stop is ('',)",
+    "--prompt a --max-new-tokens 9999999999": "--max-new-tokens is 9999999999; it must be from 1 to 1,000,000",
+    "--prompt a --top-k 258": "--top-k is 258, and the vocabulary has 257 entries",
+    "--prompt a --no-repeat-ngram -1": "--no-repeat-ngram is -1",
+    "--prompt a" + " --stop x" * 65: "it must be a list of at most 64 texts",
+    "--prompt a --stop " + "x" * 1001: "it must be texts of at most 1,000 characters",
+    "--prompt a --dtype int4 --ckpt narrow.ckpt": "int4 needs widths that 64 divides",
+    "--prompt a --chat": "--chat answers to what is typed",
     "--prompt=": "the prompt is empty",
     "--prompt a --device cuda": "'cuda'",
     "--prompt a --device cpu --dtype float16": "--dtype float16",
@@ -391,12 +352,36 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(folder, capsys, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("empty.txt").write_text("\n")
     Path("latin.txt").write_bytes(b"caf\xe9")
+    write_checkpoint(Path("narrow.ckpt"), d_ff=96)
     with pytest.raises(SystemExit) as exit_:
         run_main(lambda: infer.main(args.split()))
     out, err = capsys.readouterr()
     assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
     assert said in err
+
+
+ODD = {
+    "nul": "a\0b",
+    "right to left": "مرحبا שלום",
+    "emoji": "👩‍👩‍👧‍👦 🇦🇪",
+    "special": "<|endoftext|> <|im_end|>",
+    "blank": " \t\n\n",
+    "long": "word " * 200_000,
+}
+
+
+@pytest.mark.parametrize("prompt", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), JsonTokenizer.train_bpe(["a word"], 300)], ids=["byte", "bpe:300"])
+def test_any_text_is_a_prompt_and_only_text(tmp_path, tokenizer, prompt):
+    """Its ids are those of its bytes or pieces, behind the token that begins a document, which the text cannot spell."""
+    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "x.ckpt", tokenizer=tokenizer))
+    ids = infer.encode_prompt(tokenizer, prompt)
+    assert ids.count(tokenizer.eos_id) == 1
+    assert tokenizer.decode(ids[1:]) == prompt
+    text = "".join(piece for _, piece in infer.complete(checkpoint, prompt, SamplingParams(temperature=0.0, max_new_tokens=5)))
+    rows = generate(checkpoint.model, torch.tensor([ids[-64:]]), SamplingParams(temperature=0.0, max_new_tokens=5), tokenizer.eos_id)
+    assert text == "".join(stream_text(tokenizer, [token for [token] in rows if token is not None]))
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), JsonTokenizer.train_bpe(["a"], 257)], ids=["byte", "bpe:257"])

@@ -47,7 +47,7 @@ def test_the_readmes_commands_run_in_order(tmp_path):
     """Word for word, in a copy of the project; train.py gets a small override, and tensorboard is asked for its runs."""
     for name in ROOT.glob("*.py"):
         shutil.copy(name, tmp_path)
-    for name in ("config.yaml", "presets", "cases", "corpora", "examples"):
+    for name in ("config.yaml", "decode.c", "presets", "cases", "corpora", "examples"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     (ROOT / "data").mkdir(exist_ok=True)
     (tmp_path / "data").symlink_to(ROOT / "data")

@@ -1,0 +1,448 @@
+/* One token for each row of a batch: what model.py computes for T = 1, over the same weights and the same cache.
+
+A step of a small model is so short that torch spends most of it between its operations. This is all of them in one call,
+which reads each weight once, at the speed of the memory. native.py compiles it and fills the structures.
+
+Activations are float. Weights are float, bfloat16, int8 (a scale for each output) or int4 (a scale and an offset for each 32
+inputs). Against bfloat16 the input of a matmul is rounded to that, as torch does, and against integers to 16 bits, which is
+finer. Sums run in the same order whatever the number of rows: a row's logits are the same to the last bit alone and in a batch.
+
+B rows, D head_dim, S tokens of a row with the new one; x[b][i] is written x[b * width + i]. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+enum { FLOAT, BFLOAT16, INT8, INT4 };            /* kinds of numbers */
+enum { ROPE, LEARNED };                          /* kinds of positions */
+enum { SWIGLU, GELU, RELU, RELU2 };              /* kinds of MLP */
+enum { ROWS = 4, OUTS = 2, TILE = 8, GROUP = 32 };  /* rows and outputs of a matmul at a time; outputs of a thread; inputs that share an int4 scale */
+
+typedef float F8 __attribute__((vector_size(32)));
+typedef int32_t I8 __attribute__((vector_size(32)));
+typedef int16_t S16 __attribute__((vector_size(32)));
+typedef uint16_t U16 __attribute__((vector_size(32)));
+typedef uint16_t U8 __attribute__((vector_size(16)));
+typedef uint32_t W8 __attribute__((vector_size(32)));
+typedef int8_t B16 __attribute__((vector_size(16)));
+#define EACH _Pragma("GCC unroll 4")
+#define INLINE static inline __attribute__((always_inline))
+#define LOAD(type, from) ({ type loaded; memcpy(&loaded, from, sizeof loaded); loaded; })
+
+typedef struct { int64_t kind, in, out; const void *weight, *scale; const float *bias; } Linear;   /* weight 0: not there */
+typedef struct { int64_t there; const float *weight, *bias; } Norm;                                      /* weight 0: no gain */
+typedef struct { Norm norm1; Linear q, k, v, o; Norm norm2; Linear gate, up, down; } Layer;
+typedef struct {
+    int64_t n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size, mlp, position, layernorm, cache_kind, weights;
+    double norm_eps;
+    Linear embed, places, head;
+    Norm embed_norm, norm;
+    const float *cos, *sin;  /* (max_seq_len, D) */
+    const Layer *layers;
+} Model;
+
+/* The input of a matmul: as floats; as bfloat16; or for integer weights as int16 with a scale for each row and the sums of its groups. */
+typedef struct { int64_t width; float *x, *scale, *sums; int16_t *q; } Input;
+
+INLINE float bf16(uint16_t half) { uint32_t bits = (uint32_t)half << 16; float x; memcpy(&x, &bits, 4); return x; }
+INLINE uint16_t to_bf16(float x) {               /* to the nearest, ties to even */
+    uint32_t bits; memcpy(&bits, &x, 4);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+INLINE float number(const void *from, int64_t kind, int64_t at) {
+    return kind == FLOAT ? ((const float *)from)[at] : bf16(((const uint16_t *)from)[at]);
+}
+
+INLINE float larger(float a, float b) { return a > b ? a : b; }
+
+/* e^x to 2 units in the last place: 2^n times a polynomial over |r| <= ln(2) / 2 (Cephes). Loops over it become vectors. */
+INLINE float exp_(float x) {
+    x = larger(x < 88.0f ? x : 88.0f, -87.0f);
+    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f; p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23; float power; memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+/* ---- sums of products ------------------------------------------------------------------------------------------- */
+
+INLINE float sum8(F8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+INLINE S16 widen(B16 bytes) {
+#ifdef __AVX2__
+    return (S16)_mm256_cvtepi8_epi16((__m128i)bytes);
+#else
+    return __builtin_convertvector(bytes, S16);
+#endif
+}
+
+/* sums of 8 += the products of 16 bfloat16, two by two. A half of a word becomes a float in no time. */
+INLINE F8 add_pairs(F8 sums, W8 a, W8 b) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+    return (F8)_mm256_dpbf16_ps((__m256)sums, (__m256bh)a, (__m256bh)b);
+#else
+    sums += (F8)(a << 16) * (F8)(b << 16);
+    return sums + (F8)(a & 0xffff0000) * (F8)(b & 0xffff0000);
+#endif
+}
+
+INLINE I8 add_products(I8 sums, S16 a, S16 b) {  /* sums[0] + a[0] b[0] + a[1] b[1], ... */
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (I8)_mm256_dpwssd_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return sums + (I8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    for (int i = 0; i < 8; i++) sums[i] += (int32_t)a[2 * i] * b[2 * i] + (int32_t)a[2 * i + 1] * b[2 * i + 1];
+    return sums;
+#endif
+}
+
+/* found[r][n]: rows b + r of the input times outputs o + n. R and N are constants where this is inlined: then the sums are in
+   registers, and what is loaded of either is used for all of the other. */
+INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R, float found[ROWS][OUTS]) {
+    F8 a[ROWS][OUTS] = {0}, b[ROWS][OUTS] = {0};
+    const float *weight = (const float *)l->weight + o * l->in;
+    int64_t i = 0, in = l->in;
+    for (; i + 16 <= in; i += 16) {
+        F8 first[OUTS], second[OUTS];
+        EACH for (int n = 0; n < N; n++) {
+            first[n] = LOAD(F8, weight + n * in + i);
+            second[n] = LOAD(F8, weight + n * in + i + 8);
+            if (N > 1) __builtin_prefetch(weight + (n + TILE) * in + i);
+        }
+        EACH for (int r = 0; r < R; r++) {
+            F8 v = LOAD(F8, x + r * in + i), w = LOAD(F8, x + r * in + i + 8);
+            EACH for (int n = 0; n < N; n++) {
+                a[r][n] += first[n] * v;
+                b[r][n] += second[n] * w;
+            }
+        }
+    }
+    EACH for (int r = 0; r < R; r++) {
+        EACH for (int n = 0; n < N; n++) {
+            found[r][n] = sum8(a[r][n] + b[r][n]);
+            for (int64_t j = i; j < in; j++) found[r][n] += weight[n * in + j] * x[r * in + j];
+        }
+    }
+}
+
+INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R, float found[ROWS][OUTS]) {
+    F8 a[ROWS][OUTS] = {0}, b[ROWS][OUTS] = {0};
+    const uint16_t *weight = (const uint16_t *)l->weight + o * l->in;
+    int64_t i = 0, in = l->in;
+    for (; i + 32 <= in; i += 32) {
+        W8 first[OUTS], second[OUTS];
+        EACH for (int n = 0; n < N; n++) {
+            first[n] = LOAD(W8, weight + n * in + i);
+            second[n] = LOAD(W8, weight + n * in + i + 16);
+            if (N > 1) __builtin_prefetch(weight + (n + TILE) * in + i);
+        }
+        EACH for (int r = 0; r < R; r++) {
+            W8 v = LOAD(W8, x + r * in + i), w = LOAD(W8, x + r * in + i + 16);
+            EACH for (int n = 0; n < N; n++) {
+                a[r][n] = add_pairs(a[r][n], first[n], v);
+                b[r][n] = add_pairs(b[r][n], second[n], w);
+            }
+        }
+    }
+    EACH for (int r = 0; r < R; r++) {
+        EACH for (int n = 0; n < N; n++) {
+            found[r][n] = sum8(a[r][n] + b[r][n]);
+            for (int64_t j = i; j < in; j++) found[r][n] += bf16(weight[n * in + j]) * bf16(x[r * in + j]);
+        }
+    }
+}
+
+INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R, float found[ROWS][OUTS]) {
+    const int8_t *weight = (const int8_t *)l->weight + o * l->in;
+    for (int64_t begin = 0; begin < l->in; begin += 4096) {  /* so many products of 7 and 15 bits fit 8 sums of 31 */
+        int64_t i = begin, end = begin + 4096 < l->in ? begin + 4096 : l->in;
+        I8 sums[ROWS][OUTS] = {0};
+        for (; i + 16 <= end; i += 16) {
+            S16 w[OUTS];
+            EACH for (int n = 0; n < N; n++) {
+                w[n] = widen(LOAD(B16, weight + n * l->in + i));
+                if (N > 1) __builtin_prefetch(weight + (n + TILE) * l->in + i);
+            }
+            EACH for (int r = 0; r < R; r++) {
+                S16 v = LOAD(S16, x + r * l->in + i);
+                EACH for (int n = 0; n < N; n++) sums[r][n] = add_products(sums[r][n], w[n], v);
+            }
+        }
+        EACH for (int r = 0; r < R; r++) {
+            EACH for (int n = 0; n < N; n++) {
+                int32_t rest = 0;
+                for (int64_t j = i; j < end; j++) rest += (int32_t)weight[n * l->in + j] * x[r * l->in + j];
+                found[r][n] = (begin ? found[r][n] : 0) + sum8(__builtin_convertvector(sums[r][n], F8)) + rest;
+            }
+        }
+    }
+    EACH for (int r = 0; r < R; r++) {
+        EACH for (int n = 0; n < N; n++) found[r][n] *= ((const float *)l->scale)[o + n];
+    }
+}
+
+/* 64 inputs are 16 words of four nibbles: word j has inputs j, j + 16, j + 32, j + 48. A group has
+   a scale and a low, two bfloat16 in a word of 32 bits: sum (q scale + low) x = scale sum(q x) + low sum(x), where x_sums has an eighth
+   of each sum for each of the 8 lanes. */
+INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const float *x_sums, int R, float found[ROWS][OUTS]) {
+    int64_t groups = l->in / GROUP;
+    const uint16_t *weight = (const uint16_t *)l->weight + o * l->in / 4;
+    const uint32_t *scale = (const uint32_t *)l->scale + o * groups;
+    F8 a[ROWS][OUTS] = {0}, b[ROWS][OUTS] = {0};
+    for (int64_t i = 0, g = 0; i < l->in; i += 64, g += 2) {
+        EACH for (int n = 0; n < N; n++) {
+            U16 words = LOAD(U16, weight + (n * l->in + i) / 4);
+            if (N > 1) __builtin_prefetch(weight + ((n + TILE) * l->in + i) / 4);
+            S16 w0 = (S16)(words & 15), w1 = (S16)(words >> 4 & 15), w2 = (S16)(words >> 8 & 15), w3 = (S16)(words >> 12);
+            W8 first = (W8){0} + scale[n * groups + g], second = (W8){0} + scale[n * groups + g + 1];
+            EACH for (int r = 0; r < R; r++) {
+                const int16_t *v = x + r * l->in + i;
+                I8 v01 = add_products(add_products((I8){0}, w0, LOAD(S16, v)), w1, LOAD(S16, v + 16));
+                I8 v23 = add_products(add_products((I8){0}, w2, LOAD(S16, v + 32)), w3, LOAD(S16, v + 48));
+                a[r][n] += (F8)(first << 16) * __builtin_convertvector(v01, F8);
+                a[r][n] += (F8)(first & 0xffff0000) * x_sums[r * groups + g];
+                b[r][n] += (F8)(second << 16) * __builtin_convertvector(v23, F8);
+                b[r][n] += (F8)(second & 0xffff0000) * x_sums[r * groups + g + 1];
+            }
+        }
+    }
+    EACH for (int r = 0; r < R; r++) {
+        EACH for (int n = 0; n < N; n++) found[r][n] = sum8(a[r][n] + b[r][n]);
+    }
+}
+
+INLINE void dot(int64_t kind, const Linear *l, int64_t o, int N, const Input *in, int64_t b, int R, float found[ROWS][OUTS]) {
+    if (kind == FLOAT) dot_floats(l, o, N, in->x + b * l->in, R, found);
+    if (kind == BFLOAT16) dot_bf16(l, o, N, in->q + b * l->in, R, found);
+    if (kind == INT8) dot_int8(l, o, N, in->q + b * l->in, R, found);
+    if (kind == INT4) dot_int4(l, o, N, in->q + b * l->in, in->sums + b * (l->in / GROUP), R, found);
+    EACH for (int r = 0; r < R && kind > BFLOAT16; r++) {
+        EACH for (int n = 0; n < N; n++) found[r][n] *= in->scale[b + r];
+    }
+}
+
+/* y (B, out) = x weight^T + bias, or y += that. The threads of the team share the outputs; there is no barrier behind it. */
+INLINE void matmul_of(int64_t kind, const Linear *l, const Input *in, int64_t B, float *y, int add) {
+    #pragma omp for schedule(static) nowait
+    for (int64_t tile = 0; tile < (l->out + TILE - 1) / TILE; tile++) {
+        int64_t end = (tile + 1) * TILE < l->out ? (tile + 1) * TILE : l->out;
+        for (int64_t b = 0; b < B;) {
+            int R = B - b >= ROWS ? ROWS : B - b >= 2 ? 2 : 1;
+            for (int64_t o = tile * TILE; o < end;) {
+                int N = R < ROWS || end - o < OUTS ? 1 : OUTS;  /* for few rows in the order of the memory, which fetches ahead */
+                float found[ROWS][OUTS];
+                if (R == 1) dot(kind, l, o, 1, in, b, 1, found);
+                else if (R == 2) dot(kind, l, o, 1, in, b, 2, found);
+                else if (N == 1) dot(kind, l, o, 1, in, b, ROWS, found);
+                else dot(kind, l, o, OUTS, in, b, ROWS, found);
+                for (int r = 0; r < R; r++) {
+                    for (int n = 0; n < N; n++) {
+                        float value = found[r][n] + (l->bias ? l->bias[o + n] : 0), *at = y + (b + r) * l->out + o + n;
+                        *at = add ? *at + value : value;
+                    }
+                }
+                o += N;
+            }
+            b += R;
+        }
+    }
+}
+
+static void matmul(const Linear *l, const Input *in, int64_t B, float *y, int add) {
+    switch (l->kind) {
+    case FLOAT: matmul_of(FLOAT, l, in, B, y, add); break;
+    case BFLOAT16: matmul_of(BFLOAT16, l, in, B, y, add); break;
+    case INT8: matmul_of(INT8, l, in, B, y, add); break;
+    case INT4: matmul_of(INT4, l, in, B, y, add); break;
+    }
+}
+
+/* ---- what stands between the matmuls, for one row ---------------------------------------------------------------- */
+
+/* Make row b of an input ready for weights of the model's kind. */
+static void prepare(const Model *m, const Input *in, int64_t b) {
+    float *x = in->x + b * in->width, top = 1e-30f;
+    int16_t *q = in->q + b * in->width;
+    if (m->weights == FLOAT) return;
+    if (m->weights == BFLOAT16) {
+        for (int64_t i = 0; i < in->width; i++) q[i] = to_bf16(x[i]);
+        return;
+    }
+    #pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < in->width; i++) top = larger(top, fabsf(x[i]));
+    float inverse = 32767 / top;
+    in->scale[b] = top / 32767;
+    for (int64_t i = 0; i < in->width; i++) q[i] = (int16_t)rintf(x[i] * inverse);
+    for (int64_t g = 0; g < in->width / GROUP; g++) {
+        int32_t sum = 0;
+        for (int i = 0; i < GROUP; i++) sum += q[g * GROUP + i];
+        in->sums[b * (in->width / GROUP) + g] = sum / 8.0f;
+    }
+}
+
+static void normalise(const Model *m, const Norm *norm, const float *x, float *y) {
+    float mean = 0, square = 0;
+    int64_t C = m->d_model;
+    if (!norm->there) {
+        memmove(y, x, C * sizeof *x);
+        return;
+    }
+    if (m->layernorm) {
+        #pragma omp simd reduction(+ : mean)
+        for (int64_t i = 0; i < C; i++) mean += x[i];
+        mean /= C;
+    }
+    #pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < C; i++) square += (x[i] - mean) * (x[i] - mean);
+    float scale = 1 / sqrtf(square / C + (float)m->norm_eps);
+    for (int64_t i = 0; i < C; i++) {
+        y[i] = (x[i] - mean) * scale * (norm->weight ? norm->weight[i] : 1) + (norm->bias ? norm->bias[i] : 0);
+    }
+}
+
+static void add_embedding(const Linear *table, int64_t row, float *x) {
+    float scale = table->kind == INT8 ? ((const float *)table->scale)[row] : 0;
+    for (int64_t i = 0, at = row * table->in; i < table->in; i++, at++) {
+        x[i] += table->kind == INT8 ? scale * ((const int8_t *)table->weight)[at] : number(table->weight, table->kind, at);
+    }
+}
+
+static void rotate(const Model *m, int64_t position, float *x) {
+    int64_t half = m->head_dim / 2;
+    const float *cos = m->cos + position * m->head_dim, *sin = m->sin + position * m->head_dim;
+    for (int64_t i = 0; i < half; i++) {
+        float first = x[i], second = x[i + half];
+        x[i] = first * cos[i] - second * sin[i];
+        x[i + half] = second * cos[i + half] + first * sin[i + half];
+    }
+}
+
+static void write_cache(void *cache, int64_t kind, int64_t at, const float *x, int64_t D) {
+    if (kind == FLOAT) memcpy((float *)cache + at, x, D * sizeof *x);
+    else for (int64_t i = 0; i < D; i++) ((uint16_t *)cache + at)[i] = to_bf16(x[i]);
+}
+
+/* y (D) = softmax(q k^T / sqrt(D)) v over S tokens, whose keys and values begin at `at`; p has room for S. */
+INLINE void attend(const void *keys, const void *values, int64_t kind, int64_t at, int64_t S, int64_t D, const float *q, float *p, float *y) {
+    float top = -INFINITY, total = 0, scale = 1 / sqrtf(D);
+    for (int64_t s = 0; s < S; s++) {
+        float score = 0;
+        #pragma omp simd reduction(+ : score)
+        for (int64_t i = 0; i < D; i++) score += q[i] * number(keys, kind, at + s * D + i);
+        p[s] = score * scale;
+        top = larger(top, p[s]);
+    }
+    for (int64_t s = 0; s < S; s++) p[s] = exp_(p[s] - top);
+    memset(y, 0, D * sizeof *y);
+    for (int64_t s = 0; s < S; s++) {
+        total += p[s];
+        for (int64_t i = 0; i < D; i++) y[i] += p[s] * number(values, kind, at + s * D + i);
+    }
+    for (int64_t i = 0; i < D; i++) y[i] /= total;
+}
+
+INLINE void activate(int64_t kind, int64_t n, float *gate, const float *up) {
+    for (int64_t i = 0; i < n; i++) {
+        float x = kind == SWIGLU ? gate[i] : up[i];
+        if (kind == SWIGLU) gate[i] = x / (1 + exp_(-x)) * up[i];
+        else if (kind == GELU) gate[i] = x - x / (1 + exp_(2 * 0.7978845608f * (x + 0.044715f * x * x * x)));  /* x (1 + tanh) / 2 */
+        else gate[i] = kind == RELU ? larger(x, 0) : larger(x, 0) * larger(x, 0);
+    }
+}
+
+/* ---- the model --------------------------------------------------------------------------------------------------- */
+
+static Input make_input(int64_t B, int64_t width) {
+    Input in = {width, malloc(B * width * 4), malloc(B * 4), malloc(B * (width / GROUP + 1) * 4), malloc(B * width * 2)};
+    return in;
+}
+
+static void free_input(Input *in) { free(in->x); free(in->scale); free(in->sums); free(in->q); }
+
+/* Take tokens (B) at positions (B) into the first B rows of the cache; logits (B, V) of what follows.
+   keys, values: (n_layers, cache_rows, K, max_len, D). */
+void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *positions,
+          void *keys, void *values, int64_t cache_rows, int64_t max_len, float *logits) {
+    int64_t C = m->d_model, D = m->head_dim, H = m->n_heads, K = m->n_kv_heads;
+    float *x = calloc(B * C, 4), *q = malloc(B * H * D * 4), *k = malloc(B * K * D * 4), *v = malloc(B * K * D * 4);
+    float *up = malloc(B * m->d_ff * 4), *p = malloc(B * H * max_len * 4);
+    Input h = make_input(B, C), a = make_input(B, H * D), f = make_input(B, m->d_ff);
+
+    #pragma omp parallel
+    {
+        #pragma omp for
+        for (int64_t b = 0; b < B; b++) {
+            add_embedding(&m->embed, tokens[b], x + b * C);
+            if (m->position == LEARNED) add_embedding(&m->places, positions[b], x + b * C);
+            normalise(m, &m->embed_norm, x + b * C, x + b * C);
+        }
+        for (const Layer *l = m->layers; l < m->layers + m->n_layers; l++) {
+            #pragma omp for
+            for (int64_t b = 0; b < B; b++) {
+                normalise(m, &l->norm1, x + b * C, h.x + b * C);
+                prepare(m, &h, b);
+            }
+            matmul(&l->q, &h, B, q, 0);
+            matmul(&l->k, &h, B, k, 0);
+            matmul(&l->v, &h, B, v, 0);
+            #pragma omp barrier
+            #pragma omp for collapse(2)
+            for (int64_t b = 0; b < B; b++) {
+                for (int64_t head = 0; head < K; head++) {
+                    int64_t at = ((((l - m->layers) * cache_rows + b) * K + head) * max_len + positions[b]) * D, new = (b * K + head) * D;
+                    if (m->position == ROPE) rotate(m, positions[b], k + new);
+                    write_cache(keys, m->cache_kind, at, k + new, D);
+                    write_cache(values, m->cache_kind, at, v + new, D);
+                }
+            }
+            #pragma omp for collapse(2)
+            for (int64_t b = 0; b < B; b++) {
+                for (int64_t head = 0; head < H; head++) {
+                    int64_t at = (((l - m->layers) * cache_rows + b) * K + head / (H / K)) * max_len * D, S = positions[b] + 1;
+                    float *mine = q + (b * H + head) * D, *out = a.x + (b * H + head) * D, *room = p + (b * H + head) * max_len;
+                    if (m->position == ROPE) rotate(m, positions[b], mine);
+                    if (m->cache_kind == FLOAT) attend(keys, values, FLOAT, at, S, D, mine, room, out);
+                    else attend(keys, values, BFLOAT16, at, S, D, mine, room, out);
+                }
+            }
+            #pragma omp for
+            for (int64_t b = 0; b < B; b++) prepare(m, &a, b);
+            matmul(&l->o, &a, B, x, 1);
+            #pragma omp barrier
+            #pragma omp for
+            for (int64_t b = 0; b < B; b++) {
+                normalise(m, &l->norm2, x + b * C, h.x + b * C);
+                prepare(m, &h, b);
+            }
+            if (l->gate.weight) matmul(&l->gate, &h, B, f.x, 0);
+            matmul(&l->up, &h, B, up, 0);
+            #pragma omp barrier
+            #pragma omp for
+            for (int64_t b = 0; b < B; b++) {
+                float *mine = f.x + b * m->d_ff, *beside = up + b * m->d_ff;
+                if (m->mlp == SWIGLU) activate(SWIGLU, m->d_ff, mine, beside);
+                else if (m->mlp == GELU) activate(GELU, m->d_ff, mine, beside);
+                else if (m->mlp == RELU) activate(RELU, m->d_ff, mine, beside);
+                else activate(RELU2, m->d_ff, mine, beside);
+                prepare(m, &f, b);
+            }
+            matmul(&l->down, &f, B, x, 1);
+            #pragma omp barrier
+        }
+        #pragma omp for
+        for (int64_t b = 0; b < B; b++) {
+            normalise(m, &m->norm, x + b * C, h.x + b * C);
+            prepare(m, &h, b);
+        }
+        matmul(&m->head, &h, B, logits, 0);
+    }
+    free(x); free(q); free(k); free(v); free(up); free(p);
+    free_input(&h); free_input(&a); free_input(&f);
+}
