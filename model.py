@@ -234,11 +234,15 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """Rows (B, T, C) of the table for ids (B, T)."""
+    """Ids (B, T) -> rows (B, T, C). `tied`: the head is the same matrix."""
+
+    def __init__(self, vocab_size: int, d_model: int, tied: bool):
+        super().__init__(vocab_size, d_model)
+        self.tied = tied
 
     def forward(self, input: Tensor) -> Tensor:
         # added to the gradient of a tied head, the few rows in use save a matrix of zeros; only where eager, on a CPU
-        sparse = self.sparse and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        sparse = self.tied and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
         return F.embedding(input, self.weight, sparse=sparse)
 
 
@@ -249,7 +253,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.vocab_size and config.max_seq_len, "vocab_size and max_seq_len come from the tokenizer and training"
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.d_model, sparse=config.tie_embeddings)
+        self.embed_tokens = Embedding(config.vocab_size, config.d_model, config.tie_embeddings)
         self.embed_positions = nn.Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
         self.embed_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))

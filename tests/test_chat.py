@@ -252,6 +252,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
     write_checkpoint(tmp_path / "x.ckpt", sampling=ENDLESS)
     terminal = Terminal(tmp_path, "--max-new-tokens", "1000000")
     terminal.read_until("/quit.*> ")
+    time.sleep(0.5)  # a prompt is shown just before readline listens for signals
     terminal.type("\x03")  # with nothing to stop
     terminal.read_until("> ")
     terminal.type("Hello\n")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import loss
@@ -29,6 +29,7 @@ import optim
 import train
 from config import Config, SamplingParams, TrainingConfig
 from config_file import load_config
+from engine import Engine, Token
 from errors import UserError
 from hardware import available_accelerators, check_matmul_sizes, check_recomputation, choose_hardware
 from infer import generate, place
@@ -225,9 +226,18 @@ def test_no_matmul_of_the_chunked_loss_sums_as_many_terms_as_the_limit(monkeypat
 
 @kinds
 @dtypes
-def test_generation_and_scoring_do_only_what_mps_does_rightly(kind: ModelConfig, dtype: torch.dtype) -> None:
+def test_generation_and_scoring_do_only_what_mps_does_rightly(
+    kind: ModelConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = Transformer(kind).to(dtype).eval()
     params = SamplingParams(max_new_tokens=20, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, num_samples=2, seed=0)
+    draw = Engine._draw
+
+    def drawn_on_the_cpu(engine: Engine, logits: Tensor) -> list[Token]:
+        with _disable_current_modes():
+            return draw(engine, logits)
+
+    monkeypatch.setattr(Engine, "_draw", drawn_on_the_cpu)
     with on_mps():
         assert len(list(generate(net, torch.arange(20)[None], params, eos_id=5))) > 12  # beyond the context of 32
         answers = answer(net, [Request((1, 2, 3), (4, 5, 6)), Request((1, 2, 3), (7,)), Request((8, 9), (4, 5))], top_k=5)
@@ -505,7 +515,7 @@ def test_training_and_generation_on_mps_begin_with_the_check(mac: None, text: Pa
     monkeypatch.setattr(mps, "check", check)
     with pytest.raises(UserError, match="wrong"):
         train.main(["--config", "config.yaml", *TEXT, "training.precision=bf16-mixed"])
-    checkpoint = SimpleNamespace(config=settings(LLAMA, 24), model=None)  # not moved yet
+    checkpoint = SimpleNamespace(config=settings(LLAMA, 24), model=None, quantized=None)  # not moved yet
     with pytest.raises(UserError, match="wrong"):
         place(checkpoint, "mps", "float16")
     (device, dtype, kind, training), generation = asked

@@ -146,9 +146,20 @@ def test_a_killed_process_continues_from_its_last_save_and_ends_the_same(folder)
     assert same(weights_and_optimizer("checkpoints/killed/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
-def test_a_compiled_run_is_compiled_once_and_stopped_after_a_step_ends_as_the_uninterrupted_one(folder, monkeypatch):
-    """Through validations, accumulation and dropout, whose masks it draws from torch's generator too, in ways of its own."""
+def test_a_compiled_run_is_compiled_once_and_stopped_after_a_step_ends_as_the_uninterrupted_one(folder, monkeypatch, two_threads):
+    """Through validations, accumulation and dropout, whose masks it draws from torch's generator too, in ways of its own.
+
+    Two threads may add in any order, and must not.
+    """
     graphs = []
     for name, stop in (("whole", None), ("stopped", 7), ("stopped", None)):
         torch._dynamo.reset()  # as a new process begins
