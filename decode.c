@@ -20,17 +20,30 @@ B rows, D head_dim, S tokens of a row with the new one; x[b][i] is written x[b *
 enum { FLOAT, BFLOAT16, INT8, INT4 };            /* kinds of numbers */
 enum { ROPE, LEARNED };                          /* kinds of positions */
 enum { SWIGLU, GELU, RELU, RELU2 };              /* kinds of MLP */
-enum { ROWS = 4, OUTS = 2, TILE = 8, GROUP = 32 };  /* rows and outputs of a matmul at a time; outputs of a thread; inputs that share an int4 scale */
+enum { TILE = 8, GROUP = 32, AHEAD = 4096 };     /* outputs of a matmul that a thread takes at a time; inputs that share an int4 scale; bytes */
+#ifdef __AVX512F__
+enum { ROWS = 4, OUTS = 4 };                     /* rows and outputs whose sums are in registers at the same time */
+#else
+enum { ROWS = 4, OUTS = 2 };
+#endif
 
+typedef float F16 __attribute__((vector_size(64)));    /* compilers make two or four of them where registers are shorter */
 typedef float F8 __attribute__((vector_size(32)));
-typedef int32_t I8 __attribute__((vector_size(32)));
-typedef int16_t S16 __attribute__((vector_size(32)));
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef uint32_t W16 __attribute__((vector_size(64)));
+typedef int16_t S32 __attribute__((vector_size(64)));
+typedef uint16_t U32 __attribute__((vector_size(64)));
 typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef uint16_t U8 __attribute__((vector_size(16)));
-typedef uint32_t W8 __attribute__((vector_size(32)));
-typedef int8_t B16 __attribute__((vector_size(16)));
+typedef int8_t B32 __attribute__((vector_size(32)));
 #define EACH _Pragma("GCC unroll 4")
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __AVX512F__                               /* gcc would rather load a weight again for every row */
+#define KEEP(x) __asm__("" : "+v"(x))
+#else
+#define KEEP(x)
+#endif
+#define FETCH(from) __builtin_prefetch((const char *)(from) + AHEAD)
 #define LOAD(type, from) ({ type loaded; memcpy(&loaded, from, sizeof loaded); loaded; })
 
 typedef struct { int64_t kind, in, out; const void *weight, *scale; const float *bias; } Linear;   /* weight 0: not there */
@@ -72,33 +85,49 @@ INLINE float exp_(float x) {
 
 /* ---- sums of products ------------------------------------------------------------------------------------------- */
 
-INLINE float sum8(F8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+INLINE float sum16(F16 v) {
+    F8 s = LOAD(F8, &v) + LOAD(F8, (float *)&v + 8);
+    F4 t = LOAD(F4, &s) + LOAD(F4, (float *)&s + 4);
+    return (t[0] + t[2]) + (t[1] + t[3]);
+}
 
-INLINE S16 widen(B16 bytes) {
-#ifdef __AVX2__
-    return (S16)_mm256_cvtepi8_epi16((__m128i)bytes);
+INLINE S32 widen(B32 bytes) {
+#ifdef __AVX512BW__
+    return (S32)_mm512_cvtepi8_epi16((__m256i)bytes);
 #else
-    return __builtin_convertvector(bytes, S16);
+    return __builtin_convertvector(bytes, S32);
 #endif
 }
 
-/* sums of 8 += the products of 16 bfloat16, two by two. A half of a word becomes a float in no time. */
-INLINE F8 add_pairs(F8 sums, W8 a, W8 b) {
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
-    return (F8)_mm256_dpbf16_ps((__m256)sums, (__m256bh)a, (__m256bh)b);
+INLINE U32 join(U16 first, U16 second) {
+#ifdef __AVX512F__
+    return (U32)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)first), (__m256i)second, 1);
 #else
-    sums += (F8)(a << 16) * (F8)(b << 16);
-    return sums + (F8)(a & 0xffff0000) * (F8)(b & 0xffff0000);
+    union { U16 halves[2]; U32 whole; } both = {{first, second}};
+    return both.whole;
 #endif
 }
 
-INLINE I8 add_products(I8 sums, S16 a, S16 b) {  /* sums[0] + a[0] b[0] + a[1] b[1], ... */
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return (I8)_mm256_dpwssd_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+/* sums of 16 += the products of 32 bfloat16, two by two. A half of a word becomes a float in no time. */
+INLINE F16 add_pairs(F16 sums, W16 a, W16 b) {
+#ifdef __AVX512BF16__
+    return (F16)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+    sums += (F16)(a << 16) * (F16)(b << 16);
+    return sums + (F16)(a & 0xffff0000) * (F16)(b & 0xffff0000);
+#endif
+}
+
+INLINE I16 add_products(I16 sums, S32 a, S32 b) {  /* sums[0] + a[0] b[0] + a[1] b[1], ... */
+#if defined(__AVX512VNNI__)
+    return (I16)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-    return sums + (I8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    union { I16 whole; __m256i halves[2]; } s = {sums};
+    union { S32 whole; __m256i halves[2]; } x = {a}, y = {b};
+    for (int i = 0; i < 2; i++) s.halves[i] = _mm256_add_epi32(s.halves[i], _mm256_madd_epi16(x.halves[i], y.halves[i]));
+    return s.whole;
 #else
-    for (int i = 0; i < 8; i++) sums[i] += (int32_t)a[2 * i] * b[2 * i] + (int32_t)a[2 * i + 1] * b[2 * i + 1];
+    for (int i = 0; i < 16; i++) sums[i] += (int32_t)a[2 * i] * b[2 * i] + (int32_t)a[2 * i + 1] * b[2 * i + 1];
     return sums;
 #endif
 }
@@ -106,54 +135,48 @@ INLINE I8 add_products(I8 sums, S16 a, S16 b) {  /* sums[0] + a[0] b[0] + a[1] b
 /* found[r][n]: rows b + r of the input times outputs o + n. R and N are constants where this is inlined: then the sums are in
    registers, and what is loaded of either is used for all of the other. */
 INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R, float found[ROWS][OUTS]) {
-    F8 a[ROWS][OUTS] = {0}, b[ROWS][OUTS] = {0};
+    F16 sums[ROWS][OUTS] = {0};
     const float *weight = (const float *)l->weight + o * l->in;
     int64_t i = 0, in = l->in;
     for (; i + 16 <= in; i += 16) {
-        F8 first[OUTS], second[OUTS];
+        F16 w[OUTS];
         EACH for (int n = 0; n < N; n++) {
-            first[n] = LOAD(F8, weight + n * in + i);
-            second[n] = LOAD(F8, weight + n * in + i + 8);
-            if (N > 1) __builtin_prefetch(weight + (n + TILE) * in + i);
+            w[n] = LOAD(F16, weight + n * in + i);
+            KEEP(w[n]);
+            if (N == 1) FETCH(weight + i);
         }
         EACH for (int r = 0; r < R; r++) {
-            F8 v = LOAD(F8, x + r * in + i), w = LOAD(F8, x + r * in + i + 8);
-            EACH for (int n = 0; n < N; n++) {
-                a[r][n] += first[n] * v;
-                b[r][n] += second[n] * w;
-            }
+            F16 v = LOAD(F16, x + r * in + i);
+            EACH for (int n = 0; n < N; n++) sums[r][n] += w[n] * v;
         }
     }
     EACH for (int r = 0; r < R; r++) {
         EACH for (int n = 0; n < N; n++) {
-            found[r][n] = sum8(a[r][n] + b[r][n]);
+            found[r][n] = sum16(sums[r][n]);
             for (int64_t j = i; j < in; j++) found[r][n] += weight[n * in + j] * x[r * in + j];
         }
     }
 }
 
 INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R, float found[ROWS][OUTS]) {
-    F8 a[ROWS][OUTS] = {0}, b[ROWS][OUTS] = {0};
+    F16 sums[ROWS][OUTS] = {0};
     const uint16_t *weight = (const uint16_t *)l->weight + o * l->in;
     int64_t i = 0, in = l->in;
     for (; i + 32 <= in; i += 32) {
-        W8 first[OUTS], second[OUTS];
+        W16 w[OUTS];
         EACH for (int n = 0; n < N; n++) {
-            first[n] = LOAD(W8, weight + n * in + i);
-            second[n] = LOAD(W8, weight + n * in + i + 16);
-            if (N > 1) __builtin_prefetch(weight + (n + TILE) * in + i);
+            w[n] = LOAD(W16, weight + n * in + i);
+            KEEP(w[n]);
+            if (N == 1) FETCH(weight + i);
         }
         EACH for (int r = 0; r < R; r++) {
-            W8 v = LOAD(W8, x + r * in + i), w = LOAD(W8, x + r * in + i + 16);
-            EACH for (int n = 0; n < N; n++) {
-                a[r][n] = add_pairs(a[r][n], first[n], v);
-                b[r][n] = add_pairs(b[r][n], second[n], w);
-            }
+            W16 v = LOAD(W16, x + r * in + i);
+            EACH for (int n = 0; n < N; n++) sums[r][n] = add_pairs(sums[r][n], w[n], v);
         }
     }
     EACH for (int r = 0; r < R; r++) {
         EACH for (int n = 0; n < N; n++) {
-            found[r][n] = sum8(a[r][n] + b[r][n]);
+            found[r][n] = sum16(sums[r][n]);
             for (int64_t j = i; j < in; j++) found[r][n] += bf16(weight[n * in + j]) * bf16(x[r * in + j]);
         }
     }
@@ -161,17 +184,18 @@ INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R,
 
 INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R, float found[ROWS][OUTS]) {
     const int8_t *weight = (const int8_t *)l->weight + o * l->in;
-    for (int64_t begin = 0; begin < l->in; begin += 4096) {  /* so many products of 7 and 15 bits fit 8 sums of 31 */
+    for (int64_t begin = 0; begin < l->in; begin += 4096) {  /* so many products of 7 and 15 bits fit 16 sums of 31 */
         int64_t i = begin, end = begin + 4096 < l->in ? begin + 4096 : l->in;
-        I8 sums[ROWS][OUTS] = {0};
-        for (; i + 16 <= end; i += 16) {
-            S16 w[OUTS];
+        I16 sums[ROWS][OUTS] = {0};
+        for (; i + 32 <= end; i += 32) {
+            S32 w[OUTS];
             EACH for (int n = 0; n < N; n++) {
-                w[n] = widen(LOAD(B16, weight + n * l->in + i));
-                if (N > 1) __builtin_prefetch(weight + (n + TILE) * l->in + i);
+                w[n] = widen(LOAD(B32, weight + n * l->in + i));
+                KEEP(w[n]);
+                if (N == 1) FETCH(weight + i);
             }
             EACH for (int r = 0; r < R; r++) {
-                S16 v = LOAD(S16, x + r * l->in + i);
+                S32 v = LOAD(S32, x + r * l->in + i);
                 EACH for (int n = 0; n < N; n++) sums[r][n] = add_products(sums[r][n], w[n], v);
             }
         }
@@ -179,7 +203,7 @@ INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R,
             EACH for (int n = 0; n < N; n++) {
                 int32_t rest = 0;
                 for (int64_t j = i; j < end; j++) rest += (int32_t)weight[n * l->in + j] * x[r * l->in + j];
-                found[r][n] = (begin ? found[r][n] : 0) + sum8(__builtin_convertvector(sums[r][n], F8)) + rest;
+                found[r][n] = (begin ? found[r][n] : 0) + sum16(__builtin_convertvector(sums[r][n], F16)) + rest;
             }
         }
     }
@@ -188,33 +212,40 @@ INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R,
     }
 }
 
-/* 64 inputs are 16 words of four nibbles: word j has inputs j, j + 16, j + 32, j + 48. A group has
-   a scale and a low, two bfloat16 in a word of 32 bits: sum (q scale + low) x = scale sum(q x) + low sum(x), where x_sums has an eighth
-   of each sum for each of the 8 lanes. */
+/* 64 inputs are 16 words of four nibbles: word j has inputs j, j + 16, j + 32, j + 48, so that a half of the nibbles is a group. It has
+   a scale and a low, two bfloat16 in a word of 32 bits: sum (q scale + low) x = scale sum(q x) + low sum(x). */
 INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const float *x_sums, int R, float found[ROWS][OUTS]) {
-    int64_t groups = l->in / GROUP;
+    int64_t groups = l->in / GROUP, g = 0;
     const uint16_t *weight = (const uint16_t *)l->weight + o * l->in / 4;
     const uint32_t *scale = (const uint32_t *)l->scale + o * groups;
-    F8 a[ROWS][OUTS] = {0}, b[ROWS][OUTS] = {0};
-    for (int64_t i = 0, g = 0; i < l->in; i += 64, g += 2) {
+    F16 sums[ROWS][OUTS] = {0};
+    for (int64_t i = 0; i < l->in; i += 64) {
         EACH for (int n = 0; n < N; n++) {
             U16 words = LOAD(U16, weight + (n * l->in + i) / 4);
-            if (N > 1) __builtin_prefetch(weight + ((n + TILE) * l->in + i) / 4);
-            S16 w0 = (S16)(words & 15), w1 = (S16)(words >> 4 & 15), w2 = (S16)(words >> 8 & 15), w3 = (S16)(words >> 12);
-            W8 first = (W8){0} + scale[n * groups + g], second = (W8){0} + scale[n * groups + g + 1];
+            U32 both = join(words, words >> 4);
+            S32 first = (S32)(both & 15), second = (S32)(both >> 8 & 15);
+            F16 s = (F16)(((W16){0} + scale[n * groups + i / GROUP]) << 16), t = (F16)(((W16){0} + scale[n * groups + i / GROUP + 1]) << 16);
+            KEEP(first);
+            KEEP(second);
+            if (N == 1) FETCH(weight + i / 4);
             EACH for (int r = 0; r < R; r++) {
                 const int16_t *v = x + r * l->in + i;
-                I8 v01 = add_products(add_products((I8){0}, w0, LOAD(S16, v)), w1, LOAD(S16, v + 16));
-                I8 v23 = add_products(add_products((I8){0}, w2, LOAD(S16, v + 32)), w3, LOAD(S16, v + 48));
-                a[r][n] += (F8)(first << 16) * __builtin_convertvector(v01, F8);
-                a[r][n] += (F8)(first & 0xffff0000) * x_sums[r * groups + g];
-                b[r][n] += (F8)(second << 16) * __builtin_convertvector(v23, F8);
-                b[r][n] += (F8)(second & 0xffff0000) * x_sums[r * groups + g + 1];
+                sums[r][n] += s * __builtin_convertvector(add_products((I16){0}, first, LOAD(S32, v)), F16);
+                sums[r][n] += t * __builtin_convertvector(add_products((I16){0}, second, LOAD(S32, v + GROUP)), F16);
             }
         }
     }
+    for (; g + 16 <= groups; g += 16) {
+        EACH for (int n = 0; n < N; n++) {
+            F16 low = (F16)(LOAD(W16, scale + n * groups + g) & 0xffff0000);
+            EACH for (int r = 0; r < R; r++) sums[r][n] += low * LOAD(F16, x_sums + r * groups + g);
+        }
+    }
     EACH for (int r = 0; r < R; r++) {
-        EACH for (int n = 0; n < N; n++) found[r][n] = sum8(a[r][n] + b[r][n]);
+        EACH for (int n = 0; n < N; n++) {
+            found[r][n] = sum16(sums[r][n]);
+            for (int64_t h = g; h < groups; h++) found[r][n] += bf16(scale[n * groups + h] >> 16) * x_sums[r * groups + h];
+        }
     }
 }
 
@@ -236,7 +267,7 @@ INLINE void matmul_of(int64_t kind, const Linear *l, const Input *in, int64_t B,
         for (int64_t b = 0; b < B;) {
             int R = B - b >= ROWS ? ROWS : B - b >= 2 ? 2 : 1;
             for (int64_t o = tile * TILE; o < end;) {
-                int N = R < ROWS || end - o < OUTS ? 1 : OUTS;  /* for few rows in the order of the memory, which fetches ahead */
+                int N = b == 0 || R < ROWS || end - o < OUTS ? 1 : OUTS;  /* at first in the order of the memory, which fetches ahead; then the tile is in the cache */
                 float found[ROWS][OUTS];
                 if (R == 1) dot(kind, l, o, 1, in, b, 1, found);
                 else if (R == 2) dot(kind, l, o, 1, in, b, 2, found);
@@ -283,7 +314,7 @@ static void prepare(const Model *m, const Input *in, int64_t b) {
     for (int64_t g = 0; g < in->width / GROUP; g++) {
         int32_t sum = 0;
         for (int i = 0; i < GROUP; i++) sum += q[g * GROUP + i];
-        in->sums[b * (in->width / GROUP) + g] = sum / 8.0f;
+        in->sums[b * (in->width / GROUP) + g] = sum;
     }
 }
 
