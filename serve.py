@@ -184,7 +184,7 @@ class Service:
         if longest > self.context:
             said = f"the prompt has {longest:,} tokens, and this model's context {self.context:,}; shorten it"
             raise ApiError(400, said, param, "context_length_exceeded")
-        call = self.batcher.ask(requests, self.deadline)
+        call = self.batcher.ask(requests, self.deadline, bool(body.stream))
         usage_told = bool(body.stream_options and body.stream_options.include_usage)
         told = body.likeliest is not None
         return call, shape(self.model["id"], self.spelling, sum(map(len, prompts)), told, usage_told)
@@ -471,6 +471,16 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def build_server(service: Service, hosts: set[str] | None, key: str | None) -> Server:
+    """hosts: what a Host header may be; None: anything. key: what /v1 asks for; None: nothing."""
+    app = Guard(build_app(service), service.batcher.metrics, hosts, key)
+    config = uvicorn.Config(
+        app, http=Connection, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False, proxy_headers=False,
+        limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=STOP_SECONDS,
+    )  # fmt: skip
+    return Server(config, service.batcher)
+
+
 def is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -535,11 +545,6 @@ def main(argv: list[str] | None = None) -> int:
     name = f"[{args.host}]" if ":" in args.host else args.host
     names = {"localhost", "127.0.0.1", "[::1]", name.lower()}
     hosts = {f"{each}:{port}" for each in names} | (names if port == 80 else set()) if is_loopback(args.host) else None
-    config = uvicorn.Config(
-        Guard(build_app(service), service.batcher.metrics, hosts, args.api_key),
-        http=Connection, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=STOP_SECONDS,
-    )  # fmt: skip
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: None)  # uvicorn raises what it caught once more at the end: nothing is left to do then
     print(f"{checkpoint.path}: step {checkpoint.step}, {about['dtype']}, {args.rows} rows of {service.context:,} tokens", file=sys.stderr)
@@ -547,7 +552,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = json.dumps({"model": service.model["id"], "prompt": "" if checkpoint.tokenizer.prefix else "the", "max_tokens": 40})
     key = f""" -H "Authorization: Bearer ${KEY_VARIABLE}\"""" if args.api_key else ""
     print(f"curl http://{name}:{port}/v1/completions -H 'Content-Type: application/json'{key} -d '{asked}'", file=sys.stderr, flush=True)
-    Server(config, service.batcher).run(sockets=[at])
+    build_server(service, hosts, args.api_key).run(sockets=[at])
     return 0
 
 
