@@ -122,8 +122,8 @@ class Batcher:
     """An engine of `rows` rows in a thread of its own. All but what begins with _ is for the event loop."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, most_waiting: int):
-        self.engine_of_its_own = partial(Engine, model, rows)
-        self._engine = self.engine_of_its_own()
+        self._fresh_engine = partial(Engine, model, rows)
+        self._engine = self._fresh_engine()
         self._growing: dict[tuple[Request, int], Growing] = {}
         self._news: list[tuple[Call, Piece | Exception]] = []  # that can wait for what cannot
         self._closed = False
@@ -215,7 +215,7 @@ class Batcher:
                 self.metrics.failures.inc()
                 calls = {growing.call for growing in self._growing.values()}
                 self._growing.clear()
-                self._engine = self.engine_of_its_own()
+                self._engine = self._fresh_engine()
                 self._tell([(call, EngineFailed(type(error).__name__)) for call in calls])
 
     def _tell(self, more: list[tuple[Call, Piece | Exception]] | None = None) -> None:

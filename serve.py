@@ -62,6 +62,7 @@ from openai_api import (
     CompletionAnswer,
     CompletionBody,
     Spelling,
+    finite,
     parse,
     to_json,
 )
@@ -85,6 +86,7 @@ class Service:
 
     def __init__(self, checkpoint: Checkpoint, about: dict[str, Any], rows: int, most_waiting: int, deadline: float):
         self.checkpoint, self.rows, self.deadline = checkpoint, rows, deadline
+        self.most_prompts = min(MOST_PROMPTS, most_waiting)
         self.context, self.vocab_size = checkpoint.config.model.max_seq_len, checkpoint.config.model.vocab_size
         self.spelling = Spelling(checkpoint.tokenizer)
         self.batcher = Batcher(checkpoint.model, checkpoint.tokenizer, rows, most_waiting)
@@ -100,7 +102,7 @@ class Service:
         limits = {
             "max_tokens": MAX_TOKENS,
             "n": self.rows,
-            "prompts": MOST_PROMPTS,
+            "prompts": self.most_prompts,
             "prompt_tokens": self.context,
             "prompt_characters": PROMPT_CHARACTERS,
             "logprobs": self.most_logprobs,
@@ -109,13 +111,15 @@ class Service:
             "body_bytes": BODY_BYTES,
             "seconds": self.deadline,
         }
+        defaults = {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)}
+        defaults["logit_bias"] = [(i, finite(bias)) for i, bias in sampling.logit_bias]
         return {
             "id": path.stem,
             "object": "model",
             "created": int(path.stat().st_mtime),
             "owned_by": "you",
             "checkpoint": about,
-            "sampling": {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)},
+            "sampling": defaults,
             "chat": "template" if self.checkpoint.chat_template else "turns",
             "limits": limits,
         }
@@ -138,8 +142,9 @@ class Service:
     async def complete(self, body: CompletionBody) -> tuple[Call, Answer]:
         """Begin completions. Raises ApiError and TooBusy, as `reply` does."""
         self.check_model(body.model)
-        if len(body.prompt) > MOST_PROMPTS:
-            raise ApiError(400, f"prompt has {len(body.prompt):,} entries; it may have {MOST_PROMPTS}", "prompt", "array_above_max_length")
+        if len(body.prompt) > self.most_prompts:
+            said = f"prompt has {len(body.prompt):,} entries; it may have {self.most_prompts}"
+            raise ApiError(400, said, "prompt", "array_above_max_length")
         check_characters("prompt", sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str)))
         self.batcher.room_for(len(body.prompt))
         tokenizer, prompts = self.conversation.tokenizer, []
@@ -209,7 +214,8 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self.events) as events:
             async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                if event:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
