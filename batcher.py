@@ -1,9 +1,7 @@
-"""One thread steps the engine; an event loop in another asks it for texts and gets them in pieces, those of all requests side by side.
+"""One thread steps the engine; an event loop asks it for texts and gets them in pieces, those of all requests side by side.
 
     batcher = Batcher(model, tokenizer, rows=16, most_waiting=128)
-    batcher.work()                                  # in the main thread, whose pool of OpenMP torch has made: a second one is slow
-
-    batcher.loop = asyncio.get_running_loop()       # in the other
+    batcher.start(asyncio.get_running_loop())
     call = batcher.ask([Request(ids, params, eos_id)], seconds=300)
     async for pieces in batcher.read(call): ...
 
@@ -12,6 +10,7 @@ between two steps; what the thread has to tell goes back once a step, whatever t
 """
 
 import asyncio
+import threading
 import time
 import traceback
 from collections import deque
@@ -120,9 +119,7 @@ class Growing:
 
 
 class Batcher:
-    """An engine of `rows` rows in the thread that `work`s. All the rest that does not begin with _ is for the event loop."""
-
-    loop: asyncio.AbstractEventLoop
+    """An engine of `rows` rows in a thread of its own. All but what begins with _ is for the event loop."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, most_waiting: int):
         self._fresh_engine = partial(Engine, model, rows)
@@ -136,6 +133,11 @@ class Batcher:
         self.closing = False
         self.metrics.waiting.set_function(lambda: self.waiting)
         self.metrics.running.set_function(lambda: len(self._engine.rows))
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.thread.start()
 
     def close(self) -> None:
         """End what runs, with what there is of it. Safe in a signal handler, and more than once."""
@@ -195,8 +197,7 @@ class Batcher:
 
     # ---- the thread --------------------------------------------------------------------------------------------------
 
-    def work(self) -> None:
-        """Step while there is something to do, and wait while there is not, until `close`."""
+    def _work(self) -> None:
         while not self._closed:
             try:
                 if not self._engine.busy:

@@ -22,12 +22,12 @@ import re
 import signal
 import socket
 import sys
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -386,7 +386,7 @@ PATHS = {"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/
 def build_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.batcher.loop = asyncio.get_running_loop()
+        service.batcher.start(asyncio.get_running_loop())
         yield
         service.batcher.close()
 
@@ -465,35 +465,26 @@ def read_page() -> tuple[str | None, str]:
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def build_server(service: Service, hosts: set[str] | None, key: str | None) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn's, which on a signal also ends the answers that run."""
+
+    def __init__(self, config: uvicorn.Config, batcher: Batcher):
+        super().__init__(config)
+        self.batcher = batcher
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.batcher.close()
+        super().handle_exit(sig, frame)
+
+
+def build_server(service: Service, hosts: set[str] | None, key: str | None) -> Server:
     """hosts: what a Host header may be; None: anything. key: what /v1 asks for; None: nothing."""
     app = Guard(build_app(service), service.batcher.metrics, hosts, key)
     config = uvicorn.Config(
         app, http=Connection, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=STOP_SECONDS,
     )  # fmt: skip
-    return uvicorn.Server(config)
-
-
-def run(server: uvicorn.Server, batcher: Batcher, at: socket.socket) -> None:
-    """Serve until a signal, which ends the answers that run; a second one does not wait for them to leave. This thread steps the engine."""
-
-    def stop(*_: Any) -> None:
-        server.should_exit, server.force_exit = True, server.should_exit
-        batcher.close()
-
-    def answer_http() -> None:
-        try:
-            server.run(sockets=[at])
-        finally:
-            batcher.close()
-
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, stop)
-    http = threading.Thread(target=answer_http, name="http")
-    http.start()
-    batcher.work()
-    http.join()
+    return Server(config, service.batcher)
 
 
 def is_loopback(host: str) -> bool:
@@ -560,12 +551,14 @@ def main(argv: list[str] | None = None) -> int:
     name = f"[{args.host}]" if ":" in args.host else args.host
     names = {"localhost", "127.0.0.1", "[::1]", name.lower()}
     hosts = {f"{each}:{port}" for each in names} | (names if port == 80 else set()) if is_loopback(args.host) else None
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda *_: None)  # uvicorn raises what it caught once more at the end: nothing is left to do then
     print(f"{checkpoint.path}: step {checkpoint.step}, {about['dtype']}, {args.rows} rows of {service.context:,} tokens", file=sys.stderr)
     print(f"http://{name}:{port}  (Ctrl-C stops)", file=sys.stderr)
     asked = json.dumps({"model": service.model["id"], "prompt": "" if checkpoint.tokenizer.prefix else "the", "max_tokens": 40})
     key = f""" -H "Authorization: Bearer ${KEY_VARIABLE}\"""" if args.api_key else ""
     print(f"curl http://{name}:{port}/v1/completions -H 'Content-Type: application/json'{key} -d '{asked}'", file=sys.stderr, flush=True)
-    run(build_server(service, hosts, args.api_key), service.batcher, at)
+    build_server(service, hosts, args.api_key).run(sockets=[at])
     return 0
 
 

@@ -576,13 +576,12 @@ def test_an_exception_in_the_engine_ends_the_texts_and_not_the_thread():
             raise ZeroDivisionError
 
         batcher._engine.step = broken
-        batcher.loop = asyncio.get_running_loop()
-        working = asyncio.create_task(asyncio.to_thread(batcher.work))
+        batcher.start(asyncio.get_running_loop())
         with pytest.raises(EngineFailed):
             await ask(batcher)
         text = await ask(batcher)
         batcher.close()
-        await working
+        await asyncio.to_thread(batcher.thread.join)
         return text
 
     assert asyncio.run(both()) == whole_texts(model, tokenizer, [[1, 2]], request.params)[0]
@@ -595,15 +594,12 @@ def impatient(tmp_path, monkeypatch) -> Iterator[Served]:
         monkeypatch.setattr(serve, name, 0.3)
     checkpoint = load_checkpoint(write(tmp_path / "small.ckpt", ByteTokenizer(), context=4096))
     at = serve.listen("127.0.0.1", 0)
-    service = serve.Service(checkpoint, {}, 2, 2, 60)
-    server = serve.build_server(service, None, None)
-    threads = [threading.Thread(target=server.run, kwargs={"sockets": [at]}), threading.Thread(target=service.batcher.work)]
-    for thread in threads:
-        thread.start()
+    server = serve.build_server(serve.Service(checkpoint, {}, 2, 2, 60), None, None)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
+    thread.start()
     yield Served(None, f"http://127.0.0.1:{at.getsockname()[1]}", checkpoint, "")
     server.should_exit = True
-    for thread in threads:
-        thread.join()
+    thread.join()
 
 
 def test_a_client_that_is_slow_to_ask_is_hung_up_on(impatient):
