@@ -88,7 +88,10 @@ class Conversation:
         if self.template is None:
             text = "".join(f"{'AB'[m['role'] == 'assistant']}: {' '.join(m['content'].split())}\n" for m in messages)
             return self.tokenizer.prefix + self.tokenizer.encode(text + "B:" * answer)
-        guard = next(letter for letter in PRIVATE if not any(letter in message["content"] for message in messages))
+        used = set().union(*(message["content"] for message in messages))
+        guard = next((letter for letter in PRIVATE if letter not in used), None)
+        if guard is None:
+            raise UserError("the conversation has every private character of Unicode in it, and one is needed; leave some out")
         split = [m | {"content": self.special.sub(lambda found: found[0][0] + guard + found[0][1:], m["content"])} for m in messages]
         text = render(self.template, split, add_generation_prompt=answer, **self.ends)
         if guard not in text:

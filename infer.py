@@ -110,15 +110,20 @@ class Text:
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
         self.stream, self.until = TextStream(tokenizer), Until(stops)
+        self.length = 0  # characters of all tokens so far, those that are held back too
         self.ended = False
 
     def push(self, token: Token) -> str:
         """What the token adds to the text; often nothing yet."""
-        piece = self.until.push("" if token.end == "stop" else self.stream.push(token.id))
-        if token.end:
-            piece += self.until.push(self.stream.rest()) + self.until.rest()
+        new = "" if token.end == "stop" else self.stream.push(token.id)
+        self.length += len(new)
+        piece = self.until.push(new) + (self.rest() if token.end else "")
         self.ended = bool(token.end) or self.until.reached is not None
         return piece
+
+    def rest(self) -> str:
+        """What is left when no token follows."""
+        return self.until.push(self.stream.rest()) + self.until.rest()
 
 
 class Until:

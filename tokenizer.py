@@ -16,6 +16,7 @@ characters. The ids around documents are `prefix`, `closing` and `final`:
 
 import hashlib
 import json
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -60,6 +61,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def state(self) -> dict:
         """All that `from_state` needs, in plain types; holds `kind` and `name`."""
+
+    def spell(self, i: int) -> bytes:
+        """What the id adds to a text: UTF-8, which may end within a character; empty for those around a document."""
+        return self.decode([i]).encode()
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, as `dtype`; the fast way for a corpus."""
@@ -115,6 +120,9 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
+    def spell(self, i: int) -> bytes:
+        return bytes([i]) if i < 256 else b""
+
     def state(self) -> dict:
         return {"kind": self.kind, "name": self.name, "bos": self.bos_id is not None, "eos": self.eos_id is not None}
 
@@ -158,6 +166,9 @@ class SeenBytesTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.seen[[i for i in ids if i < len(self.seen)]].tobytes().decode(errors="replace")
+
+    def spell(self, i: int) -> bytes:
+        return self.seen[i : i + 1].tobytes()
 
     def state(self) -> dict:
         around = {"bos": self.bos_id is not None, "eos": self.eos_id is not None}
@@ -351,6 +362,28 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode([i for i in ids if i not in (self.bos_id, self.eos_id)], skip_special_tokens=False)
+
+    def spell(self, i: int) -> bytes:
+        token = "" if i in (self.bos_id, self.eos_id) else self.backend.id_to_token(i) or ""
+        if i in self.added:
+            return token.encode()
+        if self.letters:
+            return bytes(self.letters[letter] for letter in token)
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()  # a space, as SentencePiece writes it
+
+    @cached_property
+    def added(self) -> set[int]:
+        """Ids of tokens that are spelt as they are."""
+        return set(self.backend.get_added_tokens_decoder())
+
+    @cached_property
+    def letters(self) -> dict[str, int]:
+        """The byte of each letter, where tokens are spelt as GPT-2 spells bytes."""
+        spec = json.loads(self.backend.to_str())
+        kinds = {part["type"] for part in (spec["decoder"] or {}).get("decoders", [spec["decoder"] or {"type": ""}])}
+        return {letter: byte for byte, letter in byte_letters().items()} if "ByteLevel" in kinds else {}
 
     def state(self) -> dict:
         return {"kind": self.kind, "name": self.name, "json": self.text, "bos_id": self.bos_id, "eos_id": self.eos_id}

@@ -1,0 +1,398 @@
+"""What OpenAI's API says: the shapes of requests, answers and errors. Nothing here knows of HTTP or of the engine's thread.
+
+A body is JSON without repeated keys, NaN and lone surrogates; every field has its type, and one that is not known is refused.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from batcher import Piece, Told
+from config import MOST_STOPS
+from tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, Tokenizer
+
+MAX_TOKENS = 4096  # of a completion
+MOST_LOGPROBS = 20
+MOST_BIASES = 300
+MOST_PROMPTS = 64
+PROMPT_CHARACTERS = 100_000  # of all prompts or messages, before they are tokens
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+# Fields that OpenAI has and this server has not, with the values by which they ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "echo": (False,), "suffix": ("",), "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "tools": ([],),
+    "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
+    "reasoning_effort": (), "verbosity": (), "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
+    "prompt_cache_key": (), "safety_identifier": (),
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An answer that is an error: its status, a sentence, the field it is about, and OpenAI's code for it."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def body(self) -> bytes:
+        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status)
+        kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
+        return to_json({"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}})
+
+
+def to_json(value: Any) -> bytes:
+    """In ASCII: what a client sent may come back in a message, and need not be Unicode."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+# ---- requests --------------------------------------------------------------------------------------------------------
+
+
+def is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int and i >= 0 for i in value)
+
+
+def as_prompts(value: Any) -> list[str | list[int]]:
+    """A text, texts, ids or lists of ids, as a list."""
+    if isinstance(value, str):
+        return [value]
+    if is_ids(value):
+        return [value]
+    if isinstance(value, list) and value and (all(isinstance(each, str) for each in value) or all(map(is_ids, value))):
+        return value
+    raise ValueError("is a text, a list of texts, a list of ids or a list of lists of ids, none of the lists empty and all ids 0 or more")
+
+
+def as_stops(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return tuple(value)
+    raise ValueError("is a text or a list of texts")
+
+
+def as_bias(value: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    for key in value:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise ValueError(f'has the key {key[:40]!r}, where the id of a token is meant, as in {{"50256": -100}}')
+    if len({int(key) for key in value}) < len(value):
+        raise ValueError("has one id twice")
+    return tuple((int(key), bias) for key, bias in value.items())
+
+
+def as_content(value: Any) -> str:
+    """A text, or a list of parts that are texts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise ValueError('is a text, or a list of parts {"type": "text", "text": ...}')
+    for part in value:
+        if part.get("type") != "text":
+            raise ValueError(f"has a part of type {str(part.get('type'))[:40]!r}; this model reads text alone")
+        if not isinstance(part.get("text"), str) or len(part) > 2:
+            raise ValueError('has a part of type \'text\' that is not {"type": "text", "text": ...}')
+    return "".join(part["text"] for part in value)
+
+
+Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES), AfterValidator(as_bias)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class Body(Strict):
+    """What both endpoints take; None is what is not given. Ranges are SamplingParams' own, and the engine's."""
+
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram: int | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: Annotated[Any, AfterValidator(as_stops)] = None
+    stop_ids: Annotated[list[int], Field(max_length=MOST_STOPS)] | None = None
+    logit_bias: Bias | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # whoever asks; of no consequence here
+
+    likeliest_name: ClassVar[str]
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens to tell of beside each token; None: tell nothing."""
+        raise NotImplementedError
+
+    def sampling(self, max_tokens: int | None, default: int) -> dict[str, Any]:
+        """What is given, by SamplingParams' names."""
+        names = (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "no_repeat_ngram",
+            "seed",
+            "stop",
+            "stop_ids",
+            "logit_bias",
+        )
+        given = {name: getattr(self, name) for name in names} | {"num_samples": self.n}
+        given["max_new_tokens"] = default if max_tokens is None else max_tokens
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
+
+
+class CompletionBody(Body):
+    prompt: Annotated[Any, AfterValidator(as_prompts)]
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    likeliest_name = "logprobs"
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Any, AfterValidator(as_content)]
+    name: None = None  # these may be there as null, as OpenAI's own client sends an answer back
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: None = None
+
+
+class ChatBody(Body):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    likeliest_name = "top_logprobs"
+
+    @property
+    def likeliest(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def parse(kind: type[Body], raw: bytes) -> Any:
+    """The request that a body is. Raises ApiError, which names the field."""
+    data = read_json(raw)
+    if not isinstance(data, dict):
+        raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    for name in data.keys() & UNSUPPORTED.keys():
+        value = data.pop(name)
+        if value is not None and not (value in UNSUPPORTED[name] and isinstance(value, bool) == isinstance(UNSUPPORTED[name][0], bool)):
+            raise ApiError(400, f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
+    try:
+        asked = kind.model_validate(data)
+    except ValidationError as error:
+        raise as_api_error(error) from None
+    if asked.stream_options is not None and not asked.stream:
+        raise ApiError(400, "stream_options is for answers that stream; set stream to true", "stream_options", "invalid_value")
+    if isinstance(asked, ChatBody):
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
+        if None not in (asked.max_tokens, asked.max_completion_tokens):
+            raise ApiError(400, "max_completion_tokens and max_tokens are one; give either", "max_completion_tokens", "invalid_value")
+    return asked
+
+
+def read_json(raw: bytes) -> Any:
+    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ApiError(400, f"{twice[:40]} is given twice", twice[:40], "duplicate_key")
+        return found
+
+    def no_constant(name: str) -> None:
+        raise ApiError(400, f"the body is not JSON: it has no {name}", code="invalid_json")
+
+    try:
+        text = raw.decode()
+        return json.loads(text, object_pairs_hook=no_repeats, parse_constant=no_constant)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:  # JSONDecodeError, and numbers of thousands of digits
+        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+
+
+def as_api_error(error: ValidationError) -> ApiError:
+    """Of the first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    kind, place = first["type"], [part for part in first["loc"] if part != "[key]"]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")[:100]
+    if kind == "extra_forbidden":
+        return ApiError(400, f"{param} is no field of this request; leave it out", param, "unknown_parameter")
+    if kind == "missing":
+        return ApiError(400, f"{param} is missing", param, "missing_required_parameter")
+    if kind == "value_error":
+        return ApiError(400, f"{param} {first['ctx']['error']}", param, "invalid_value")
+    said = first["msg"].replace("Input should be", "must be")
+    return ApiError(400, f"{param}: {said[:1].lower() + said[1:]}", param, "invalid_type" if "type" in kind else "invalid_value")
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+class Spelling:
+    """Tokens as texts. Kept, since the same few are told of again and again."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.of = cache(self._of)
+
+    def _of(self, i: int) -> tuple[str, list[int] | None]:
+        """A token's text and its bytes; the bytes themselves, written out, where they are no whole characters."""
+        around = {self.tokenizer.bos_id: BEGIN_OF_TEXT, self.tokenizer.eos_id: END_OF_TEXT}
+        if i in around:
+            return around[i], None
+        spelt = self.tokenizer.spell(i)
+        try:
+            return spelt.decode(), list(spelt)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt), list(spelt)
+
+
+def finite(nats: float) -> float:
+    return max(nats, LEAST_LOGPROB) if nats == nats else LEAST_LOGPROB
+
+
+def merged(news: Iterable[Piece]) -> list[Piece]:
+    """One piece for each text."""
+    found: dict[int, Piece] = {}
+    for piece in news:
+        old = found.get(piece.index)
+        found[piece.index] = piece if old is None else Piece(
+            piece.index, old.text + piece.text, old.told + piece.told, old.drawn + piece.drawn, piece.end
+        )  # fmt: skip
+    return [found[index] for index in sorted(found)]
+
+
+@dataclass
+class Answer:
+    """One answer in the making, whole or in chunks."""
+
+    model: str
+    spelling: Spelling
+    n_prompt_tokens: int
+    told: bool  # log-probabilities are asked for
+    usage_told: bool = False  # at the end of a stream
+
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+    id_prefix: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "object": "", "created": int(time.time()), "model": self.model}
+        self.opened: set[int] = set()  # texts of which there was a chunk
+        self.said: set[int] = set()  # texts of which there was more than white space
+        self.n_drawn = 0
+
+    def whole(self, news: list[Piece]) -> bytes:
+        choices = [self.whole_choice(piece) for piece in merged(news)]
+        self.n_drawn = sum(piece.drawn for piece in news)
+        return to_json(self.head | {"object": self.whole_object, "choices": choices, "usage": self.usage()})
+
+    def chunks(self, news: list[Piece]) -> bytes:
+        """Server-sent events of what is new; often none."""
+        self.n_drawn += sum(piece.drawn for piece in news)
+        return b"".join(self.event([self.chunk_choice(piece)], None) for piece in merged(news) if piece.text or piece.told or piece.end)
+
+    def last(self) -> bytes:
+        return (self.event([], self.usage()) if self.usage_told else b"") + b"data: [DONE]\n\n"
+
+    def event(self, choices: list[dict], usage: dict | None) -> bytes:
+        body = self.head | {"object": self.chunk_object, "choices": choices} | ({"usage": usage} if self.usage_told else {})
+        return b"data: " + to_json(body) + b"\n\n"
+
+    def usage(self) -> dict[str, int]:
+        total = self.n_prompt_tokens + self.n_drawn
+        return {"prompt_tokens": self.n_prompt_tokens, "completion_tokens": self.n_drawn, "total_tokens": total}
+
+    def whole_choice(self, piece: Piece) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def chunk_choice(self, piece: Piece) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionAnswer(Answer):
+    whole_object = chunk_object = "text_completion"
+    id_prefix = "cmpl"
+
+    def whole_choice(self, piece: Piece) -> dict[str, Any]:
+        logprobs = self.logprobs(piece.told) if self.told else None
+        return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.end}
+
+    chunk_choice = whole_choice
+
+    def logprobs(self, told: list[Told]) -> dict[str, list]:
+        """text_offset counts the characters of the completion before the token."""
+        name = self.spelling.of
+        return {
+            "tokens": [name(token.id)[0] for _, token in told],
+            "token_logprobs": [finite(token.logprob) for _, token in told],
+            "top_logprobs": [{name(i)[0]: finite(nats) for i, nats in token.top} for _, token in told],
+            "text_offset": [offset for offset, _ in told],
+        }
+
+
+class ChatAnswer(Answer):
+    """White space with which an answer begins belongs to the form of the conversation, and is left out."""
+
+    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+
+    def whole_choice(self, piece: Piece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text.lstrip()}
+        return {"index": piece.index, "message": message, "logprobs": self.logprobs(piece.told), "finish_reason": piece.end}
+
+    def chunk_choice(self, piece: Piece) -> dict[str, Any]:
+        text = piece.text if piece.index in self.said else piece.text.lstrip()
+        opening = {} if piece.index in self.opened else {"role": "assistant"}
+        self.opened.add(piece.index)
+        if text:
+            self.said.add(piece.index)
+        return {
+            "index": piece.index,
+            "delta": opening | {"content": text},
+            "logprobs": self.logprobs(piece.told),
+            "finish_reason": piece.end,
+        }
+
+    def logprobs(self, told: list[Told]) -> dict[str, list] | None:
+        def entry(i: int, nats: float) -> dict[str, Any]:
+            text, spelt = self.spelling.of(i)
+            return {"token": text, "logprob": finite(nats), "bytes": spelt}
+
+        if not self.told:
+            return None
+        content = [entry(token.id, token.logprob) | {"top_logprobs": [entry(*each) for each in token.top]} for _, token in told]
+        return {"content": content, "refusal": None}
