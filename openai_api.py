@@ -60,13 +60,22 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int and i >= 0 for i in value)
 
 
+def as_unicode(text: str) -> str:
+    """JSON can spell half a character, and no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"is not valid Unicode: {error.reason} at character {error.start}") from None
+    return text
+
+
 def as_prompts(value: Any) -> list[str | list[int]]:
     """A text, texts, ids or lists of ids, as a list."""
-    if isinstance(value, str):
-        return [value]
-    if is_ids(value):
-        return [value]
-    if isinstance(value, list) and value and (all(isinstance(each, str) for each in value) or all(map(is_ids, value))):
+    if isinstance(value, str) or is_ids(value):
+        value = [value]
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return [as_unicode(each) for each in value]
+    if isinstance(value, list) and value and all(map(is_ids, value)):
         return value
     raise ValueError("is a text, a list of texts, a list of ids or a list of lists of ids, none of the lists empty and all ids 0 or more")
 
@@ -74,10 +83,9 @@ def as_prompts(value: Any) -> list[str | list[int]]:
 def as_stops(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if isinstance(value, str):
-        return (value,)
+    value = [value] if isinstance(value, str) else value
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return tuple(value)
+        return tuple(map(as_unicode, value))
     raise ValueError("is a text or a list of texts")
 
 
@@ -93,7 +101,7 @@ def as_bias(value: dict[str, float]) -> tuple[tuple[int, float], ...]:
 def as_content(value: Any) -> str:
     """A text, or a list of parts that are texts."""
     if isinstance(value, str):
-        return value
+        return as_unicode(value)
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         raise ValueError('is a text, or a list of parts {"type": "text", "text": ...}')
     for part in value:
@@ -101,7 +109,7 @@ def as_content(value: Any) -> str:
             raise ValueError(f"has a part of type {str(part.get('type'))[:40]!r}; this model reads text alone")
         if not isinstance(part.get("text"), str) or len(part) > 2:
             raise ValueError('has a part of type \'text\' that is not {"type": "text", "text": ...}')
-    return "".join(part["text"] for part in value)
+    return as_unicode("".join(part["text"] for part in value))
 
 
 Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES), AfterValidator(as_bias)]
