@@ -161,12 +161,18 @@ def body(page: Page) -> dict:
     return next(json.loads(request.post_data) for request in reversed(page.sent) if request.method == "POST")
 
 
-def api(url: str, asked: dict, path: str = "completions", key: str = "") -> dict:
+def choices(url: str, asked: dict, path: str = "completions", key: str = "") -> list[dict]:
     """The same, asked without a page and without a stream."""
     whole = {name: value for name, value in asked.items() if name != "stream"}
     answer = httpx.post(f"{url}/v1/{path}", json=whole, timeout=60, headers={"Authorization": f"Bearer {key}"} if key else {})
     assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]
+    return answer.json()["choices"]
+
+
+def api(*args: Any, **more: Any) -> dict:
+    """The one there is."""
+    [choice] = choices(*args, **more)
+    return choice
 
 
 def weighed(page: Page) -> list[float]:
@@ -261,7 +267,7 @@ def test_tokens_tell_what_the_api_tells(page, url):
         page.locator(".token").nth(i).hover()
         expect(page.locator(".token").nth(i)).to_have_class(re.compile("chosen"))
         assert same(weighed(page), likeliest(choice, i))
-    page.mouse.click(5, 5)
+    page.mouse.move(5, 5)
     expect(page.locator("#weighed")).to_be_hidden()
     page.locator(".answer").focus()
     for i, key in enumerate(["Home", "ArrowRight", "ArrowRight"]):
@@ -286,10 +292,10 @@ def test_text_goes_on_from_another_token(page, url):
 
 
 def test_every_character_can_be_seen_in_the_view_of_tokens(page, url):
-    asked = {"model": "hostile", "prompt": "Once", "max_tokens": 200, "n": 16, "temperature": 2, "top_p": 1}
-    texts = {seed: httpx.post(f"{url}/v1/completions", json=asked | {"seed": seed}, timeout=60).json()["choices"] for seed in (0, 16, 32)}
-    seed = next(seed + k for seed, found in texts.items() for k, choice in enumerate(found) if set("\né\ufffd") <= set(choice["text"]))
-    text = generate(page, "Once", max_tokens=200, seed=seed, temperature=2, top_p=1)
+    asked = {"model": "hostile", "prompt": "Once", "max_tokens": 100, "n": 16, "temperature": 2, "top_p": 1}
+    found = ((seed + k, choice["text"]) for seed in range(0, 800, 16) for k, choice in enumerate(choices(url, asked | {"seed": seed})))
+    seed = next(seed for seed, text in found if set("\né\ufffd") <= set(text))
+    text = generate(page, "Once", max_tokens=100, seed=seed, temperature=2, top_p=1)
     tokens = page.locator(".token").all_text_contents()
     page.get_by_role("button", name="Tokens").click()
     seen = [shown.replace("\u200b", "") for shown in page.locator(".token").all_text_contents()]
@@ -337,6 +343,24 @@ def test_a_conversation_is_answered_remembered_and_answered_anew(page, url):
     expect(page.locator("#talk li")).to_have_count(0)
 
 
+def test_the_commands_that_are_shown_give_the_text_that_is_shown(page):
+    text = generate(page, 'It\'s "so":\n$HOME \\n', max_tokens=20, seed=4)
+    page.get_by_text("As a command").click()
+    for language, run in (("curl", ["bash", "-c"]), ("python", [sys.executable, "-c"])):
+        page.get_by_label("Language").select_option(language)
+        done = subprocess.run([*run, page.locator("#snippet").text_content()], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert text == (json.loads(done.stdout)["choices"][0]["text"] if language == "curl" else done.stdout.removesuffix("\n"))
+
+
+def test_the_text_is_copied_with_its_prompt(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    text = generate(page, "Once", max_tokens=20)
+    page.get_by_role("button", name="Copy", exact=True).click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == "Once" + text
+
+
 def test_prompt_settings_and_text_survive_a_reload(page):
     text = generate(page, "Once", max_tokens=20, top_k=7)
     page.reload()
@@ -375,7 +399,8 @@ def test_a_server_that_is_away_is_waited_for(browser, url):
 
 def test_a_key_is_asked_for_once_and_kept_for_the_tab(browser, checkpoint):
     with serve(checkpoint, SERVE_API_KEY="sesame") as url, opened(browser, url) as page:
-        for key in ("wrong", "sesame"):
+        for key, said in (("wrong", ""), ("sesame", "That key was refused; try another.")):
+            expect(page.locator("#refusal")).to_have_text(said)
             expect(page.get_by_role("dialog")).to_be_visible()
             page.get_by_role("textbox", name="API key").fill(key)
             page.keyboard.press("Enter")
