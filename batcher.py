@@ -82,6 +82,7 @@ class Call:
     """Requests whose texts go to one reader."""
 
     requests: list[Request]
+    stream: bool  # pieces are wanted as they come
     begun: float
     open: int  # texts that have not ended
     waiting: set[int]  # numbers of the requests that no step has taken in
@@ -121,9 +122,10 @@ class Batcher:
     """An engine of `rows` rows in a thread of its own. All but what begins with _ is for the event loop."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, most_waiting: int):
-        self.engine_of_its_own = partial(Engine, model, rows)
-        self._engine = self.engine_of_its_own()
+        self._fresh_engine = partial(Engine, model, rows)
+        self._engine = self._fresh_engine()
         self._growing: dict[tuple[Request, int], Growing] = {}
+        self._news: list[tuple[Call, Piece | Exception]] = []  # that can wait for what cannot
         self._closed = False
         self.tokenizer, self.most_waiting, self.metrics = tokenizer, most_waiting, Metrics()
         self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -149,11 +151,14 @@ class Batcher:
         if self.waiting + n > self.most_waiting:
             raise TooBusy(429, f"{self.waiting} requests are waiting, of {self.most_waiting} that may; try again in a second")
 
-    def ask(self, requests: list[Request], seconds: float) -> Call:
-        """Begin the texts behind the prompts; they are cut after so many seconds. Raises TooBusy."""
+    def ask(self, requests: list[Request], seconds: float, stream: bool = True) -> Call:
+        """Begin the texts behind the prompts; they are cut after so many seconds. Raises TooBusy.
+
+        What does not stream is not told of token by token, which would cost more than a small model's step.
+        """
         self.room_for(len(requests))
         texts = sum(request.params.num_samples for request in requests)
-        call = Call(requests, time.perf_counter(), texts, set(range(len(requests))))
+        call = Call(requests, stream, time.perf_counter(), texts, set(range(len(requests))))
         call.deadline = self.loop.call_later(seconds, self.inbox.put, partial(self._cut, call))
         self.waiting += len(requests)
         self.inbox.put(partial(self._begin, call))
@@ -202,19 +207,21 @@ class Batcher:
                 if tokens := self._engine.step():
                     self.metrics.step_rows.observe(len(tokens))
                     self.metrics.completion_tokens.inc(len(tokens))
-                    self._tell([self._push(token) for token in tokens])
+                    urgent = [self._push(token) for token in tokens]
+                    if any(urgent):
+                        self._tell()
             except Exception as error:  # whatever it is, nobody may wait for ever
                 traceback.print_exc()
                 self.metrics.failures.inc()
                 calls = {growing.call for growing in self._growing.values()}
                 self._growing.clear()
-                self._engine = self.engine_of_its_own()
+                self._engine = self._fresh_engine()
                 self._tell([(call, EngineFailed(type(error).__name__)) for call in calls])
 
-    def _tell(self, news: list[tuple[Call, Piece | Exception]]) -> None:
-        if news:
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever would read
-                self.loop.call_soon_threadsafe(self._deliver, news)
+    def _tell(self, more: list[tuple[Call, Piece | Exception]] | None = None) -> None:
+        news, self._news = self._news + (more or []), []
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever would read
+            self.loop.call_soon_threadsafe(self._deliver, news)
 
     def _begin(self, call: Call) -> None:
         n = call.requests[0].params.num_samples
@@ -224,9 +231,11 @@ class Batcher:
                 self._growing[request, sample] = Growing(call, number * n + sample, text)
             self._engine.add(request)
 
-    def _push(self, token: Token) -> tuple[Call, Piece]:
+    def _push(self, token: Token) -> bool:
+        """Note what a token brings; whether it is to be told at once: to a stream, and where a text begins or ends."""
         growing = self._growing[token.request, token.sample]
-        if not growing.met:
+        first = not growing.met
+        if first:
             growing.met = True
             if token.sample == 0:
                 self.metrics.prompt_tokens.inc(len(token.request.ids))
@@ -235,7 +244,8 @@ class Batcher:
         if piece.end:
             del self._growing[token.request, token.sample]
             self._engine.cancel(token.request, token.sample)  # of a stop text the engine does not know
-        return growing.call, piece
+        self._news.append((growing.call, piece))
+        return growing.call.stream or first or piece.end is not None
 
     def _take(self, call: Call) -> list[Growing]:
         """What is growing of the call, taken out of the engine."""

@@ -22,7 +22,7 @@ MOST_LOGPROBS = 20
 MOST_BIASES = 300
 MOST_PROMPTS = 64
 PROMPT_CHARACTERS = 100_000  # of all prompts or messages, before they are tokens
-LEAST_LOGPROB = -9999.0  # JSON has no infinity
+LEAST_LOGPROB = -9999.0  # as OpenAI writes it
 
 # Fields that OpenAI has and this server has not, with the values by which they ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -289,6 +289,7 @@ class Spelling:
 
 
 def finite(nats: float) -> float:
+    """A number that JSON has, as it has no infinity."""
     return max(nats, LEAST_LOGPROB) if nats == nats else LEAST_LOGPROB
 
 

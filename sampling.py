@@ -21,8 +21,6 @@ from torch import Tensor
 
 from config import SamplingParams
 
-NUCLEUS = 256  # the likeliest tokens, among which a nucleus is sought first: sorting them all takes milliseconds
-
 
 def sample(logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]], draws: Tensor) -> Tensor:
     """The next token (B,) out of logits (B, V) behind `contexts`, B lists of ids.
@@ -33,8 +31,7 @@ def sample(logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[i
     logits = shift_logits(logits.float(), params, contexts)
     if params.temperature == 0:
         return logits.argmax(-1)
-    mass = narrow_logits(logits, params).softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(mass, draws.double()[:, None] * mass[:, -1:], right=True)[:, 0]
+    return torch.stack([pick(row, draw) for row, draw in zip(narrow_logits(logits, params), draws.double(), strict=True)])
 
 
 def filter_logits(logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]]) -> Tensor:
@@ -88,16 +85,22 @@ def repeating(context: Sequence[int], n: int) -> list[int]:
 def least_of_nucleus(logits: Tensor, top_p: float) -> Tensor:
     """(B, 1) the least logit of the likeliest tokens that have probability top_p together (Holtzman et al. 2020)."""
     norm = logits.logsumexp(-1, keepdim=True)
-
-    def least(ordered: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        p = (ordered - norm).exp()
+    # All that are below the floor have half of 1 - top_p together at most: the nucleus is above, and few tokens have to be sorted
+    floor = norm + math.log((1 - top_p) / (2 * logits.size(-1)))
+    found = []
+    for row, least, total in zip(logits.numpy(), floor.numpy(), norm, strict=True):
+        ordered = torch.from_numpy(-np.sort(-row[row >= least]))  # a third of the time of torch's sort
+        p = (ordered - total).exp()
         inside = p.cumsum(-1) - p < top_p  # what is before a token is not enough yet; the first is always inside
-        return ordered.gather(-1, inside.sum(-1, keepdim=True) - 1), inside[:, -1]
+        found.append(ordered[inside.sum() - 1])
+    return torch.stack(found)[:, None]
 
-    found, wide = least(logits.topk(min(NUCLEUS, logits.size(-1))).values, norm)
-    if wide.any():
-        found[wide] = least(-torch.from_numpy(np.sort(-logits[wide].numpy())), norm[wide])[0]  # a third of the time of torch's sort
-    return found
+
+def pick(row: Tensor, draw: Tensor) -> Tensor:
+    """The token () of logits (V,) in whose share of the row the draw falls. Only what is not ruled out is looked at."""
+    left = torch.from_numpy(np.flatnonzero(row.numpy() > -math.inf))
+    mass = row[left].softmax(-1).cumsum(-1, dtype=torch.float64)
+    return left[torch.searchsorted(mass, draw * mass[-1], right=True)]
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> list[tuple[float, list[tuple[int, float]]]]:

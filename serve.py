@@ -62,6 +62,7 @@ from openai_api import (
     CompletionAnswer,
     CompletionBody,
     Spelling,
+    finite,
     parse,
     to_json,
 )
@@ -85,6 +86,7 @@ class Service:
 
     def __init__(self, checkpoint: Checkpoint, about: dict[str, Any], rows: int, most_waiting: int, deadline: float):
         self.checkpoint, self.rows, self.deadline = checkpoint, rows, deadline
+        self.most_prompts = min(MOST_PROMPTS, most_waiting)
         self.context, self.vocab_size = checkpoint.config.model.max_seq_len, checkpoint.config.model.vocab_size
         self.spelling = Spelling(checkpoint.tokenizer)
         self.batcher = Batcher(checkpoint.model, checkpoint.tokenizer, rows, most_waiting)
@@ -100,7 +102,7 @@ class Service:
         limits = {
             "max_tokens": MAX_TOKENS,
             "n": self.rows,
-            "prompts": MOST_PROMPTS,
+            "prompts": self.most_prompts,
             "prompt_tokens": self.context,
             "prompt_characters": PROMPT_CHARACTERS,
             "logprobs": self.most_logprobs,
@@ -109,13 +111,15 @@ class Service:
             "body_bytes": BODY_BYTES,
             "seconds": self.deadline,
         }
+        defaults = {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)}
+        defaults["logit_bias"] = [(i, finite(bias)) for i, bias in sampling.logit_bias]
         return {
             "id": path.stem,
             "object": "model",
             "created": int(path.stat().st_mtime),
             "owned_by": "you",
             "checkpoint": about,
-            "sampling": {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)},
+            "sampling": defaults,
             "chat": "template" if self.checkpoint.chat_template else "turns",
             "limits": limits,
         }
@@ -138,8 +142,9 @@ class Service:
     async def complete(self, body: CompletionBody) -> tuple[Call, Answer]:
         """Begin completions. Raises ApiError and TooBusy, as `reply` does."""
         self.check_model(body.model)
-        if len(body.prompt) > MOST_PROMPTS:
-            raise ApiError(400, f"prompt has {len(body.prompt):,} entries; it may have {MOST_PROMPTS}", "prompt", "array_above_max_length")
+        if len(body.prompt) > self.most_prompts:
+            said = f"prompt has {len(body.prompt):,} entries; it may have {self.most_prompts}"
+            raise ApiError(400, said, "prompt", "array_above_max_length")
         check_characters("prompt", sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str)))
         self.batcher.room_for(len(body.prompt))
         tokenizer, prompts = self.conversation.tokenizer, []
@@ -184,7 +189,7 @@ class Service:
         if longest > self.context:
             said = f"the prompt has {longest:,} tokens, and this model's context {self.context:,}; shorten it"
             raise ApiError(400, said, param, "context_length_exceeded")
-        call = self.batcher.ask(requests, self.deadline)
+        call = self.batcher.ask(requests, self.deadline, bool(body.stream))
         usage_told = bool(body.stream_options and body.stream_options.include_usage)
         told = body.likeliest is not None
         return call, shape(self.model["id"], self.spelling, sum(map(len, prompts)), told, usage_told)
@@ -209,7 +214,8 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self.events) as events:
             async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                if event:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -471,6 +477,16 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def build_server(service: Service, hosts: set[str] | None, key: str | None) -> Server:
+    """hosts: what a Host header may be; None: anything. key: what /v1 asks for; None: nothing."""
+    app = Guard(build_app(service), service.batcher.metrics, hosts, key)
+    config = uvicorn.Config(
+        app, http=Connection, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False, proxy_headers=False,
+        limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=STOP_SECONDS,
+    )  # fmt: skip
+    return Server(config, service.batcher)
+
+
 def is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -535,11 +551,6 @@ def main(argv: list[str] | None = None) -> int:
     name = f"[{args.host}]" if ":" in args.host else args.host
     names = {"localhost", "127.0.0.1", "[::1]", name.lower()}
     hosts = {f"{each}:{port}" for each in names} | (names if port == 80 else set()) if is_loopback(args.host) else None
-    config = uvicorn.Config(
-        Guard(build_app(service), service.batcher.metrics, hosts, args.api_key),
-        http=Connection, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=STOP_SECONDS,
-    )  # fmt: skip
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: None)  # uvicorn raises what it caught once more at the end: nothing is left to do then
     print(f"{checkpoint.path}: step {checkpoint.step}, {about['dtype']}, {args.rows} rows of {service.context:,} tokens", file=sys.stderr)
@@ -547,7 +558,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = json.dumps({"model": service.model["id"], "prompt": "" if checkpoint.tokenizer.prefix else "the", "max_tokens": 40})
     key = f""" -H "Authorization: Bearer ${KEY_VARIABLE}\"""" if args.api_key else ""
     print(f"curl http://{name}:{port}/v1/completions -H 'Content-Type: application/json'{key} -d '{asked}'", file=sys.stderr, flush=True)
-    Server(config, service.batcher).run(sockets=[at])
+    build_server(service, hosts, args.api_key).run(sockets=[at])
     return 0
 
 

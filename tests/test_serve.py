@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import tokenizers as hf
 import torch
 from test_chat import CHATML, chat_tokenizer
 from test_infer import ROOT, random_model
+from tokenizers import decoders, models, normalizers
 
 import serve
 from batcher import Batcher, EngineFailed
@@ -30,7 +33,7 @@ from engine import Request
 from errors import UserError
 from infer import encode_prompt, whole_texts
 from openai_api import UNSUPPORTED, Spelling
-from tokenizer import ByteTokenizer, Tokenizer
+from tokenizer import ByteTokenizer, CharTokenizer, JsonTokenizer, SeenBytesTokenizer, Tokenizer
 
 CONTEXT = 256
 KEY = "a key 1234"
@@ -582,6 +585,72 @@ def test_an_exception_in_the_engine_ends_the_texts_and_not_the_thread():
         return text
 
     assert asyncio.run(both()) == whole_texts(model, tokenizer, [[1, 2]], request.params)[0]
+
+
+@pytest.fixture
+def impatient(tmp_path, monkeypatch) -> Iterator[Served]:
+    """A server of this process, which waits for a fraction of a second wherever it waits for a client."""
+    for name in ("HEAD_SECONDS", "BODY_SECONDS", "WRITE_SECONDS"):
+        monkeypatch.setattr(serve, name, 0.3)
+    checkpoint = load_checkpoint(write(tmp_path / "small.ckpt", ByteTokenizer(), context=4096))
+    at = serve.listen("127.0.0.1", 0)
+    server = serve.build_server(serve.Service(checkpoint, {}, 2, 2, 60), None, None)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
+    thread.start()
+    yield Served(None, f"http://127.0.0.1:{at.getsockname()[1]}", checkpoint, "")
+    server.should_exit = True
+    thread.join()
+
+
+def test_a_client_that_is_slow_to_ask_is_hung_up_on(impatient):
+    """A byte at a time, and never a whole head; and one that says nothing at all."""
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as silent:
+        with socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as slow, pytest.raises(ConnectionError):
+            for byte in b"GET /health HTTP/1.1\r\nHost: " + b"a" * 600:
+                slow.sendall(bytes([byte]))
+                time.sleep(0.05)
+        with suppress(ConnectionResetError):
+            assert silent.recv(1) == b""
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(impatient):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    assert impatient.raw(head).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_does_not_read_is_hung_up_on(impatient):
+    connection = begin(impatient, stream=True, n=2, logprobs=20)  # megabytes
+    until(lambda: impatient.metrics()["serve_cancelled_total"] == 1)
+    until(lambda: impatient.metrics()["serve_running_rows"] == 0)
+    connection.close()
+
+
+# ---- what was added elsewhere ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [
+    ByteTokenizer(), SeenBytesTokenizer(bytes(range(256))), CharTokenizer.train(["naïve 😀 abc"]), chat_tokenizer(),
+    pytest.param("sentencepiece", id="sentencepiece"),
+], ids=lambda tokenizer: tokenizer if isinstance(tokenizer, str) else tokenizer.name)  # fmt: skip
+def test_spelt_tokens_are_the_text(tokenizer):
+    if tokenizer == "sentencepiece":
+        tokenizer = llama_tokenizer()
+    for text in ("naïve 😀 abc", "😀", "abc abc"):
+        ids = tokenizer.encode(text)
+        assert b"".join(map(tokenizer.spell, ids)).decode().lstrip(" ") == text == tokenizer.decode(ids)
+    for i in {tokenizer.bos_id, tokenizer.eos_id} - {None}:
+        assert tokenizer.spell(i) == b""
+
+
+def llama_tokenizer() -> JsonTokenizer:
+    """SentencePiece's way, as Llama 2 has it: spaces are a letter, and what is in no token is bytes."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcnve"])}
+    model = models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    backend = hf.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    strip = decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    return JsonTokenizer(backend.to_str(), "llama", 1, None)
 
 
 # ---- starting --------------------------------------------------------------------------------------------------------
