@@ -348,6 +348,7 @@ def test_a_conversation_is_answered_remembered_and_answered_anew(page, url):
 def test_the_command_that_is_shown_gives_the_text_that_is_shown(page):
     text = generate(page, 'It\'s "so":\n$HOME \\n', max_tokens=20, seed=4)
     page.get_by_text("As a curl command").click()
+    expect(page.locator("#snippet")).to_contain_text("curl")
     done = subprocess.run(["bash", "-c", page.locator("#snippet").text_content()], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["choices"][0]["text"] == text
