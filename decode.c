@@ -11,8 +11,12 @@ B rows, D head_dim, S tokens of a row with the new one; x[b][i] is written x[b *
 
 #include <math.h>
 #include <stdint.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -20,7 +24,7 @@ B rows, D head_dim, S tokens of a row with the new one; x[b][i] is written x[b *
 enum { FLOAT, BFLOAT16, INT8, INT4 };            /* kinds of numbers */
 enum { ROPE, LEARNED };                          /* kinds of positions */
 enum { SWIGLU, GELU, RELU, RELU2 };              /* kinds of MLP */
-enum { TILE = 8, GROUP = 32, AHEAD = 4096 };     /* outputs of a matmul that a thread takes at a time; inputs that share an int4 scale; bytes */
+enum { TILE = 8, GROUP = 32, AHEAD = 2048 };     /* outputs of a matmul that a thread takes at a time; inputs that share an int4 scale; bytes */
 #ifdef __AVX512F__
 enum { ROWS = 4, OUTS = 4 };                     /* rows and outputs whose sums are in registers at the same time */
 #else
@@ -86,9 +90,15 @@ INLINE float exp_(float x) {
 /* ---- sums of products ------------------------------------------------------------------------------------------- */
 
 INLINE float sum16(F16 v) {
-    F8 s = LOAD(F8, &v) + LOAD(F8, (float *)&v + 8);
-    F4 t = LOAD(F4, &s) + LOAD(F4, (float *)&s + 4);
+#if __has_builtin(__builtin_shufflevector)
+    F8 s = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    F4 t = __builtin_shufflevector(s, s, 0, 1, 2, 3) + __builtin_shufflevector(s, s, 4, 5, 6, 7);
     return (t[0] + t[2]) + (t[1] + t[3]);
+#else
+    float s[8];
+    for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+#endif
 }
 
 INLINE S32 widen(B32 bytes) {
@@ -143,7 +153,7 @@ INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R,
         EACH for (int n = 0; n < N; n++) {
             w[n] = LOAD(F16, weight + n * in + i);
             KEEP(w[n]);
-            if (N == 1) FETCH(weight + i);
+            if (N == 1 && R > 1) FETCH(weight + i);
         }
         EACH for (int r = 0; r < R; r++) {
             F16 v = LOAD(F16, x + r * in + i);
@@ -167,7 +177,7 @@ INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R,
         EACH for (int n = 0; n < N; n++) {
             w[n] = LOAD(W16, weight + n * in + i);
             KEEP(w[n]);
-            if (N == 1) FETCH(weight + i);
+            if (N == 1 && R > 1) FETCH(weight + i);
         }
         EACH for (int r = 0; r < R; r++) {
             W16 v = LOAD(W16, x + r * in + i);
@@ -192,7 +202,7 @@ INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R,
             EACH for (int n = 0; n < N; n++) {
                 w[n] = widen(LOAD(B32, weight + n * l->in + i));
                 KEEP(w[n]);
-                if (N == 1) FETCH(weight + i);
+                if (N == 1 && R > 1) FETCH(weight + i);
             }
             EACH for (int r = 0; r < R; r++) {
                 S32 v = LOAD(S32, x + r * l->in + i);
@@ -227,7 +237,7 @@ INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const 
             F16 s = (F16)(((W16){0} + scale[n * groups + i / GROUP]) << 16), t = (F16)(((W16){0} + scale[n * groups + i / GROUP + 1]) << 16);
             KEEP(first);
             KEEP(second);
-            if (N == 1) FETCH(weight + i / 4);
+            if (N == 1 && R > 1) FETCH(weight + i / 4);
             EACH for (int r = 0; r < R; r++) {
                 const int16_t *v = x + r * l->in + i;
                 sums[r][n] += s * __builtin_convertvector(add_products((I16){0}, first, LOAD(S32, v)), F16);
@@ -388,6 +398,32 @@ INLINE void activate(int64_t kind, int64_t n, float *gate, const float *up) {
     }
 }
 
+/* ---- threads ----------------------------------------------------------------------------------------------------- */
+
+enum { SPINS = 2000 };
+
+typedef struct { int threads, arrived, round; } Team;
+
+/* Hundreds of times a step. OpenMP's own barrier sleeps, or spins on for milliseconds where a server's other threads need the core. */
+static void meet(Team *team) {
+    int round = __atomic_load_n(&team->round, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->threads) {
+        team->arrived = 0;
+        __atomic_store_n(&team->round, round + 1, __ATOMIC_RELEASE);
+    }
+    for (int spins = 0; __atomic_load_n(&team->round, __ATOMIC_ACQUIRE) == round; spins++) {
+        if (spins > SPINS) sched_yield();
+    }
+}
+
+static int n_threads(void) {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
 /* ---- the model --------------------------------------------------------------------------------------------------- */
 
 static Input make_input(int64_t B, int64_t width) {
@@ -397,65 +433,76 @@ static Input make_input(int64_t B, int64_t width) {
 
 static void free_input(Input *in) { free(in->x); free(in->scale); free(in->sums); free(in->q); }
 
-/* Take tokens (B) at positions (B) into the first B rows of the cache; logits (B, V) of what follows.
-   keys, values: (n_layers, cache_rows, K, max_len, D). */
-void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *positions,
+/* Take tokens (B) at positions (B) into these rows (B) of the cache; logits (B, V) of what follows, where they are wanted.
+   Tokens of the same row stand one behind the other. keys, values: (n_layers, cache_rows, K, max_len, D). */
+void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *rows, const int64_t *positions,
           void *keys, void *values, int64_t cache_rows, int64_t max_len, float *logits) {
     int64_t C = m->d_model, D = m->head_dim, H = m->n_heads, K = m->n_kv_heads;
     float *x = calloc(B * C, 4), *q = malloc(B * H * D * 4), *k = malloc(B * K * D * 4), *v = malloc(B * K * D * 4);
-    float *up = malloc(B * m->d_ff * 4), *p = malloc(B * H * max_len * 4);
+    float *up = malloc(B * m->d_ff * 4);
     Input h = make_input(B, C), a = make_input(B, H * D), f = make_input(B, m->d_ff);
+    Team team = {0};
 
     #pragma omp parallel
     {
-        #pragma omp for
+        float *p = malloc(max_len * 4);
+        #pragma omp single
+        team.threads = n_threads();
+        #pragma omp for nowait
         for (int64_t b = 0; b < B; b++) {
             add_embedding(&m->embed, tokens[b], x + b * C);
             if (m->position == LEARNED) add_embedding(&m->places, positions[b], x + b * C);
             normalise(m, &m->embed_norm, x + b * C, x + b * C);
         }
         for (const Layer *l = m->layers; l < m->layers + m->n_layers; l++) {
-            #pragma omp for
+            int64_t layer = (l - m->layers) * cache_rows;
+            meet(&team);
+            #pragma omp for nowait
             for (int64_t b = 0; b < B; b++) {
                 normalise(m, &l->norm1, x + b * C, h.x + b * C);
                 prepare(m, &h, b);
             }
+            meet(&team);
             matmul(&l->q, &h, B, q, 0);
             matmul(&l->k, &h, B, k, 0);
             matmul(&l->v, &h, B, v, 0);
-            #pragma omp barrier
-            #pragma omp for collapse(2)
+            meet(&team);
+            #pragma omp for collapse(2) nowait
             for (int64_t b = 0; b < B; b++) {
                 for (int64_t head = 0; head < K; head++) {
-                    int64_t at = ((((l - m->layers) * cache_rows + b) * K + head) * max_len + positions[b]) * D, new = (b * K + head) * D;
+                    int64_t at = (((layer + rows[b]) * K + head) * max_len + positions[b]) * D, new = (b * K + head) * D;
                     if (m->position == ROPE) rotate(m, positions[b], k + new);
                     write_cache(keys, m->cache_kind, at, k + new, D);
                     write_cache(values, m->cache_kind, at, v + new, D);
                 }
             }
-            #pragma omp for collapse(2)
+            meet(&team);
+            #pragma omp for collapse(2) nowait
             for (int64_t b = 0; b < B; b++) {
                 for (int64_t head = 0; head < H; head++) {
-                    int64_t at = (((l - m->layers) * cache_rows + b) * K + head / (H / K)) * max_len * D, S = positions[b] + 1;
-                    float *mine = q + (b * H + head) * D, *out = a.x + (b * H + head) * D, *room = p + (b * H + head) * max_len;
+                    int64_t at = ((layer + rows[b]) * K + head / (H / K)) * max_len * D, S = positions[b] + 1;
+                    float *mine = q + (b * H + head) * D, *out = a.x + (b * H + head) * D;
                     if (m->position == ROPE) rotate(m, positions[b], mine);
-                    if (m->cache_kind == FLOAT) attend(keys, values, FLOAT, at, S, D, mine, room, out);
-                    else attend(keys, values, BFLOAT16, at, S, D, mine, room, out);
+                    if (m->cache_kind == FLOAT) attend(keys, values, FLOAT, at, S, D, mine, p, out);
+                    else attend(keys, values, BFLOAT16, at, S, D, mine, p, out);
                 }
             }
-            #pragma omp for
+            meet(&team);
+            #pragma omp for nowait
             for (int64_t b = 0; b < B; b++) prepare(m, &a, b);
+            meet(&team);
             matmul(&l->o, &a, B, x, 1);
-            #pragma omp barrier
-            #pragma omp for
+            meet(&team);
+            #pragma omp for nowait
             for (int64_t b = 0; b < B; b++) {
                 normalise(m, &l->norm2, x + b * C, h.x + b * C);
                 prepare(m, &h, b);
             }
+            meet(&team);
             if (l->gate.weight) matmul(&l->gate, &h, B, f.x, 0);
             matmul(&l->up, &h, B, up, 0);
-            #pragma omp barrier
-            #pragma omp for
+            meet(&team);
+            #pragma omp for nowait
             for (int64_t b = 0; b < B; b++) {
                 float *mine = f.x + b * m->d_ff, *beside = up + b * m->d_ff;
                 if (m->mlp == SWIGLU) activate(SWIGLU, m->d_ff, mine, beside);
@@ -464,16 +511,19 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *posit
                 else activate(RELU2, m->d_ff, mine, beside);
                 prepare(m, &f, b);
             }
+            meet(&team);
             matmul(&l->down, &f, B, x, 1);
-            #pragma omp barrier
         }
-        #pragma omp for
+        meet(&team);
+        #pragma omp for nowait
         for (int64_t b = 0; b < B; b++) {
             normalise(m, &m->norm, x + b * C, h.x + b * C);
             prepare(m, &h, b);
         }
-        matmul(&m->head, &h, B, logits, 0);
+        meet(&team);
+        if (logits) matmul(&m->head, &h, B, logits, 0);
+        free(p);
     }
-    free(x); free(q); free(k); free(v); free(up); free(p);
+    free(x); free(q); free(k); free(v); free(up);
     free_input(&h); free_input(&a); free_input(&f);
 }

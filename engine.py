@@ -24,6 +24,9 @@ from model import KVCache, ModelConfig, Transformer
 from native import CannotStep, NativeStep
 from sampling import log_probabilities, sample
 
+PIECE = 512  # tokens of a prompt that are read between two steps
+FEW = 64  # tokens up to which C reads them faster than torch
+
 
 @dataclass(eq=False)
 class Request:
@@ -105,9 +108,9 @@ class Rows(KVCache):
         self.lengths[: len(self.places)] += T
 
     def row(self, b: int) -> KVCache:
-        """Row b as an empty cache of its own, over the same memory."""
+        """Row b as a cache of its own, over the same memory."""
         row = object.__new__(KVCache)
-        row.keys, row.values, row.length = self.keys[:, b : b + 1], self.values[:, b : b + 1], 0
+        row.keys, row.values, row.length = self.keys[:, b : b + 1], self.values[:, b : b + 1], int(self.lengths[b])
         return row
 
     def copy(self, source: int, target: int) -> None:
@@ -116,6 +119,13 @@ class Rows(KVCache):
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
         self.lengths[target] = length
+
+
+def new_generator(request: Request, sample: int) -> torch.Generator:
+    """A sample's own source of draws: that of the next seed for each."""
+    generator, seed = torch.Generator(), request.params.seed
+    generator.seed() if seed is None else generator.manual_seed((seed + sample) % 2**63)
+    return generator
 
 
 def step_in_torch(model: Transformer, cache: Rows, tokens: list[int]) -> Tensor:
@@ -138,12 +148,14 @@ class Engine:
         except CannotStep as reason:
             self.why_torch = str(reason)
         self.rows: list[Row] = []  # as they are in the cache
+        self.joining: list[Row] = []  # of the request whose prompt is being read, into the row of the cache behind those
+        self.unread: list[int] = []  # of that prompt
         self.waiting: deque[Request] = deque()
         self.max_rows = max_rows
 
     @property
     def busy(self) -> bool:
-        return bool(self.rows or self.waiting)
+        return bool(self.rows or self.joining or self.waiting)
 
     def add(self, request: Request) -> None:
         """Queue a request; it joins as soon as there are rows for all its samples. Raises ValueError for one that cannot be."""
@@ -156,16 +168,18 @@ class Engine:
         """Forget a request, or one sample of it; what is not there is left alone."""
         if request in self.waiting:
             self.waiting.remove(request)
+        self.joining = [row for row in self.joining if row.request is not request or sample not in (None, row.sample)]
         for row in [row for row in self.rows if row.request is request and sample in (None, row.sample)]:
             self._leave(row)
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """A token for every row. One request joins in a step at most, so that the others wait for one prompt only."""
+        """A token for every row. A piece of one prompt is read in a step at most, so that the others do not wait for long."""
         self.join()
         for b, row in enumerate(self.rows):
             if self.cache.lengths[b] == self.context:
-                self._fill(b, row.ids[-max(1, self.context // 2) :])
+                self.cache.lengths[b] = 0
+                self._read(b, row.ids[-max(1, self.context // 2) : -1])
         if not self.rows:
             return []
         logits = self.take(self.model, self.cache, [row.ids[-1] for row in self.rows]).cpu()
@@ -179,32 +193,44 @@ class Engine:
 
     @torch.inference_mode()
     def join(self) -> None:
-        """Let the first of the waiting in, where there is room: its prompt is read once for all samples."""
-        if not self.waiting or len(self.rows) + self.waiting[0].params.num_samples > self.max_rows:
-            return
-        request, first = self.waiting.popleft(), len(self.rows)
-        params = request.params
-        for number in range(params.num_samples):
-            generator = torch.Generator()
-            generator.seed() if params.seed is None else generator.manual_seed((params.seed + number) % 2**63)
-            self.rows.append(Row(request, number, list(request.ids), generator))
-        self._fill(first, request.ids[-self.context :])
-        for b in range(first + 1, len(self.rows)):
-            self.cache.copy(first, b)
+        """Let the first of the waiting in, where there is room: a piece of its prompt at a time, once for all its samples."""
+        if not self.joining:
+            if not self.waiting or len(self.rows) + self.waiting[0].params.num_samples > self.max_rows:
+                return
+            request = self.waiting.popleft()
+            self.joining = [
+                Row(request, sample, list(request.ids), new_generator(request, sample)) for sample in range(request.params.num_samples)
+            ]
+            self.unread = request.ids[-self.context : -1]
+            self.cache.lengths[len(self.rows)] = 0
+        first = len(self.rows)
+        piece, self.unread = self.unread[:PIECE], self.unread[PIECE:]
+        self._read(first, piece)
+        if not self.unread:
+            self.rows += self.joining
+            self.joining = []
+            for b in range(first + 1, len(self.rows)):
+                self.cache.copy(first, b)
 
-    def _fill(self, b: int, ids: list[int]) -> None:
-        """Make row b hold all of ids but the last."""
-        if len(ids) > 1:
-            self.model.hidden(torch.tensor([ids[:-1]], device=self.cache.keys.device), cache=self.cache.row(b))
-        self.cache.lengths[b] = len(ids) - 1
+    def _read(self, b: int, ids: list[int]) -> None:
+        """Take ids into row b, behind what it has."""
+        if not ids:
+            return
+        if len(ids) <= FEW and isinstance(self.take, NativeStep):
+            self.take.read(self.cache, b, ids)
+        else:
+            self.model.hidden(torch.tensor([ids], device=self.cache.keys.device), cache=self.cache.row(b))
+        self.cache.lengths[b] += len(ids)
 
     def _leave(self, row: Row) -> None:
-        """The last row takes the place."""
+        """The last row takes the place, and what is read of the next one the last place."""
         b, last = self.rows.index(row), len(self.rows) - 1
         if b < last:
             self.cache.copy(last, b)
             self.rows[b] = self.rows[last]
         self.rows.pop()
+        if self.joining:
+            self.cache.copy(last + 1, last)
 
     def _draw(self, logits: Tensor) -> list[Token]:
         """The next token of every row, of those with the same parameters at once."""

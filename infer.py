@@ -39,8 +39,9 @@ def generate(model: Transformer, prompt_ids: Tensor, params: SamplingParams, eos
     place = {}
     for row, ids in enumerate(prompts):
         engine.add(request := Request(ids, params, eos_id))
-        engine.join()
         place |= {(request, sample): sample * len(prompts) + row for sample in range(params.num_samples)}
+    while engine.waiting or engine.joining:
+        engine.join()
     while engine.busy:
         row: list[int | None] = [None] * len(place)
         for token in engine.step():

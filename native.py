@@ -79,13 +79,21 @@ class NativeStep:
         """Take a token into each of the first rows of the cache; logits (B, V) of what follows."""
         n = len(tokens)
         logits = torch.empty(n, model.config.vocab_size)
-        many = c_int64 * n
-        self.library.step(
-            ctypes.byref(self.model), n, many(*tokens), many(*cache.lengths[:n].tolist()),
-            cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.size(1), cache.max_len, logits.data_ptr(),
-        )  # fmt: skip
+        self.take(cache, tokens, list(range(n)), cache.lengths[:n].tolist(), logits)
         cache.lengths[:n] += 1
         return logits
+
+    def read(self, cache: Any, row: int, ids: list[int]) -> None:
+        """Take ids into a row, behind what it has."""
+        start = int(cache.lengths[row])
+        self.take(cache, ids, [row] * len(ids), list(range(start, start + len(ids))), None)
+
+    def take(self, cache: Any, tokens: list[int], rows: list[int], positions: list[int], logits: Tensor | None) -> None:
+        many, out = c_int64 * len(tokens), None if logits is None else logits.data_ptr()
+        self.library.step(
+            ctypes.byref(self.model), len(tokens), many(*tokens), many(*rows), many(*positions),
+            cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.size(1), cache.max_len, out,
+        )  # fmt: skip
 
     def pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -148,7 +156,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(built))
     except OSError as error:
         raise CannotStep(f"decode.c could not be compiled or loaded: {error}") from error
-    loaded.step.argtypes = [POINTER(Model), c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p]
+    loaded.step.argtypes = [POINTER(Model), c_int64, *[c_void_p] * 5, c_int64, c_int64, c_void_p]
     loaded.step.restype = None
     return loaded
 

@@ -208,6 +208,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.file, text.encode())
 
+    def press(self, key: str) -> None:
+        """A key for readline, which shows a prompt just before it listens."""
+        time.sleep(0.5)
+        self.type(key)
+
     def status(self) -> int:
         """The exit status, once it has ended."""
         for _ in range(300):
@@ -252,18 +257,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
     write_checkpoint(tmp_path / "x.ckpt", sampling=ENDLESS)
     terminal = Terminal(tmp_path, "--max-new-tokens", "1000000")
     terminal.read_until("/quit.*> ")
-    time.sleep(0.5)  # a prompt is shown just before readline listens for signals
-    terminal.type("\x03")  # with nothing to stop
+    terminal.press("\x03")  # with nothing to stop
     terminal.read_until("> ")
     terminal.type("Hello\n")
     terminal.read_until("Hello\r\n.{200}")
     terminal.type("\x03")
     terminal.read_until("\\^C.*\r\n.*> ")
     terminal.type("/save talk.json\n")
-    terminal.read_until("talk.json: 2 messages")
+    terminal.read_until("talk.json: 2 messages.*?> ")
     answer = json.loads((tmp_path / "talk.json").read_text())[1]["content"]
     assert 190 < len(answer) < 1_000_000
-    terminal.type("\x04")
+    terminal.press("\x04")
     assert terminal.status() == 0
 
 

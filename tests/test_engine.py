@@ -192,11 +192,58 @@ def test_a_later_sample_is_the_first_one_of_a_later_seed():
 
 
 def test_samples_share_one_pass_over_the_prompt(monkeypatch):
-    model, lengths = random_model(), []
-    whole = Transformer.hidden
-    monkeypatch.setattr(Transformer, "hidden", lambda self, ids, **more: (lengths.append(ids.shape), whole(self, ids, **more))[1])
+    model, read = random_model(), []
+    whole = Engine._read
+    monkeypatch.setattr(Engine, "_read", lambda self, b, ids: (read.append((b, ids)), whole(self, b, ids)))
     alone(model, Request(list(range(30)), SamplingParams(max_new_tokens=5, num_samples=4)))
-    assert lengths == [(1, 29)]
+    assert read == [(0, list(range(29)))]
+
+
+@pytest.mark.parametrize("few", [0, 3, 100])
+@pytest.mark.parametrize("piece", [1, 4, 7, 29, 30])
+def test_a_prompt_read_in_pieces_by_c_or_torch_is_the_prompt_read_whole(monkeypatch, piece, few):
+    model = random_model()
+    monkeypatch.setattr("engine.PIECE", piece)
+    monkeypatch.setattr("engine.FEW", few)
+    engine = Engine(model, max_rows=3)
+    engine.add(Request(list(range(30)), SamplingParams(temperature=0.0, max_new_tokens=3, num_samples=2)))
+    while engine.waiting or engine.joining:
+        engine.join()
+    whole = KVCache(model.config, 1, 32, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.inference_mode():
+        model.hidden(torch.arange(29)[None], cache=whole)
+    for row in range(2):
+        assert engine.cache.lengths[row] == 29
+        # float32 sums of 32 products of numbers about 1, in other orders
+        torch.testing.assert_close(engine.cache.keys[:, row, :, :29], whole.keys[:, 0, :, :29], rtol=0, atol=1e-5)
+        torch.testing.assert_close(engine.cache.values[:, row, :, :29], whole.values[:, 0, :, :29], rtol=0, atol=1e-5)
+
+
+def test_others_get_their_tokens_and_leave_while_a_long_prompt_is_read(monkeypatch):
+    """And it gets what it gets alone, though its row moves; one that is cancelled on the way leaves no trace."""
+    monkeypatch.setattr("engine.PIECE", 2)
+    monkeypatch.setattr("engine.FEW", 0)
+    model = random_model()
+    short = [Request([n, n + 1], SamplingParams(temperature=1.0, max_new_tokens=most, seed=n)) for n, most in enumerate((4, 6, 9))]
+    long, gone, last = (Request(list(range(n, n + 21)), SamplingParams(temperature=1.0, max_new_tokens=5, seed=n)) for n in (1, 2, 3))
+    engine = Engine(model, max_rows=4)
+    for request in (*short, long, gone, last):
+        engine.add(request)
+    found: dict = {request: [] for request in (*short, long, gone, last)}
+    during = 0
+    while engine.busy:
+        tokens = engine.step()
+        joining = engine.joining[0].request if engine.joining else None
+        during += len(tokens) * (joining is long)
+        if joining is gone and len(engine.unread) < 10:
+            engine.cancel(gone)
+            assert not engine.joining
+        for token in tokens:
+            found[token.request].append(token)
+    assert during > 10
+    assert found[gone] == []
+    for request in (*short, long, last):
+        assert ids_of(found[request]) == ids_of(alone(model, request))
 
 
 def test_a_cancelled_request_leaves_and_the_others_go_on():
