@@ -187,6 +187,7 @@ class Terminal:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TERM": "dumb"}
         self.pid, self.file = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what was started in the background ignores it, and so would its children
             os.chdir(folder)
             command = [sys.executable, str(ROOT / "infer.py"), "--chat", "--ckpt", "x.ckpt", "--device", "cpu", *args]
             os.execve(sys.executable, command, environment)

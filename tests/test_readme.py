@@ -1,6 +1,7 @@
 """What the README and the shipped files say is so."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -47,13 +48,13 @@ def test_the_readmes_commands_run_in_order(tmp_path):
     """Word for word, in a copy of the project; train.py gets a small override, and tensorboard is asked for its runs."""
     for name in ROOT.glob("*.py"):
         shutil.copy(name, tmp_path)
-    for name in ("config.yaml", "decode.c", "presets", "cases", "corpora", "examples"):
+    for name in ("config.yaml", "decode.c", "presets", "cases", "corpora", "examples", "web"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     (ROOT / "data").mkdir(exist_ok=True)
     (tmp_path / "data").symlink_to(ROOT / "data")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     ran = []
-    for command in readme_commands():
+    for at, command in enumerate(commands := readme_commands()):
         words = shlex.split(command)
         if command.startswith(NOT_RUN):
             continue
@@ -61,6 +62,10 @@ def test_the_readmes_commands_run_in_order(tmp_path):
             continue  # a test of its own, below
         if words[0] == "tensorboard":
             check_tensorboard(words, tmp_path, environment)
+            continue
+        if words[1] == "serve.py":
+            check_server(words, commands[at + 1], tmp_path, environment)
+        if words[0] == "curl" or words[1] == "serve.py":
             continue
         assert words[0] == "python", f"no way to run {command!r} is known"
         if words[1] == "train.py" and "--print-config" not in words:
@@ -74,6 +79,20 @@ def test_the_readmes_commands_run_in_order(tmp_path):
         assert done.stdout.strip()
         ran.append(words[1])
     assert {"train.py", "infer.py", "evaluate_checkpoints.py"} <= set(ran)
+
+
+def check_server(words: list[str], ask: str, folder: Path, environment: dict[str, str]) -> None:
+    """And the curl command behind it, at a port that is free."""
+    with subprocess.Popen(
+        [sys.executable, *words[1:], "--port", "0"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            said = [server.stderr.readline() for _ in range(2)]
+            place = re.match(r"http://127.0.0.1:\d+", said[-1])[0]
+            done = subprocess.run(shlex.split(ask.replace("http://127.0.0.1:8000", place)), capture_output=True, text=True)
+        finally:
+            server.terminate()
+    assert json.loads(done.stdout)["usage"]["completion_tokens"] == 40, done.stdout + done.stderr
 
 
 def check_tensorboard(words: list[str], folder: Path, environment: dict[str, str]) -> None:
