@@ -527,3 +527,114 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *rows,
     free(x); free(q); free(k); free(v); free(up);
     free_input(&h); free_input(&a); free_input(&f);
 }
+
+/* ---- the draw ---------------------------------------------------------------------------------------------------- */
+
+/* The least of the largest of v (n) that sum to `need`; v is reordered. Like quickselect, by what the numbers weigh. */
+static float least_of_mass(float *v, int64_t n, double need) {
+    for (;;) {
+        float pivot = v[n / 2];
+        double above = 0, equal = 0;
+        int64_t larger_ones = 0, i = 0, end = n;
+        while (i < end) {                            /* larger | equal | smaller */
+            float x = v[i];
+            if (x > pivot) { above += x; v[i++] = v[larger_ones]; v[larger_ones++] = x; }
+            else if (x < pivot) { v[i] = v[--end]; v[end] = x; }
+            else { equal += x; i++; }
+        }
+        if (above >= need) n = larger_ones;
+        else if (above + equal >= need || end == n) return pivot;
+        else { need -= above + equal; v += end; n -= end; }
+    }
+}
+
+/* The k-th largest of v (n), which is reordered. */
+static float kth_largest(float *v, int64_t n, int64_t k) {
+    for (;;) {
+        float pivot = v[n / 2];
+        int64_t larger_ones = 0, i = 0, end = n;
+        while (i < end) {
+            float x = v[i];
+            if (x > pivot) { v[i++] = v[larger_ones]; v[larger_ones++] = x; }
+            else if (x < pivot) { v[i] = v[--end]; v[end] = x; }
+            else i++;
+        }
+        if (k <= larger_ones) n = larger_ones;
+        else if (k <= end) return pivot;
+        else { k -= end; v += end; n -= end; }
+    }
+}
+
+INLINE float largest_of(const float *x, int64_t n) {
+    float top = -INFINITY;
+    #pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; i++) top = larger(top, x[i]);
+    return top;
+}
+
+/* Copy what of x (n) is at least `least`; `to` has room for n. Return how many there are. */
+static int64_t copy_at_least(const float *x, int64_t n, float least, float *to) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i++) {
+        to[found] = x[i];
+        found += x[i] >= least;
+    }
+    return found;
+}
+
+/* The sum of what of x (n) is at least `least`. */
+INLINE double sum_of(const float *x, int64_t n, float least) {
+    float sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += x[i] >= least ? x[i] : 0;
+    return sum;
+}
+
+/* The token of logits x (V) in whose share the draw falls, among the likeliest that are left. p, room: (V). */
+static int64_t choose_one(const float *x, int64_t V, float temperature, int64_t top_k, float top_p, float min_p, double draw, float *p, float *room) {
+    enum { BLOCK = 256 };
+    float top = largest_of(x, V), least = 1e-37f;
+    for (int64_t i = 0; i < V; i++) p[i] = exp_((x[i] - top) / temperature);
+    for (int64_t i = 0; i < V; i++) p[i] = p[i] > least ? p[i] : 0;
+    if (0 < top_k && top_k < V) {
+        int64_t blocks = 0, found;
+        for (int64_t i = 0; i + BLOCK <= V; i += BLOCK) room[blocks++] = largest_of(p + i, BLOCK);
+        float floor = top_k <= blocks ? kth_largest(room, blocks, top_k) : 0;  /* so many blocks have one as large */
+        found = copy_at_least(p, V, floor, room);
+        least = larger(least, kth_largest(room, found, top_k));
+    }
+    if (top_p < 1) {
+        double mass = 0;
+        for (int64_t i = 0; i < V; i += BLOCK) mass += sum_of(p + i, V - i < BLOCK ? V - i : BLOCK, least);
+        float floor = larger(least, mass * (1 - top_p) / (2 * V));  /* what is below has half of the rest at most: the nucleus is above */
+        int64_t found = copy_at_least(p, V, floor, room);
+        least = larger(least, least_of_mass(room, found, top_p * mass));
+    }
+    least = larger(least, min_p);
+    double mass = 0, below = 0;
+    for (int64_t i = 0; i < V; i += BLOCK) mass += sum_of(p + i, V - i < BLOCK ? V - i : BLOCK, least);
+    int64_t i = 0, chosen = 0;
+    for (; i + BLOCK < V; i += BLOCK) {              /* to the block in which it falls */
+        double sum = sum_of(p + i, BLOCK, least);
+        if (below + sum > draw * mass) break;
+        below += sum;
+    }
+    for (; i < V && below <= draw * mass; i++) {
+        if (p[i] >= least) { below += p[i]; chosen = i; }
+    }
+    return chosen;
+}
+
+/* sampling.py's `choose`: a token for each row of logits (B, V). */
+void choose(int64_t B, int64_t V, const float *logits, double temperature, int64_t top_k, double top_p, double min_p,
+            const double *draws, int64_t *chosen) {
+    #pragma omp parallel
+    {
+        float *p = malloc(2 * V * sizeof *p);
+        #pragma omp for
+        for (int64_t b = 0; b < B; b++) {
+            chosen[b] = choose_one(logits + b * V, V, temperature, top_k, top_p, min_p, draws[b], p, p + V);
+        }
+        free(p);
+    }
+}

@@ -22,7 +22,7 @@ from torch import Tensor
 from config import SamplingParams
 from model import KVCache, ModelConfig, Transformer
 from native import CannotStep, NativeStep
-from sampling import log_probabilities, sample
+from sampling import Choose, log_probabilities, sample
 
 PIECE = 512  # tokens of a prompt that are read between two steps
 FEW = 64  # tokens up to which C reads them faster than torch
@@ -142,9 +142,11 @@ class Engine:
         self.model, self.context = model, min(max_len or model.config.max_seq_len, model.config.max_seq_len)
         self.cache = Rows(model.config, max_rows, self.context, dtype=model.dtype, device=model.device)
         self.take: Callable[[Transformer, Rows, list[int]], Tensor] = step_in_torch
+        self.choose: Choose | None = None
         self.why_torch = ""  # the reason, where it is not C
         try:
             self.take = NativeStep(model)
+            self.choose = self.take.choose
         except CannotStep as reason:
             self.why_torch = str(reason)
         self.rows: list[Row] = []  # as they are in the cache
@@ -241,7 +243,8 @@ class Engine:
         for params, members in alike.items():
             chosen = [self.rows[b] for b in members]
             draws = torch.cat([torch.rand(1, dtype=torch.float64, generator=row.generator) for row in chosen])
-            drawn[members] = sample(logits[members], params, [row.ids for row in chosen], draws)
+            mine = logits if len(members) == len(logits) else logits[members]
+            drawn[members] = sample(mine, params, [row.ids for row in chosen], draws, self.choose)
         tokens = []
         for b, (row, i) in enumerate(zip(self.rows, drawn.tolist(), strict=True)):
             request = row.request

@@ -168,9 +168,10 @@ def until_stop(pieces: Iterator[str], stops: tuple[str, ...]) -> Iterator[str]:
 
 def place(checkpoint: Checkpoint, device: str, dtype: str | None) -> str:
     """Put the model where `--device` and `--dtype` say; tell where that is. Raises UserError for a pair that cannot be."""
-    from hardware import choose_accelerator, has_bfloat16_cpu  # here, since training's settings need them too
+    from hardware import choose_accelerator, has_bfloat16_cpu, keep_freed_memory  # here, since training's settings need them too
 
     accelerator, _ = choose_accelerator(device)
+    keep_freed_memory()
     dtype = dtype or checkpoint.quantized or "float32"
     if checkpoint.quantized not in (None, dtype):
         raise UserError(f"--dtype {dtype}: {checkpoint.path} is {checkpoint.quantized} already; leave --dtype out")

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from config import SamplingParams
 from model import Transformer
 
 SOURCE = Path(__file__).with_name("decode.c")
@@ -95,6 +96,22 @@ class NativeStep:
             cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.size(1), cache.max_len, out,
         )  # fmt: skip
 
+    def choose(self, logits: Tensor, params: SamplingParams, draws: Tensor) -> Tensor:
+        """`sampling.choose`, a tenth of its time."""
+        logits, chosen = logits.contiguous(), torch.empty(len(logits), dtype=torch.long)
+        assert logits.dtype == torch.float32 and draws.dtype == torch.float64
+        self.library.choose(
+            *logits.shape,
+            logits.data_ptr(),
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            draws.data_ptr(),
+            chosen.data_ptr(),
+        )
+        return chosen
+
     def pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
@@ -157,7 +174,8 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise CannotStep(f"decode.c could not be compiled or loaded: {error}") from error
     loaded.step.argtypes = [POINTER(Model), c_int64, *[c_void_p] * 5, c_int64, c_int64, c_void_p]
-    loaded.step.restype = None
+    loaded.choose.argtypes = [c_int64, c_int64, c_void_p, c_double, c_int64, c_double, c_double, c_void_p, c_void_p]
+    loaded.step.restype = loaded.choose.restype = None
     return loaded
 
 

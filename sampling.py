@@ -13,7 +13,7 @@ The order is that of Hugging Face's processors: bias, repetition penalty, no rep
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,17 +21,21 @@ from torch import Tensor
 
 from config import SamplingParams
 
+Choose = Callable[[Tensor, SamplingParams, Tensor], Tensor]
 
-def sample(logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]], draws: Tensor) -> Tensor:
+
+def sample(
+    logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]], draws: Tensor, choose: Choose | None = None
+) -> Tensor:
     """The next token (B,) out of logits (B, V) behind `contexts`, B lists of ids.
 
     Each row has a draw in [0, 1), which falls into one token's share of the row: the same draw, the same token, whatever
-    the other rows are. Temperature 0 takes the likeliest, the first of equals.
+    the other rows are. Temperature 0 takes the likeliest, the first of equals. `choose` is for another `choose_in_torch`.
     """
     logits = shift_logits(logits.float(), params, contexts)
     if params.temperature == 0:
         return logits.argmax(-1)
-    return torch.stack([pick(row, draw) for row, draw in zip(narrow_logits(logits, params), draws.double(), strict=True)])
+    return (choose or choose_in_torch)(logits, params, draws.double())
 
 
 def filter_logits(logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]]) -> Tensor:
@@ -41,6 +45,8 @@ def filter_logits(logits: Tensor, params: SamplingParams, contexts: Sequence[Seq
 
 def shift_logits(logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]]) -> Tensor:
     """What holds for greedy text too: bias and penalties."""
+    if not params.logit_bias and params.repetition_penalty == 1 and not params.no_repeat_ngram:
+        return logits
     logits = logits.clone()
     for token, bias in params.logit_bias:
         logits[:, token] += bias
@@ -94,6 +100,11 @@ def least_of_nucleus(logits: Tensor, top_p: float) -> Tensor:
         inside = p.cumsum(-1) - p < top_p  # what is before a token is not enough yet; the first is always inside
         found.append(ordered[inside.sum() - 1])
     return torch.stack(found)[:, None]
+
+
+def choose_in_torch(logits: Tensor, params: SamplingParams, draws: Tensor) -> Tensor:
+    """Of each row of logits (B, V), the token that is drawn among the likeliest."""
+    return torch.stack([pick(row, draw) for row, draw in zip(narrow_logits(logits, params), draws, strict=True)])
 
 
 def pick(row: Tensor, draw: Tensor) -> Tensor:

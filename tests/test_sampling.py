@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sampling
-from config import SamplingParams
+from config import ModelConfig, SamplingParams
+from model import Transformer
+from native import NativeStep
 from sampling import filter_logits, log_probabilities, repeating, sample
 
 PLAIN = SamplingParams(temperature=1.0, top_p=1.0)
@@ -142,3 +144,46 @@ def test_a_bad_value_is_refused_by_its_name(name, value):
     with pytest.raises(ValueError, match=rf"^{name} is ") as refused:
         SamplingParams(**{name: value})
     assert len(str(refused.value)) < 250
+
+
+# ---- in C ------------------------------------------------------------------------------------------------------------
+
+CHOSEN = [PLAIN] + [dataclasses.replace(PLAIN, **changes) for changes in EACH if set(changes) <= {"temperature", "top_k", "top_p", "min_p"}]
+CHOSEN += [SamplingParams(temperature=1.4, top_k=20, top_p=0.7, min_p=0.05), SamplingParams(temperature=0.8, top_k=90, top_p=0.99)]
+
+
+@pytest.fixture(scope="module")
+def choose():
+    return NativeStep(Transformer(ModelConfig(vocab_size=5, n_layers=1, d_model=16, n_heads=2, max_seq_len=4))).choose
+
+
+@pytest.mark.parametrize("spread", [0.5, 4.0, 20.0])
+@pytest.mark.parametrize("size", [1, 2, 100, 255, 256, 257, 5000])
+@pytest.mark.parametrize("params", CHOSEN, ids=lambda p: f"T={p.temperature} k={p.top_k} p={p.top_p} m={p.min_p}")
+def test_the_draw_in_c_falls_into_the_share_of_the_same_token(choose, params, size, spread):
+    """Of logits of which some are ruled out and some are equal."""
+    generator = torch.Generator().manual_seed(0)
+    logits = spread * torch.randn(40, size, generator=generator)
+    logits[:, size // 3 : size // 2] = logits[:, size // 3 : size // 3 + 1]
+    logits[::2, size // 2 : size // 2 + size // 10] = -math.inf
+    draws = torch.rand(40, dtype=torch.float64, generator=generator)
+    shares = filter_logits(logits, params, [[]] * 40).double().softmax(-1)
+    ends = shares.cumsum(-1)
+    for row, token in enumerate(choose(logits, params, draws).tolist()):
+        least = shares[row][shares[row] > 0].min().item()
+        # float32: 1e-5 of a share. A nucleus may end a token sooner or later, which is the least likely in it
+        rounding = 1e-5 + (least if params.top_p < 1 else 0)
+        assert shares[row, token] >= least * (1 - 1e-5) or params.top_p < 1 and logits[row, token] > -math.inf
+        assert ends[row, token] - shares[row, token] - rounding <= draws[row] <= ends[row, token] + rounding
+
+
+def test_the_likeliest_tokens_in_c_are_as_many_as_asked_for(choose):
+    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(0)).repeat(2000, 1)
+    draws = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
+    for top_k in (1, 2, 7, 11, 12, 40):
+        drawn = choose(logits, dataclasses.replace(PLAIN, top_k=top_k), draws)
+        assert set(drawn.tolist()) == set(logits[0].topk(top_k).indices.tolist())
+    for top_p in (1e-6, 0.01, 0.03):
+        drawn = choose(logits, dataclasses.replace(PLAIN, top_p=top_p), draws)
+        kept = filter_logits(logits[:1], dataclasses.replace(PLAIN, top_p=top_p), [[]])[0]
+        assert set(drawn.tolist()) == set((kept > -math.inf).nonzero()[:, 0].tolist())
