@@ -89,17 +89,32 @@ INLINE float exp_(float x) {
 
 /* ---- sums of products ------------------------------------------------------------------------------------------- */
 
-INLINE float sum16(F16 v) {
+/* The 16 numbers are added in one order, whichever way it is done. */
 #if __has_builtin(__builtin_shufflevector)
-    F8 s = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    F4 t = __builtin_shufflevector(s, s, 0, 1, 2, 3) + __builtin_shufflevector(s, s, 4, 5, 6, 7);
-    return (t[0] + t[2]) + (t[1] + t[3]);
+#define PART(v, w, ...) __builtin_shufflevector(v, w, __VA_ARGS__)
+
+INLINE F4 sum_to_4(F16 v) {
+    F8 s = PART(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + PART(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    return PART(s, s, 0, 1, 2, 3) + PART(s, s, 4, 5, 6, 7);
+}
+
+INLINE float sum16(F16 v) { F4 s = sum_to_4(v); return (s[0] + s[2]) + (s[1] + s[3]); }
+
+INLINE void sum16_of_4(const F16 *v, float *sums) {
+    F4 a = sum_to_4(v[0]), b = sum_to_4(v[1]), c = sum_to_4(v[2]), d = sum_to_4(v[3]);
+    F4 ab = PART(a, b, 0, 4, 1, 5) + PART(a, b, 2, 6, 3, 7), cd = PART(c, d, 0, 4, 1, 5) + PART(c, d, 2, 6, 3, 7);
+    F4 all = PART(ab, cd, 0, 1, 4, 5) + PART(ab, cd, 2, 3, 6, 7);
+    memcpy(sums, &all, sizeof all);
+}
 #else
+INLINE float sum16(F16 v) {
     float s[8];
     for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
     return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-#endif
 }
+
+INLINE void sum16_of_4(const F16 *v, float *sums) { EACH for (int n = 0; n < 4; n++) sums[n] = sum16(v[n]); }
+#endif
 
 INLINE S32 widen(B32 bytes) {
 #ifdef __AVX512BW__
@@ -142,6 +157,13 @@ INLINE I16 add_products(I16 sums, S32 a, S32 b) {  /* sums[0] + a[0] b[0] + a[1]
 #endif
 }
 
+INLINE void sum_all(F16 sums[ROWS][OUTS], int R, int N, float found[ROWS][OUTS]) {
+    EACH for (int r = 0; r < R; r++) {
+        if (N == 4) sum16_of_4(sums[r], found[r]);
+        else EACH for (int n = 0; n < N; n++) found[r][n] = sum16(sums[r][n]);
+    }
+}
+
 /* found[r][n]: rows b + r of the input times outputs o + n. R and N are constants where this is inlined: then the sums are in
    registers, and what is loaded of either is used for all of the other. */
 INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R, float found[ROWS][OUTS]) {
@@ -160,10 +182,10 @@ INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R,
             EACH for (int n = 0; n < N; n++) sums[r][n] += w[n] * v;
         }
     }
-    EACH for (int r = 0; r < R; r++) {
-        EACH for (int n = 0; n < N; n++) {
-            found[r][n] = sum16(sums[r][n]);
-            for (int64_t j = i; j < in; j++) found[r][n] += weight[n * in + j] * x[r * in + j];
+    sum_all(sums, R, N, found);
+    for (; i < in; i++) {
+        EACH for (int r = 0; r < R; r++) {
+            EACH for (int n = 0; n < N; n++) found[r][n] += weight[n * in + i] * x[r * in + i];
         }
     }
 }
@@ -184,16 +206,17 @@ INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R,
             EACH for (int n = 0; n < N; n++) sums[r][n] = add_pairs(sums[r][n], w[n], v);
         }
     }
-    EACH for (int r = 0; r < R; r++) {
-        EACH for (int n = 0; n < N; n++) {
-            found[r][n] = sum16(sums[r][n]);
-            for (int64_t j = i; j < in; j++) found[r][n] += bf16(weight[n * in + j]) * bf16(x[r * in + j]);
+    sum_all(sums, R, N, found);
+    for (; i < in; i++) {
+        EACH for (int r = 0; r < R; r++) {
+            EACH for (int n = 0; n < N; n++) found[r][n] += bf16(weight[n * in + i]) * bf16(x[r * in + i]);
         }
     }
 }
 
 INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R, float found[ROWS][OUTS]) {
     const int8_t *weight = (const int8_t *)l->weight + o * l->in;
+    F16 totals[ROWS][OUTS] = {0};
     for (int64_t begin = 0; begin < l->in; begin += 4096) {  /* so many products of 7 and 15 bits fit 16 sums of 31 */
         int64_t i = begin, end = begin + 4096 < l->in ? begin + 4096 : l->in;
         I16 sums[ROWS][OUTS] = {0};
@@ -210,13 +233,15 @@ INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R,
             }
         }
         EACH for (int r = 0; r < R; r++) {
-            EACH for (int n = 0; n < N; n++) {
-                int32_t rest = 0;
-                for (int64_t j = i; j < end; j++) rest += (int32_t)weight[n * l->in + j] * x[r * l->in + j];
-                found[r][n] = (begin ? found[r][n] : 0) + sum16(__builtin_convertvector(sums[r][n], F16)) + rest;
+            EACH for (int n = 0; n < N; n++) totals[r][n] += __builtin_convertvector(sums[r][n], F16);
+        }
+        for (; i < end; i++) {
+            EACH for (int r = 0; r < R; r++) {
+                EACH for (int n = 0; n < N; n++) totals[r][n][0] += (int32_t)weight[n * l->in + i] * x[r * l->in + i];
             }
         }
     }
+    sum_all(totals, R, N, found);
     EACH for (int r = 0; r < R; r++) {
         EACH for (int n = 0; n < N; n++) found[r][n] *= ((const float *)l->scale)[o + n];
     }
@@ -251,10 +276,10 @@ INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const 
             EACH for (int r = 0; r < R; r++) sums[r][n] += low * LOAD(F16, x_sums + r * groups + g);
         }
     }
-    EACH for (int r = 0; r < R; r++) {
-        EACH for (int n = 0; n < N; n++) {
-            found[r][n] = sum16(sums[r][n]);
-            for (int64_t h = g; h < groups; h++) found[r][n] += bf16(scale[n * groups + h] >> 16) * x_sums[r * groups + h];
+    sum_all(sums, R, N, found);
+    for (; g < groups; g++) {
+        EACH for (int r = 0; r < R; r++) {
+            EACH for (int n = 0; n < N; n++) found[r][n] += bf16(scale[n * groups + g] >> 16) * x_sums[r * groups + g];
         }
     }
 }
@@ -269,7 +294,20 @@ INLINE void dot(int64_t kind, const Linear *l, int64_t o, int N, const Input *in
     }
 }
 
-/* y (B, out) = x weight^T + bias, or y += that. The threads of the team share the outputs; there is no barrier behind it. */
+/* R rows by N outputs of y (B, out) = x weight^T + bias, or y += that. */
+INLINE void block_of(int64_t kind, const Linear *l, int64_t o, int N, const Input *in, int64_t b, int R, float *y, int add) {
+    float found[ROWS][OUTS];
+    dot(kind, l, o, N, in, b, R, found);
+    EACH for (int r = 0; r < R; r++) {
+        float *at = y + (b + r) * l->out + o;
+        EACH for (int n = 0; n < N; n++) {
+            float value = found[r][n] + (l->bias ? l->bias[o + n] : 0);
+            at[n] = add ? at[n] + value : value;
+        }
+    }
+}
+
+/* The threads of the team share the outputs; there is no barrier behind it. */
 INLINE void matmul_of(int64_t kind, const Linear *l, const Input *in, int64_t B, float *y, int add) {
     #pragma omp for schedule(static) nowait
     for (int64_t tile = 0; tile < (l->out + TILE - 1) / TILE; tile++) {
@@ -277,18 +315,12 @@ INLINE void matmul_of(int64_t kind, const Linear *l, const Input *in, int64_t B,
         for (int64_t b = 0; b < B;) {
             int R = B - b >= ROWS ? ROWS : B - b >= 2 ? 2 : 1;
             for (int64_t o = tile * TILE; o < end;) {
-                int N = b == 0 || R < ROWS || end - o < OUTS ? 1 : OUTS;  /* at first in the order of the memory, which fetches ahead; then the tile is in the cache */
-                float found[ROWS][OUTS];
-                if (R == 1) dot(kind, l, o, 1, in, b, 1, found);
-                else if (R == 2) dot(kind, l, o, 1, in, b, 2, found);
-                else if (N == 1) dot(kind, l, o, 1, in, b, ROWS, found);
-                else dot(kind, l, o, OUTS, in, b, ROWS, found);
-                for (int r = 0; r < R; r++) {
-                    for (int n = 0; n < N; n++) {
-                        float value = found[r][n] + (l->bias ? l->bias[o + n] : 0), *at = y + (b + r) * l->out + o + n;
-                        *at = add ? *at + value : value;
-                    }
-                }
+                /* at first in the order of the memory, which fetches ahead; then the tile is in the cache */
+                int N = b == 0 || R < ROWS || end - o < OUTS ? 1 : OUTS;
+                if (R == 1) block_of(kind, l, o, 1, in, b, 1, y, add);
+                else if (R == 2) block_of(kind, l, o, 1, in, b, 2, y, add);
+                else if (N == 1) block_of(kind, l, o, 1, in, b, ROWS, y, add);
+                else block_of(kind, l, o, OUTS, in, b, ROWS, y, add);
                 o += N;
             }
             b += R;
