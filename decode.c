@@ -1,4 +1,4 @@
-/* One token for each row of a batch: what model.py computes for T = 1, over the same weights and the same cache.
+/* Tokens into rows of a cache: what model.py computes, over the same weights and the same cache; and the draw of the next ones.
 
 A step of a small model is so short that torch spends most of it between its operations. This is all of them in one call,
 which reads each weight once, at the speed of the memory. native.py compiles it and fills the structures.
@@ -24,7 +24,8 @@ B rows, D head_dim, S tokens of a row with the new one; x[b][i] is written x[b *
 enum { FLOAT, BFLOAT16, INT8, INT4 };            /* kinds of numbers */
 enum { ROPE, LEARNED };                          /* kinds of positions */
 enum { SWIGLU, GELU, RELU, RELU2 };              /* kinds of MLP */
-enum { TILE = 8, GROUP = 32, AHEAD = 2048 };     /* outputs of a matmul that a thread takes at a time; inputs that share an int4 scale; bytes */
+enum { TILE = 8, GROUP = 32 };                   /* outputs of a matmul that a thread takes at a time; inputs that share an int4 scale */
+enum { AHEAD = 2048 };                           /* bytes by which a weight is fetched before its turn */
 #ifdef __AVX512F__
 enum { ROWS = 4, OUTS = 4 };                     /* rows and outputs whose sums are in registers at the same time */
 #else

@@ -1,4 +1,4 @@
-"""decode.c from Python: compiled once for this machine, filled with a model's own weights, called for every token.
+"""decode.c from Python: compiled once for this machine, filled with a model's own weights, called for every step and draw.
 
 Where it cannot be (no C compiler, another device, a width that does not fit), the reason is told and torch steps instead.
 """
