@@ -7,6 +7,7 @@
     python bench.py loader --config config.yaml               # the loader alone, beside the training that it feeds
     python bench.py probes --cases cases/grammar.yaml         # scoring probes, beside a loop over the candidates
     python bench.py generate --ckpt checkpoints/final.ckpt    # generation, beside transformers on the same weights
+    python bench.py serve --ckpt checkpoints/final.ckpt       # the server: one client, and 16 at once
 
 Memory is the highest sum of private (anonymous) memory of a process and its children, sampled while it runs. Contenders take
 turns, `--repeat` times; the median is shown with all of them. Each subject is a file of benchmarks/.
@@ -66,6 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     generate.add_argument("--batch", type=int, default=16, help="prompts of the batch (default %(default)s)")
     generate.add_argument("--repeat", type=int, default=3, help="runs of each (default %(default)s)")
     generate.set_defaults(run=runs("generate", "bench_generate"))
+    serve = commands.add_parser("serve", help="the server: one client, and many at once")
+    serve.add_argument("--ckpt", required=True)
+    serve.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "int8"], choices=dtypes)
+    serve.add_argument("--clients", type=int, default=16, help="that ask at once (default %(default)s)")
+    serve.add_argument("--tokens", type=int, default=60, help="of an answer (default %(default)s)")
+    serve.add_argument("--repeat", type=int, default=5, help="rounds of each (default %(default)s)")
+    serve.set_defaults(run=runs("serve", "bench_serve"))
     for command in (train, prepare, loader):
         command.add_argument("--work", help="a folder for scratch files (default: the system's)")
     args = parser.parse_args(argv)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from mmap import mmap
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,13 @@ class Row:
     n_drawn: int = 0
 
 
+def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU the kernel's own, which take memory as they are written to: most rows never come to the end of their context."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap(-1, shape.numel() * dtype.itemsize), dtype=dtype).view(shape)
+
+
 class Rows(KVCache):
     """A cache whose rows have lengths of their own. It takes one token a row, of the first rows; `row` is for a prompt.
 
@@ -84,7 +92,8 @@ class Rows(KVCache):
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device):
-        super().__init__(config, batch_size, max_len, dtype=dtype, device=device)
+        super().__init__(config, batch_size, max_len, dtype=dtype, device=torch.device("meta"))
+        self.keys, self.values = (zeros(self.keys.shape, dtype, device) for _ in range(2))
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
 
     def begin(self, n: int) -> Tensor:

@@ -546,7 +546,11 @@ def main(argv: list[str] | None = None) -> int:
     }  # before `place`, which may change the weights
     about["dtype"] = place(checkpoint, args.device, args.dtype)
     disable_created_metrics()  # a time for each number, which nobody reads
-    service = Service(checkpoint, about, args.rows, args.queue, args.deadline)
+    try:
+        service = Service(checkpoint, about, args.rows, args.queue, args.deadline)
+    except (OSError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"no memory for {args.rows} rows of {about['context']:,} tokens: {said}; lower --rows") from None
     port = at.getsockname()[1]
     name = f"[{args.host}]" if ":" in args.host else args.host
     names = {"localhost", "127.0.0.1", "[::1]", name.lower()}

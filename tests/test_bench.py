@@ -87,6 +87,20 @@ def test_training_is_set_beside_transformers_and_its_steps_are_taken_apart(tmp_p
     assert re.search(r"first step [\d.]+ s after the start of the process", done.stdout)
 
 
+def test_the_servers_clients_are_counted():
+    done = bench("serve", "--ckpt", "examples/microgpt.ckpt", "--dtypes", "float32", "--clients", "3", "--tokens", "4", "--repeat", "2")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"float32, (streaming|whole) +([\d,]+) +(\d+) (\d+) +([\d,]+) +(\d+) (\d+) +([\d.]+)", done.stdout)
+    assert [row[0] for row in rows] == ["streaming", "whole"]
+    for _, *numbers in rows:
+        one, first, second, many, third, fourth, ratio = (float(number.replace(",", "")) for number in numbers)
+        assert one == pytest.approx((first + second) / 2, abs=1) and many == pytest.approx((third + fourth) / 2, abs=1)
+        assert ratio == pytest.approx(many / one, rel=0.05)
+    done = bench("serve", "--ckpt", "README.md")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: serve.py did not start: README.md")
+
+
 def test_generation_is_set_beside_transformers_on_the_same_weights(tmp_path):
     path = tmp_path / "small.ckpt"
     sizes = {"vocab_size": ByteTokenizer().vocab_size, "n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
