@@ -44,8 +44,11 @@ def ask(port: int, model: str, tokens: int, seed: int, stream: bool) -> int:
     body |= {"stream_options": {"include_usage": True}} if stream else {}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    text = connection.getresponse().read().decode()
+    answer = connection.getresponse()
+    text = answer.read().decode()
     connection.close()
+    if answer.status != 200:
+        raise UserError(f"the server refused: {json.loads(text)['error']['message']}")
     last = [line for line in text.split("\n\n") if line.startswith("data: {")][-1].removeprefix("data: ") if stream else text
     return json.loads(last)["usage"]["completion_tokens"]
 

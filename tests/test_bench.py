@@ -87,8 +87,20 @@ def test_training_is_set_beside_transformers_and_its_steps_are_taken_apart(tmp_p
     assert re.search(r"first step [\d.]+ s after the start of the process", done.stdout)
 
 
-def test_the_servers_clients_are_counted():
-    done = bench("serve", "--ckpt", "examples/microgpt.ckpt", "--dtypes", "float32", "--clients", "3", "--tokens", "4", "--repeat", "2")
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    """A checkpoint."""
+    path = tmp_path / "small.ckpt"
+    sizes = {"vocab_size": ByteTokenizer().vocab_size, "n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
+    config = config_from_dict({"model": sizes, "data": {"tokenizer": "byte"}, "training": {"seq_len": 64}})
+    weights = {f"model.{name}": p for name, p in Transformer(config.model).state_dict().items()}
+    kit = kit_entry(config, ByteTokenizer().state(), tokens=1, val_loss=None)
+    save_whole({"state_dict": weights, "global_step": 1, "kit": kit}, path)
+    return str(path)
+
+
+def test_the_servers_clients_are_counted(small):
+    done = bench("serve", "--ckpt", small, "--dtypes", "float32", "--clients", "3", "--tokens", "4", "--repeat", "2")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"float32, (streaming|whole) +([\d,]+) +(\d+) (\d+) +([\d,]+) +(\d+) (\d+) +([\d.]+)", done.stdout)
     assert [row[0] for row in rows] == ["streaming", "whole"]
@@ -101,15 +113,9 @@ def test_the_servers_clients_are_counted():
     assert done.stderr.startswith("error: serve.py did not start: README.md")
 
 
-def test_generation_is_set_beside_transformers_on_the_same_weights(tmp_path):
-    path = tmp_path / "small.ckpt"
-    sizes = {"vocab_size": ByteTokenizer().vocab_size, "n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
-    config = config_from_dict({"model": sizes, "data": {"tokenizer": "byte"}, "training": {"seq_len": 64}})
-    weights = {f"model.{name}": p for name, p in Transformer(config.model).state_dict().items()}
-    kit = kit_entry(config, ByteTokenizer().state(), tokens=1, val_loss=None)
-    save_whole({"state_dict": weights, "global_step": 1, "kit": kit}, path)
+def test_generation_is_set_beside_transformers_on_the_same_weights(small):
     options = ["--beside", "float32", "--dtypes", "float32", "int8", "--torch", "--tokens", "8", "--batch", "3", "--repeat", "2"]
-    done = bench("generate", "--ckpt", str(path), *options)
+    done = bench("generate", "--ckpt", small, *options)
     assert done.returncode == 0, done.stderr
     rows = [re.match(r" *(\S.*?) {2,}([\d.,]+) +([\d.]+)x +(\d+)% +([\d.]+) ([\d.]+) ", line) for line in done.stdout.splitlines()]
     rates = {row[1]: float(row[2].replace(",", "")) for row in rows if row}
