@@ -1,5 +1,6 @@
 """A real `python serve.py`, asked by OpenAI's own client; and by what no client would send."""
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 import tokenizers as hf
 import torch
@@ -29,7 +31,7 @@ from batcher import Batcher, EngineFailed
 from chat import Chat, Conversation
 from checkpoint import Checkpoint, kit_entry, load_checkpoint, save_whole
 from config import Config, DataConfig, SamplingConfig, SamplingParams, TrainingConfig
-from engine import Request
+from engine import Engine, Request
 from errors import UserError
 from infer import encode_prompt, whole_texts
 from openai_api import UNSUPPORTED, Spelling
@@ -682,3 +684,25 @@ def test_options_that_cannot_be_are_refused(options, said, monkeypatch):
     with pytest.raises(UserError, match=re.escape(said)):
         serve.parse_args(options)
     assert serve.parse_args(["--host", "0.0.0.0", "--api-key", "x"]).api_key == "x"
+
+
+def test_a_cache_that_does_not_fit_names_the_option(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("engine.mmap", refuse)
+    with pytest.raises(UserError, match="no memory for 7 rows of 16 tokens: .*; lower --rows"):
+        serve.main(["--ckpt", str(ROOT / "examples" / "microgpt.ckpt"), "--port", "0", "--device", "cpu", "--rows", "7"])
+
+
+def test_the_cache_takes_memory_only_as_it_is_written_to():
+    model = random_model(vocab_size=257, max_seq_len=4096)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    engine = Engine(model, max_rows=2000)
+    size = 2 * engine.cache.keys.numel() * 4
+    assert size > 2**29
+    engine.add(Request([1, 2, 3], SamplingParams(temperature=0.0, max_new_tokens=5)))
+    while engine.busy:
+        engine.step()
+    assert process.memory_info().rss - before < size / 10
