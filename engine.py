@@ -10,6 +10,7 @@ What is cached of a row is all but its last token, which the next step takes in.
 last tokens: when a row is full, it goes on from the last half of the context.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -78,13 +79,6 @@ class Row:
     n_drawn: int = 0
 
 
-def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU the kernel's own, which take memory as they are written to: most rows never come to the end of their context."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap(-1, shape.numel() * dtype.itemsize), dtype=dtype).view(shape)
-
-
 class Rows(KVCache):
     """A cache whose rows have lengths of their own. It takes one token a row, of the first rows; `row` is for a prompt.
 
@@ -92,9 +86,15 @@ class Rows(KVCache):
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device):
-        super().__init__(config, batch_size, max_len, dtype=dtype, device=torch.device("meta"))
-        self.keys, self.values = (zeros(self.keys.shape, dtype, device) for _ in range(2))
+        super().__init__(config, batch_size, max_len, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """On a CPU the kernel's own, which take memory as they are written to: most rows never come to the end of their context."""
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.frombuffer(mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
     def begin(self, n: int) -> Tensor:
         """Make ready for a token in each of the first n rows; return their positions (n, 1)."""

@@ -108,9 +108,12 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (self.zeros(shape, dtype, device) for _ in range(2))
         self.length = 0
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def max_len(self) -> int:
