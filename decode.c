@@ -563,38 +563,21 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *rows,
 
 /* ---- the draw ---------------------------------------------------------------------------------------------------- */
 
-/* The least of the largest of v (n) that sum to `need`; v is reordered. Like quickselect, by what the numbers weigh. */
-static float least_of_mass(float *v, int64_t n, double need) {
+/* The least of the largest of v (n) of which there are `need`, or which sum to that; v is reordered. Quickselect, by what each weighs. */
+INLINE float least_of_largest(float *v, int64_t n, double need, int by_sum) {
     for (;;) {
         float pivot = v[n / 2];
         double above = 0, equal = 0;
         int64_t larger_ones = 0, i = 0, end = n;
         while (i < end) {                            /* larger | equal | smaller */
-            float x = v[i];
-            if (x > pivot) { above += x; v[i++] = v[larger_ones]; v[larger_ones++] = x; }
+            float x = v[i], weight = by_sum ? x : 1;
+            if (x > pivot) { above += weight; v[i++] = v[larger_ones]; v[larger_ones++] = x; }
             else if (x < pivot) { v[i] = v[--end]; v[end] = x; }
-            else { equal += x; i++; }
+            else { equal += weight; i++; }
         }
         if (above >= need) n = larger_ones;
         else if (above + equal >= need || end == n) return pivot;
         else { need -= above + equal; v += end; n -= end; }
-    }
-}
-
-/* The k-th largest of v (n), which is reordered. */
-static float kth_largest(float *v, int64_t n, int64_t k) {
-    for (;;) {
-        float pivot = v[n / 2];
-        int64_t larger_ones = 0, i = 0, end = n;
-        while (i < end) {
-            float x = v[i];
-            if (x > pivot) { v[i++] = v[larger_ones]; v[larger_ones++] = x; }
-            else if (x < pivot) { v[i] = v[--end]; v[end] = x; }
-            else i++;
-        }
-        if (k <= larger_ones) n = larger_ones;
-        else if (k <= end) return pivot;
-        else { k -= end; v += end; n -= end; }
     }
 }
 
@@ -632,16 +615,16 @@ static int64_t choose_one(const float *x, int64_t V, float temperature, int64_t 
     if (0 < top_k && top_k < V) {
         int64_t blocks = 0, found;
         for (int64_t i = 0; i + BLOCK <= V; i += BLOCK) room[blocks++] = largest_of(p + i, BLOCK);
-        float floor = top_k <= blocks ? kth_largest(room, blocks, top_k) : 0;  /* so many blocks have one as large */
+        float floor = top_k <= blocks ? least_of_largest(room, blocks, top_k, 0) : 0;  /* so many blocks have one as large */
         found = copy_at_least(p, V, floor, room);
-        least = larger(least, kth_largest(room, found, top_k));
+        least = larger(least, least_of_largest(room, found, top_k, 0));
     }
     if (top_p < 1) {
         double mass = 0;
         for (int64_t i = 0; i < V; i += BLOCK) mass += sum_of(p + i, V - i < BLOCK ? V - i : BLOCK, least);
         float floor = larger(least, mass * (1 - top_p) / (2 * V));  /* what is below has half of the rest at most: the nucleus is above */
         int64_t found = copy_at_least(p, V, floor, room);
-        least = larger(least, least_of_mass(room, found, top_p * mass));
+        least = larger(least, least_of_largest(room, found, top_p * mass, 1));
     }
     least = larger(least, min_p);
     double mass = 0, below = 0;
@@ -658,7 +641,7 @@ static int64_t choose_one(const float *x, int64_t V, float temperature, int64_t 
     return chosen;
 }
 
-/* sampling.py's `choose`: a token for each row of logits (B, V). */
+/* sampling.py's `choose_in_torch`: a token for each row of logits (B, V). */
 void choose(int64_t B, int64_t V, const float *logits, double temperature, int64_t top_k, double top_p, double min_p,
             const double *draws, int64_t *chosen) {
     #pragma omp parallel

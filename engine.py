@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from config import SamplingParams
+from errors import UserError
 from model import KVCache, ModelConfig, Transformer
 from native import CannotStep, NativeStep
 from sampling import Choose, log_probabilities, sample
@@ -194,6 +195,8 @@ class Engine:
         if not self.rows:
             return []
         logits = self.take(self.model, self.cache, [row.ids[-1] for row in self.rows]).cpu()
+        if logits[:, 0].isnan().any():  # then all of the row are, and any token would do
+            raise UserError("the model's logits are not numbers: its weights are broken; take another checkpoint")
         tokens = self._draw(logits)
         for token, row in zip(tokens, list(self.rows), strict=True):
             row.ids.append(token.id)

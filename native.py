@@ -97,19 +97,11 @@ class NativeStep:
         )  # fmt: skip
 
     def choose(self, logits: Tensor, params: SamplingParams, draws: Tensor) -> Tensor:
-        """`sampling.choose`, a tenth of its time."""
+        """What `sampling.choose_in_torch` does, in a tenth of its time."""
         logits, chosen = logits.contiguous(), torch.empty(len(logits), dtype=torch.long)
         assert logits.dtype == torch.float32 and draws.dtype == torch.float64
-        self.library.choose(
-            *logits.shape,
-            logits.data_ptr(),
-            params.temperature,
-            params.top_k,
-            params.top_p,
-            params.min_p,
-            draws.data_ptr(),
-            chosen.data_ptr(),
-        )
+        p, ends = params, (draws.data_ptr(), chosen.data_ptr())
+        self.library.choose(*logits.shape, logits.data_ptr(), p.temperature, p.top_k, p.top_p, p.min_p, *ends)
         return chosen
 
     def pointer(self, tensor: Tensor | None) -> int | None:

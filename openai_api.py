@@ -153,7 +153,7 @@ class Body(Strict):
 
     def sampling(self, max_tokens: int | None, default: int) -> dict[str, Any]:
         """What is given, by SamplingParams' names."""
-        names = (
+        names = [
             "temperature",
             "top_p",
             "top_k",
@@ -164,7 +164,7 @@ class Body(Strict):
             "stop",
             "stop_ids",
             "logit_bias",
-        )
+        ]
         given = {name: getattr(self, name) for name in names} | {"num_samples": self.n}
         given["max_new_tokens"] = default if max_tokens is None else max_tokens
         return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}

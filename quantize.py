@@ -10,7 +10,7 @@ bfloat16 where the device multiplies it, else float32.
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,16 +76,24 @@ class Quantized(nn.Module):
         return self
 
 
-class Int8Linear(Quantized):
-    """x -> x weight^T + bias; weight (out, in) int8, scale (out,) float32."""
+class QuantizedLinear(Quantized):
+    """x -> x weight^T + bias, by one of the functions above."""
+
+    quantizer: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.dtype = linear.weight.dtype
-        weight, scale = quantize_int8(linear.weight.detach())
+        weight, scale = type(self).quantizer(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+
+
+class Int8Linear(QuantizedLinear):
+    """weight (out, in) int8, scale (out,) float32."""
+
+    quantizer = staticmethod(quantize_int8)
 
     def matrix(self) -> Tensor:
         return (self.weight * self.scale[:, None]).to(self.dtype)
@@ -100,16 +108,10 @@ class Int8Linear(Quantized):
         return y if bias is None else y + bias
 
 
-class Int4Linear(Quantized):
-    """x -> x weight^T + bias; weight (out, in / 4) words of four, scale (out, in / 32, 2) with the lows."""
+class Int4Linear(QuantizedLinear):
+    """weight (out, in / 4) words of four, scale (out, in / 32, 2) with the lows."""
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.dtype = linear.weight.dtype
-        weight, scale = quantize_int4(linear.weight.detach())
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+    quantizer = staticmethod(quantize_int4)
 
     def matrix(self) -> Tensor:
         groups = unpack_int4(self.weight).unflatten(1, (-1, GROUP))

@@ -83,8 +83,8 @@ def theirs(path: str, dtype: str) -> Contender:
     )  # fmt: skip
     llama = LlamaForCausalLM(config).eval()
     weights = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in model.state_dict().items()}
-    llama.load_state_dict(weights, strict=False)
-    llama.tie_weights()
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    llama.load_state_dict(weights)
     llama.to(getattr(torch, dtype))
 
     @torch.inference_mode()

@@ -10,6 +10,7 @@ from torch import Tensor
 import native
 from config import ModelConfig, SamplingParams
 from engine import Engine, Request, Rows, Token, step_in_torch
+from errors import UserError
 from model import KVCache, Transformer
 from native import CannotStep, NativeStep
 
@@ -244,6 +245,17 @@ def test_others_get_their_tokens_and_leave_while_a_long_prompt_is_read(monkeypat
     assert found[gone] == []
     for request in (*short, long, last):
         assert ids_of(found[request]) == ids_of(alone(model, request))
+
+
+@pytest.mark.parametrize("where", [lambda engine: engine, in_torch], ids=["c", "torch"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_broken_weights_says_so(where, temperature):
+    model = random_model()
+    torch.nn.init.constant_(model.layers[1].mlp.up_proj.weight, float("nan"))
+    engine = where(Engine(model, max_rows=1))
+    engine.add(Request([1, 2, 3], SamplingParams(temperature=temperature)))
+    with pytest.raises(UserError, match="its weights are broken"):
+        engine.step()
 
 
 def test_a_cancelled_request_leaves_and_the_others_go_on():
