@@ -109,6 +109,21 @@ def test_the_logits_of_a_row_in_c_are_the_same_to_the_last_bit_whatever_the_batc
         assert torch.equal(logits_of(list(range(size))), together[:size])
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_the_number_of_threads_changes_no_bit(threads):
+    """Each waits for what the others make."""
+    model, found, before = random_model(n_layers=6), [], torch.get_num_threads()
+    ids = torch.randint(61, (40, 7), generator=torch.Generator().manual_seed(1)).tolist()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            step, cache = NativeStep(model), Rows(model.config, 7, 64, dtype=torch.float32, device=model.device)
+            found.append(torch.stack([step(model, cache, tokens) for tokens in ids]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 def test_keys_and_values_written_in_c_are_those_of_the_model():
     model = random_model()
     ids = torch.randint(61, (1, 20), generator=torch.Generator().manual_seed(1))
