@@ -491,7 +491,7 @@ def test_a_key_is_asked_of_v1_alone(guarded):
 # ---- who leaves, who waits -------------------------------------------------------------------------------------------
 
 
-def until(true, seconds: float = 20) -> None:
+def until(true, seconds: float = 60) -> None:
     """Wait for what will be; fail where it is not."""
     end = time.monotonic() + seconds
     while not true():
