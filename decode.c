@@ -25,7 +25,7 @@ enum { FLOAT, BFLOAT16, INT8, INT4 };            /* kinds of numbers */
 enum { ROPE, LEARNED };                          /* kinds of positions */
 enum { SWIGLU, GELU, RELU, RELU2 };              /* kinds of MLP */
 enum { TILE = 8, GROUP = 32 };                   /* outputs of a matmul that a thread takes at a time; inputs that share an int4 scale */
-enum { AHEAD = 2048 };                           /* bytes by which a weight is fetched before its turn */
+enum { LINE = 64 };                              /* bytes that a cache takes from the memory at a time */
 #ifdef __AVX512F__
 enum { ROWS = 4, OUTS = 4 };                     /* rows and outputs whose sums are in registers at the same time */
 #else
@@ -48,7 +48,6 @@ typedef int8_t B32 __attribute__((vector_size(32)));
 #else
 #define KEEP(x)
 #endif
-#define FETCH(from) __builtin_prefetch((const char *)(from) + AHEAD)
 #define LOAD(type, from) ({ type loaded; memcpy(&loaded, from, sizeof loaded); loaded; })
 
 typedef struct { int64_t kind, in, out; const void *weight, *scale; const float *bias; } Linear;   /* weight 0: not there */
@@ -107,6 +106,20 @@ INLINE void sum16_of_4(const F16 *v, float *sums) {
     F4 all = PART(ab, cd, 0, 1, 4, 5) + PART(ab, cd, 2, 3, 6, 7);
     memcpy(sums, &all, sizeof all);
 }
+
+/* Where a register holds 16: two vectors become one at every step, which has half as much of each. */
+#define HALVES(v, w) PART(v, w, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) + PART(v, w, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+#define QUARTERS(v, w) PART(v, w, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) + PART(v, w, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#define PAIRS(v, w) PART(v, w, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) + PART(v, w, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31)
+#define ONES(v, w) PART(v, w, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) + PART(v, w, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+INLINE void sum16_of_16(const F16 *v, float *sums) {
+    F16 a[8], b[4], c[2];
+    _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) a[i] = HALVES(v[2 * i], v[2 * i + 1]);
+    EACH for (int i = 0; i < 4; i++) b[i] = QUARTERS(a[2 * i], a[2 * i + 1]);
+    EACH for (int i = 0; i < 2; i++) c[i] = PAIRS(b[2 * i], b[2 * i + 1]);
+    c[0] = ONES(c[0], c[1]);
+    memcpy(sums, c, sizeof *c);
+}
 #else
 INLINE float sum16(F16 v) {
     float s[8];
@@ -115,6 +128,7 @@ INLINE float sum16(F16 v) {
 }
 
 INLINE void sum16_of_4(const F16 *v, float *sums) { EACH for (int n = 0; n < 4; n++) sums[n] = sum16(v[n]); }
+INLINE void sum16_of_16(const F16 *v, float *sums) { EACH for (int n = 0; n < 16; n += 4) sum16_of_4(v + n, sums + n); }
 #endif
 
 INLINE S32 widen(B32 bytes) {
@@ -159,15 +173,24 @@ INLINE I16 add_products(I16 sums, S32 a, S32 b) {  /* sums[0] + a[0] b[0] + a[1]
 }
 
 INLINE void sum_all(F16 sums[ROWS][OUTS], int R, int N, float found[ROWS][OUTS]) {
-    EACH for (int r = 0; r < R; r++) {
+    if (R == 4 && N == 4) sum16_of_16(sums[0], found[0]);
+    else EACH for (int r = 0; r < R; r++) {
         if (N == 4) sum16_of_4(sums[r], found[r]);
         else EACH for (int n = 0; n < N; n++) found[r][n] = sum16(sums[r][n]);
     }
 }
 
+/* What of the weights is fetched from the memory while others are multiplied, so that neither waits. */
+typedef struct { const char *next; int lines; } Ahead;
+
+INLINE void fetch(Ahead *ahead) {
+    for (int i = 0; i < ahead->lines; i++, ahead->next += LINE) __builtin_prefetch(ahead->next);
+}
+
 /* found[r][n]: rows b + r of the input times outputs o + n. R and N are constants where this is inlined: then the sums are in
-   registers, and what is loaded of either is used for all of the other. */
-INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R, float found[ROWS][OUTS]) {
+   registers, and what is loaded of either is used for all of the other. One row takes the weights in the order of the memory,
+   which fetches ahead by itself. */
+INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R, Ahead *ahead, float found[ROWS][OUTS]) {
     F16 sums[ROWS][OUTS] = {0};
     const float *weight = (const float *)l->weight + o * l->in;
     int64_t i = 0, in = l->in;
@@ -176,8 +199,8 @@ INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R,
         EACH for (int n = 0; n < N; n++) {
             w[n] = LOAD(F16, weight + n * in + i);
             KEEP(w[n]);
-            if (N == 1 && R > 1) FETCH(weight + i);
         }
+        if (R > 1) fetch(ahead);
         EACH for (int r = 0; r < R; r++) {
             F16 v = LOAD(F16, x + r * in + i);
             EACH for (int n = 0; n < N; n++) sums[r][n] += w[n] * v;
@@ -191,7 +214,7 @@ INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R,
     }
 }
 
-INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R, float found[ROWS][OUTS]) {
+INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R, Ahead *ahead, float found[ROWS][OUTS]) {
     F16 sums[ROWS][OUTS] = {0};
     const uint16_t *weight = (const uint16_t *)l->weight + o * l->in;
     int64_t i = 0, in = l->in;
@@ -200,8 +223,8 @@ INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R,
         EACH for (int n = 0; n < N; n++) {
             w[n] = LOAD(W16, weight + n * in + i);
             KEEP(w[n]);
-            if (N == 1 && R > 1) FETCH(weight + i);
         }
+        if (R > 1) fetch(ahead);
         EACH for (int r = 0; r < R; r++) {
             W16 v = LOAD(W16, x + r * in + i);
             EACH for (int n = 0; n < N; n++) sums[r][n] = add_pairs(sums[r][n], w[n], v);
@@ -215,7 +238,7 @@ INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R,
     }
 }
 
-INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R, float found[ROWS][OUTS]) {
+INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R, Ahead *ahead, float found[ROWS][OUTS]) {
     const int8_t *weight = (const int8_t *)l->weight + o * l->in;
     F16 totals[ROWS][OUTS] = {0};
     for (int64_t begin = 0; begin < l->in; begin += 4096) {  /* so many products of 7 and 15 bits fit 16 sums of 31 */
@@ -226,8 +249,8 @@ INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R,
             EACH for (int n = 0; n < N; n++) {
                 w[n] = widen(LOAD(B32, weight + n * l->in + i));
                 KEEP(w[n]);
-                if (N == 1 && R > 1) FETCH(weight + i);
             }
+            if (R > 1) fetch(ahead);
             EACH for (int r = 0; r < R; r++) {
                 S32 v = LOAD(S32, x + r * l->in + i);
                 EACH for (int n = 0; n < N; n++) sums[r][n] = add_products(sums[r][n], w[n], v);
@@ -250,12 +273,13 @@ INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R,
 
 /* 64 inputs are 16 words of four nibbles: word j has inputs j, j + 16, j + 32, j + 48, so that a half of the nibbles is a group. It has
    a scale and a low, two bfloat16 in a word of 32 bits: sum (q scale + low) x = scale sum(q x) + low sum(x). */
-INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const float *x_sums, int R, float found[ROWS][OUTS]) {
+INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const float *x_sums, int R, Ahead *ahead, float found[ROWS][OUTS]) {
     int64_t groups = l->in / GROUP, g = 0;
     const uint16_t *weight = (const uint16_t *)l->weight + o * l->in / 4;
     const uint32_t *scale = (const uint32_t *)l->scale + o * groups;
     F16 sums[ROWS][OUTS] = {0};
     for (int64_t i = 0; i < l->in; i += 64) {
+        if (R > 1) fetch(ahead);
         EACH for (int n = 0; n < N; n++) {
             U16 words = LOAD(U16, weight + (n * l->in + i) / 4);
             U32 both = join(words, words >> 4);
@@ -263,7 +287,6 @@ INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const 
             F16 s = (F16)(((W16){0} + scale[n * groups + i / GROUP]) << 16), t = (F16)(((W16){0} + scale[n * groups + i / GROUP + 1]) << 16);
             KEEP(first);
             KEEP(second);
-            if (N == 1 && R > 1) FETCH(weight + i / 4);
             EACH for (int r = 0; r < R; r++) {
                 const int16_t *v = x + r * l->in + i;
                 sums[r][n] += s * __builtin_convertvector(add_products((I16){0}, first, LOAD(S32, v)), F16);
@@ -285,20 +308,20 @@ INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const 
     }
 }
 
-INLINE void dot(int64_t kind, const Linear *l, int64_t o, int N, const Input *in, int64_t b, int R, float found[ROWS][OUTS]) {
-    if (kind == FLOAT) dot_floats(l, o, N, in->x + b * l->in, R, found);
-    if (kind == BFLOAT16) dot_bf16(l, o, N, in->q + b * l->in, R, found);
-    if (kind == INT8) dot_int8(l, o, N, in->q + b * l->in, R, found);
-    if (kind == INT4) dot_int4(l, o, N, in->q + b * l->in, in->sums + b * (l->in / GROUP), R, found);
+INLINE void dot(int64_t kind, const Linear *l, int64_t o, int N, const Input *in, int64_t b, int R, Ahead *ahead, float found[ROWS][OUTS]) {
+    if (kind == FLOAT) dot_floats(l, o, N, in->x + b * l->in, R, ahead, found);
+    if (kind == BFLOAT16) dot_bf16(l, o, N, in->q + b * l->in, R, ahead, found);
+    if (kind == INT8) dot_int8(l, o, N, in->q + b * l->in, R, ahead, found);
+    if (kind == INT4) dot_int4(l, o, N, in->q + b * l->in, in->sums + b * (l->in / GROUP), R, ahead, found);
     EACH for (int r = 0; r < R && kind > BFLOAT16; r++) {
         EACH for (int n = 0; n < N; n++) found[r][n] *= in->scale[b + r];
     }
 }
 
 /* R rows by N outputs of y (B, out) = x weight^T + bias, or y += that. */
-INLINE void block_of(int64_t kind, const Linear *l, int64_t o, int N, const Input *in, int64_t b, int R, float *y, int add) {
+INLINE void block_of(int64_t kind, const Linear *l, int64_t o, int N, const Input *in, int64_t b, int R, Ahead *ahead, float *y, int add) {
     float found[ROWS][OUTS];
-    dot(kind, l, o, N, in, b, R, found);
+    dot(kind, l, o, N, in, b, R, ahead, found);
     EACH for (int r = 0; r < R; r++) {
         float *at = y + (b + r) * l->out + o;
         EACH for (int n = 0; n < N; n++) {
@@ -308,20 +331,22 @@ INLINE void block_of(int64_t kind, const Linear *l, int64_t o, int N, const Inpu
     }
 }
 
-/* The threads of the team share the outputs; there is no barrier behind it. */
+/* The threads of the team share the outputs; there is no barrier behind it. While a tile is multiplied the next one is fetched, which
+   lies behind it: each step of each block takes its part of that. */
 INLINE void matmul_of(int64_t kind, const Linear *l, const Input *in, int64_t B, float *y, int add) {
+    int64_t bytes = kind == FLOAT ? 4 * l->in : kind == BFLOAT16 ? 2 * l->in : kind == INT8 ? l->in : l->in / 2;  /* of an output */
     #pragma omp for schedule(static) nowait
     for (int64_t tile = 0; tile < (l->out + TILE - 1) / TILE; tile++) {
         int64_t end = (tile + 1) * TILE < l->out ? (tile + 1) * TILE : l->out;
+        Ahead ahead = {(const char *)l->weight + end * bytes, B < ROWS || B >= ROWS * OUTS ? 1 : ROWS * OUTS / B};
         for (int64_t b = 0; b < B;) {
             int R = B - b >= ROWS ? ROWS : B - b >= 2 ? 2 : 1;
             for (int64_t o = tile * TILE; o < end;) {
-                /* at first in the order of the memory, which fetches ahead; then the tile is in the cache */
-                int N = b == 0 || R < ROWS || end - o < OUTS ? 1 : OUTS;
-                if (R == 1) block_of(kind, l, o, 1, in, b, 1, y, add);
-                else if (R == 2) block_of(kind, l, o, 1, in, b, 2, y, add);
-                else if (N == 1) block_of(kind, l, o, 1, in, b, ROWS, y, add);
-                else block_of(kind, l, o, OUTS, in, b, ROWS, y, add);
+                int N = R < ROWS || end - o < OUTS ? 1 : OUTS;
+                if (R == 1) block_of(kind, l, o, 1, in, b, 1, &ahead, y, add);
+                else if (R == 2) block_of(kind, l, o, 1, in, b, 2, &ahead, y, add);
+                else if (N == 1) block_of(kind, l, o, 1, in, b, ROWS, &ahead, y, add);
+                else block_of(kind, l, o, OUTS, in, b, ROWS, &ahead, y, add);
                 o += N;
             }
             b += R;
@@ -459,8 +484,11 @@ static int n_threads(void) {
 
 /* ---- the model --------------------------------------------------------------------------------------------------- */
 
+/* Bytes that begin where a line does: a vector across two would be loaded twice. */
+static void *room(int64_t bytes) { return aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE); }
+
 static Input make_input(int64_t B, int64_t width) {
-    Input in = {width, malloc(B * width * 4), malloc(B * 4), malloc(B * (width / GROUP + 1) * 4), malloc(B * width * 2)};
+    Input in = {width, room(B * width * 4), room(B * 4), room(B * (width / GROUP + 1) * 4), room(B * width * 2)};
     return in;
 }
 
@@ -563,14 +591,40 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *rows,
 
 /* ---- the draw ---------------------------------------------------------------------------------------------------- */
 
-/* The least of the largest of v (n) of which there are `need`, or which sum to that; v is reordered. Quickselect, by what each weighs. */
-INLINE float least_of_largest(float *v, int64_t n, double need, int by_sum) {
+enum { BLOCK = 256, FEW = 128 };
+
+INLINE float largest_of(const float *x, int64_t n) {
+    float top = -INFINITY;
+    #pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; i++) top = larger(top, x[i]);
+    return top;
+}
+
+/* What of p (n) is at least `least`: how much together, and how many. */
+typedef struct { double mass; int64_t count; } Share;
+
+INLINE Share share_of(const float *p, int64_t n, float least) {
+    Share share = {0, 0};
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {
+        float mass = 0;
+        int32_t count = 0;
+        int64_t end = begin + BLOCK < n ? begin + BLOCK : n;
+        #pragma omp simd reduction(+ : mass, count)
+        for (int64_t i = begin; i < end; i++) { mass += p[i] >= least ? p[i] : 0; count += p[i] >= least; }
+        share.mass += mass;
+        share.count += count;
+    }
+    return share;
+}
+
+/* The least of the largest of v (n) of which there are `need`, or which have that mass; v is reordered. Quickselect. */
+INLINE float least_of_few(float *v, int64_t n, double need, int by_mass) {
     for (;;) {
         float pivot = v[n / 2];
         double above = 0, equal = 0;
         int64_t larger_ones = 0, i = 0, end = n;
         while (i < end) {                            /* larger | equal | smaller */
-            float x = v[i], weight = by_sum ? x : 1;
+            float x = v[i], weight = by_mass ? x : 1;
             if (x > pivot) { above += weight; v[i++] = v[larger_ones]; v[larger_ones++] = x; }
             else if (x < pivot) { v[i] = v[--end]; v[end] = x; }
             else { equal += weight; i++; }
@@ -581,59 +635,47 @@ INLINE float least_of_largest(float *v, int64_t n, double need, int by_sum) {
     }
 }
 
-INLINE float largest_of(const float *x, int64_t n) {
-    float top = -INFINITY;
-    #pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; i++) top = larger(top, x[i]);
-    return top;
-}
-
-/* Copy what of x (n) is at least `least`; `to` has room for n. Return how many there are. */
-static int64_t copy_at_least(const float *x, int64_t n, float least, float *to) {
-    int64_t found = 0;
-    for (int64_t i = 0; i < n; i++) {
-        to[found] = x[i];
-        found += x[i] >= least;
+/* The same of p (V), at most 1 each, none below `low`: between ever closer bounds, until few are between them. room: (V). */
+static float least_of_largest(const float *p, int64_t V, double need, int by_mass, float low, float *room) {
+    float high = 2;
+    Share upper = {0, 0}, lower = share_of(p, V, low);
+    for (int halvings = 0; halvings < 32 && lower.count - upper.count > FEW; halvings++) {
+        float middle = sqrtf(low * high);
+        Share share = share_of(p, V, middle);
+        if ((by_mass ? share.mass : share.count) >= need) { low = middle; lower = share; }
+        else { high = middle; upper = share; }
     }
-    return found;
-}
-
-/* The sum of what of x (n) is at least `least`. */
-INLINE double sum_of(const float *x, int64_t n, float least) {
-    float sum = 0;
-    #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += x[i] >= least ? x[i] : 0;
-    return sum;
+    int64_t found = 0;
+    for (int64_t begin = 0; begin < V; begin += 16) {
+        int64_t end = begin + 16 < V ? begin + 16 : V;
+        int32_t any = 0;
+        for (int64_t i = begin; i < end; i++) any |= (p[i] >= low) & (p[i] < high);
+        for (int64_t i = begin; any && i < end; i++) {
+            room[found] = p[i];
+            found += p[i] >= low && p[i] < high;
+        }
+    }
+    return found ? least_of_few(room, found, need - (by_mass ? upper.mass : upper.count), by_mass) : low;
 }
 
 /* The token of logits x (V) in whose share the draw falls, among the likeliest that are left. p, room: (V). */
 static int64_t choose_one(const float *x, int64_t V, float temperature, int64_t top_k, float top_p, float min_p, double draw, float *p, float *room) {
-    enum { BLOCK = 256 };
     float top = largest_of(x, V), least = 1e-37f;
     for (int64_t i = 0; i < V; i++) p[i] = exp_((x[i] - top) / temperature);
     for (int64_t i = 0; i < V; i++) p[i] = p[i] > least ? p[i] : 0;
-    if (0 < top_k && top_k < V) {
-        int64_t blocks = 0, found;
-        for (int64_t i = 0; i + BLOCK <= V; i += BLOCK) room[blocks++] = largest_of(p + i, BLOCK);
-        float floor = top_k <= blocks ? least_of_largest(room, blocks, top_k, 0) : 0;  /* so many blocks have one as large */
-        found = copy_at_least(p, V, floor, room);
-        least = larger(least, least_of_largest(room, found, top_k, 0));
-    }
+    if (0 < top_k && top_k < V) least = least_of_largest(p, V, top_k, 0, least, room);
     if (top_p < 1) {
-        double mass = 0;
-        for (int64_t i = 0; i < V; i += BLOCK) mass += sum_of(p + i, V - i < BLOCK ? V - i : BLOCK, least);
-        float floor = larger(least, mass * (1 - top_p) / (2 * V));  /* what is below has half of the rest at most: the nucleus is above */
-        int64_t found = copy_at_least(p, V, floor, room);
-        least = larger(least, least_of_largest(room, found, top_p * mass, 1));
+        double mass = share_of(p, V, least).mass;
+        float floor = mass * (1 - top_p) / (2 * V);  /* what is below has half of the rest at most: the nucleus is above */
+        least = least_of_largest(p, V, top_p * mass, 1, larger(least, floor), room);
     }
     least = larger(least, min_p);
-    double mass = 0, below = 0;
-    for (int64_t i = 0; i < V; i += BLOCK) mass += sum_of(p + i, V - i < BLOCK ? V - i : BLOCK, least);
+    double mass = share_of(p, V, least).mass, below = 0;
     int64_t i = 0, chosen = 0;
     for (; i + BLOCK < V; i += BLOCK) {              /* to the block in which it falls */
-        double sum = sum_of(p + i, BLOCK, least);
-        if (below + sum > draw * mass) break;
-        below += sum;
+        double in_block = share_of(p + i, BLOCK, least).mass;
+        if (below + in_block > draw * mass) break;
+        below += in_block;
     }
     for (; i < V && below <= draw * mass; i++) {
         if (p[i] >= least) { below += p[i]; chosen = i; }
