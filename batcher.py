@@ -1,6 +1,6 @@
 """One thread steps the engine; an event loop asks it for texts and gets them in pieces, those of all requests side by side.
 
-    batcher = Batcher(model, tokenizer, rows=16, most_waiting=128)
+    batcher = Batcher(model, tokenizer, threads=2, rows=16, most_waiting=128)
     batcher.start(asyncio.get_running_loop())
     call = batcher.ask([Request(ids, params, eos_id)], seconds=300)
     async for pieces in batcher.read(call): ...
@@ -10,6 +10,7 @@ between two steps; what the thread has to tell goes back once a step, whatever t
 """
 
 import asyncio
+import math
 import threading
 import time
 import traceback
@@ -21,6 +22,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine import Engine, Request, Token
@@ -28,6 +30,7 @@ from infer import Text
 from model import Transformer
 from tokenizer import Tokenizer
 
+TELL_SECONDS = 0.01  # as often is a stream told of what is new: to tell of a token costs more than a small model's step
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 300)
 
 
@@ -119,14 +122,15 @@ class Growing:
 
 
 class Batcher:
-    """An engine of `rows` rows in a thread of its own. All but what begins with _ is for the event loop."""
+    """An engine of `rows` rows in a thread of its own, which computes with so many. All but what begins with _ is for the event loop."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, most_waiting: int):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, threads: int, rows: int, most_waiting: int):
         self._fresh_engine = partial(Engine, model, rows)
         self._engine = self._fresh_engine()
         self._growing: dict[tuple[Request, int], Growing] = {}
-        self._news: list[tuple[Call, Piece | Exception]] = []  # that can wait for what cannot
-        self._closed = False
+        self._news: list[tuple[Call, Piece | Exception]] = []  # not told yet
+        self._told, self._due = 0.0, math.inf  # when they were told last, and are to be told next
+        self._closed, self._threads = False, threads
         self.tokenizer, self.most_waiting, self.metrics = tokenizer, most_waiting, Metrics()
         self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.waiting = 0  # requests that no step has taken in
@@ -152,10 +156,7 @@ class Batcher:
             raise TooBusy(429, f"{self.waiting} requests are waiting, of {self.most_waiting} that may; try again in a second")
 
     def ask(self, requests: list[Request], seconds: float, stream: bool = True) -> Call:
-        """Begin the texts behind the prompts; they are cut after so many seconds. Raises TooBusy.
-
-        What does not stream is not told of token by token, which would cost more than a small model's step.
-        """
+        """Begin the texts behind the prompts; they are cut after so many seconds. Raises TooBusy."""
         self.room_for(len(requests))
         texts = sum(request.params.num_samples for request in requests)
         call = Call(requests, stream, time.perf_counter(), texts, set(range(len(requests))))
@@ -198,6 +199,7 @@ class Batcher:
     # ---- the thread --------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        torch.set_num_threads(self._threads)
         while not self._closed:
             try:
                 if not self._engine.busy:
@@ -207,8 +209,8 @@ class Batcher:
                 if tokens := self._engine.step():
                     self.metrics.step_rows.observe(len(tokens))
                     self.metrics.completion_tokens.inc(len(tokens))
-                    urgent = [self._push(token) for token in tokens]
-                    if any(urgent):
+                    self._due = min(self._due, *map(self._push, tokens))
+                    if time.perf_counter() >= self._due:
                         self._tell()
             except Exception as error:  # whatever it is, nobody may wait for ever
                 traceback.print_exc()
@@ -220,6 +222,7 @@ class Batcher:
 
     def _tell(self, more: list[tuple[Call, Piece | Exception]] | None = None) -> None:
         news, self._news = self._news + (more or []), []
+        self._told, self._due = time.perf_counter(), math.inf
         with suppress(RuntimeError):  # the loop has ended, and with it whoever would read
             self.loop.call_soon_threadsafe(self._deliver, news)
 
@@ -231,8 +234,8 @@ class Batcher:
                 self._growing[request, sample] = Growing(call, number * n + sample, text)
             self._engine.add(request)
 
-    def _push(self, token: Token) -> bool:
-        """Note what a token brings; whether it is to be told at once: to a stream, and where a text begins or ends."""
+    def _push(self, token: Token) -> float:
+        """Note what a token brings. Return when it is to be told: at once where a text begins or ends, soon to a stream."""
         growing = self._growing[token.request, token.sample]
         first = not growing.met
         if first:
@@ -245,7 +248,9 @@ class Batcher:
             del self._growing[token.request, token.sample]
             self._engine.cancel(token.request, token.sample)  # of a stop text the engine does not know
         self._news.append((growing.call, piece))
-        return growing.call.stream or first or piece.end is not None
+        if first or piece.end:
+            return 0.0
+        return self._told + TELL_SECONDS if growing.call.stream else math.inf
 
     def _take(self, call: Call) -> list[Growing]:
         """What is growing of the call, taken out of the engine."""

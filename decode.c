@@ -76,6 +76,13 @@ INLINE float number(const void *from, int64_t kind, int64_t at) {
 
 INLINE float larger(float a, float b) { return a > b ? a : b; }
 
+INLINE float largest_of(const float *x, int64_t n) {
+    float top = -INFINITY;
+    #pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; i++) top = larger(top, x[i]);
+    return top;
+}
+
 /* e^x to 2 units in the last place: 2^n times a polynomial over |r| <= ln(2) / 2 (Cephes). Loops over it become vectors. */
 INLINE float exp_(float x) {
     x = larger(x < 88.0f ? x : 88.0f, -87.0f);
@@ -428,23 +435,48 @@ static void write_cache(void *cache, int64_t kind, int64_t at, const float *x, i
     else for (int64_t i = 0; i < D; i++) ((uint16_t *)cache + at)[i] = to_bf16(x[i]);
 }
 
+INLINE F16 numbers(const void *from, int64_t kind, int64_t at) {
+    if (kind == FLOAT) return LOAD(F16, (const float *)from + at);
+    return (F16)(__builtin_convertvector(LOAD(U16, (const uint16_t *)from + at), W16) << 16);
+}
+
+/* p[0] ... p[N - 1]: q (D) times that many keys, which begin at `at`. */
+INLINE void score(const void *keys, int64_t kind, int64_t at, int N, int64_t D, const float *q, float *p) {
+    F16 sums[4] = {0};
+    float found[4];
+    int64_t i = 0;
+    for (; i + 16 <= D; i += 16) EACH for (int n = 0; n < N; n++) sums[n] += LOAD(F16, q + i) * numbers(keys, kind, at + n * D + i);
+    if (N == 4) sum16_of_4(sums, found);
+    else found[0] = sum16(sums[0]);
+    for (; i < D; i++) EACH for (int n = 0; n < N; n++) found[n] += q[i] * number(keys, kind, at + n * D + i);
+    EACH for (int n = 0; n < N; n++) p[n] = found[n] / sqrtf(D);
+}
+
+/* y (16 N): the sum of S values, which begin at `at` and are D apart, by their shares p. */
+INLINE void mix(const void *values, int64_t kind, int64_t at, int N, int64_t S, int64_t D, const float *p, float total, float *y) {
+    F16 sums[4] = {0};
+    for (int64_t s = 0; s < S; s++) EACH for (int n = 0; n < N; n++) sums[n] += p[s] * numbers(values, kind, at + s * D + 16 * n);
+    EACH for (int n = 0; n < N; n++) {
+        F16 shares = sums[n] / total;
+        memcpy(y + 16 * n, &shares, sizeof shares);
+    }
+}
+
 /* y (D) = softmax(q k^T / sqrt(D)) v over S tokens, whose keys and values begin at `at`; p has room for S. */
 INLINE void attend(const void *keys, const void *values, int64_t kind, int64_t at, int64_t S, int64_t D, const float *q, float *p, float *y) {
-    float top = -INFINITY, total = 0, scale = 1 / sqrtf(D);
-    for (int64_t s = 0; s < S; s++) {
-        float score = 0;
-        #pragma omp simd reduction(+ : score)
-        for (int64_t i = 0; i < D; i++) score += q[i] * number(keys, kind, at + s * D + i);
-        p[s] = score * scale;
-        top = larger(top, p[s]);
+    int64_t s = 0, i = 0;
+    for (; s + 4 <= S; s += 4) score(keys, kind, at + s * D, 4, D, q, p + s);
+    for (; s < S; s++) score(keys, kind, at + s * D, 1, D, q, p + s);
+    float top = largest_of(p, S), total = 0;
+    for (s = 0; s < S; s++) p[s] = exp_(p[s] - top);
+    for (s = 0; s < S; s++) total += p[s];
+    for (; i + 64 <= D; i += 64) mix(values, kind, at + i, 4, S, D, p, total, y + i);
+    for (; i + 16 <= D; i += 16) mix(values, kind, at + i, 1, S, D, p, total, y + i);
+    for (; i < D; i++) {
+        float sum = 0;
+        for (s = 0; s < S; s++) sum += p[s] * number(values, kind, at + s * D + i);
+        y[i] = sum / total;
     }
-    for (int64_t s = 0; s < S; s++) p[s] = exp_(p[s] - top);
-    memset(y, 0, D * sizeof *y);
-    for (int64_t s = 0; s < S; s++) {
-        total += p[s];
-        for (int64_t i = 0; i < D; i++) y[i] += p[s] * number(values, kind, at + s * D + i);
-    }
-    for (int64_t i = 0; i < D; i++) y[i] /= total;
 }
 
 INLINE void activate(int64_t kind, int64_t n, float *gate, const float *up) {
@@ -592,13 +624,6 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *rows,
 /* ---- the draw ---------------------------------------------------------------------------------------------------- */
 
 enum { BLOCK = 256, FEW = 128 };
-
-INLINE float largest_of(const float *x, int64_t n) {
-    float top = -INFINITY;
-    #pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; i++) top = larger(top, x[i]);
-    return top;
-}
 
 /* What of p (n) is at least `least`: how much together, and how many. */
 typedef struct { double mass; int64_t count; } Share;

@@ -27,8 +27,8 @@ from model import KVCache, ModelConfig, Transformer
 from native import CannotStep, NativeStep
 from sampling import Choose, log_probabilities, sample
 
-PIECE = 512  # tokens of a prompt that are read between two steps
-FEW = 64  # tokens up to which C reads them faster than torch
+PIECE = 512  # tokens of prompts that are read between two steps
+FEW = 64  # tokens of a prompt up to which C reads them faster than torch
 
 
 @dataclass(eq=False)
@@ -186,12 +186,12 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """A token for every row. A piece of one prompt is read in a step at most, so that the others do not wait for long."""
+        """A token for every row. PIECE tokens of prompts are read in a step at most, so that the others do not wait for long."""
         self.join()
         for b, row in enumerate(self.rows):
             if self.cache.lengths[b] == self.context:
                 self.cache.lengths[b] = 0
-                self._read(b, row.ids[-max(1, self.context // 2) : -1])
+                self._read([(b, row.ids[-max(1, self.context // 2) : -1])])
         if not self.rows:
             return []
         logits = self.take(self.model, self.cache, [row.ids[-1] for row in self.rows]).cpu()
@@ -207,34 +207,50 @@ class Engine:
 
     @torch.inference_mode()
     def join(self) -> None:
-        """Let the first of the waiting in, where there is room: a piece of its prompt at a time, once for all its samples."""
-        if not self.joining:
-            if not self.waiting or len(self.rows) + self.waiting[0].params.num_samples > self.max_rows:
-                return
-            request = self.waiting.popleft()
-            self.joining = [
-                Row(request, sample, list(request.ids), new_generator(request, sample)) for sample in range(request.params.num_samples)
-            ]
-            self.unread = request.ids[-self.context : -1]
-            self.cache.lengths[len(self.rows)] = 0
-        first = len(self.rows)
-        piece, self.unread = self.unread[:PIECE], self.unread[PIECE:]
-        self._read(first, piece)
-        if not self.unread:
+        """Let the waiting in, in their order, while there is room. A prompt is read once for all its samples, and cut at the same places
+        whoever else joins, as a text must not depend on that."""
+        pieces: list[tuple[int, list[int]]] = []  # rows, and what is read into them
+        joined: list[range] = []
+        while self.joining or self._admit():
+            b, piece = len(self.rows), self.unread[:PIECE]
+            if pieces and sum(len(ids) for _, ids in pieces) + len(piece) > PIECE:
+                break
+            pieces.append((b, piece))
+            self.unread = self.unread[PIECE:]
+            if self.unread:
+                break
             self.rows += self.joining
             self.joining = []
-            for b in range(first + 1, len(self.rows)):
+            joined.append(range(b, len(self.rows)))
+        self._read(pieces)
+        for first, *others in joined:
+            for b in others:
                 self.cache.copy(first, b)
 
-    def _read(self, b: int, ids: list[int]) -> None:
-        """Take ids into row b, behind what it has."""
-        if not ids:
-            return
-        if len(ids) <= FEW and isinstance(self.take, NativeStep):
-            self.take.read(self.cache, b, ids)
-        else:
-            self.model.hidden(torch.tensor([ids], device=self.cache.keys.device), cache=self.cache.row(b))
-        self.cache.lengths[b] += len(ids)
+    def _admit(self) -> bool:
+        """Whether the first of the waiting has room; then it is joining."""
+        if not self.waiting or len(self.rows) + self.waiting[0].params.num_samples > self.max_rows:
+            return False
+        request = self.waiting.popleft()
+        self.joining = [
+            Row(request, sample, list(request.ids), new_generator(request, sample)) for sample in range(request.params.num_samples)
+        ]
+        self.unread = request.ids[-self.context : -1]
+        self.cache.lengths[len(self.rows)] = 0
+        return True
+
+    def _read(self, pieces: list[tuple[int, list[int]]]) -> None:
+        """Take ids into rows, behind what those have: the short ones all at once."""
+        short = []
+        for b, ids in pieces:
+            if len(ids) <= FEW and isinstance(self.take, NativeStep):
+                short.append((b, ids))
+            elif ids:
+                self.model.hidden(torch.tensor([ids], device=self.cache.keys.device), cache=self.cache.row(b))
+        if short:
+            self.take.read(self.cache, short)
+        for b, ids in pieces:
+            self.cache.lengths[b] += len(ids)
 
     def _leave(self, row: Row) -> None:
         """The last row takes the place, and what is read of the next one the last place."""

@@ -84,10 +84,11 @@ class NativeStep:
         cache.lengths[:n] += 1
         return logits
 
-    def read(self, cache: Any, row: int, ids: list[int]) -> None:
-        """Take ids into a row, behind what it has."""
-        start = int(cache.lengths[row])
-        self.take(cache, ids, [row] * len(ids), list(range(start, start + len(ids))), None)
+    def read(self, cache: Any, pieces: list[tuple[int, list[int]]]) -> None:
+        """Take the ids of each piece into its row, behind what that has."""
+        tokens = [(i, b, int(cache.lengths[b]) + place) for b, ids in pieces for place, i in enumerate(ids)]
+        if tokens:
+            self.take(cache, *map(list, zip(*tokens, strict=True)), None)
 
     def take(self, cache: Any, tokens: list[int], rows: list[int], positions: list[int], logits: Tensor | None) -> None:
         many, out = c_int64 * len(tokens), None if logits is None else logits.data_ptr()

@@ -12,6 +12,7 @@ ask, how much, and for how long.
 import argparse
 import asyncio
 import base64
+import gc
 import hashlib
 import hmac
 import ipaddress
@@ -32,6 +33,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import h11
+import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, disable_created_metrics, generate_latest
@@ -84,12 +86,12 @@ PAGE = Path(__file__).with_name("web") / "index.html"
 class Service:
     """A checkpoint and the batch that it answers in."""
 
-    def __init__(self, checkpoint: Checkpoint, about: dict[str, Any], rows: int, most_waiting: int, deadline: float):
+    def __init__(self, checkpoint: Checkpoint, about: dict[str, Any], threads: int, rows: int, most_waiting: int, deadline: float):
         self.checkpoint, self.rows, self.deadline = checkpoint, rows, deadline
         self.most_prompts = min(MOST_PROMPTS, most_waiting)
         self.context, self.vocab_size = checkpoint.config.model.max_seq_len, checkpoint.config.model.vocab_size
         self.spelling = Spelling(checkpoint.tokenizer)
-        self.batcher = Batcher(checkpoint.model, checkpoint.tokenizer, rows, most_waiting)
+        self.batcher = Batcher(checkpoint.model, checkpoint.tokenizer, threads, rows, most_waiting)
         # Encoding sets a flag of the tokenizer while another thread may decode; so it has a tokenizer and a thread of its own
         self.conversation = Conversation(from_state(checkpoint.tokenizer.state()), checkpoint.chat_template)
         self.encoding = ThreadPoolExecutor(1, "encoding")
@@ -532,6 +534,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     at = listen(args.host, args.port)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with a team for this thread and one for the engine's, OpenMP lets both sleep after every step
     checkpoint = load_checkpoint(args.ckpt or best_checkpoint())
     about = {
         "path": checkpoint.path.name,
@@ -547,7 +551,7 @@ def main(argv: list[str] | None = None) -> int:
     about["dtype"] = place(checkpoint, args.device, args.dtype)
     disable_created_metrics()  # a time for each number, which nobody reads
     try:
-        service = Service(checkpoint, about, args.rows, args.queue, args.deadline)
+        service = Service(checkpoint, about, threads, args.rows, args.queue, args.deadline)
     except (OSError, RuntimeError) as error:
         said = str(error).splitlines()[0]
         raise UserError(f"no memory for {args.rows} rows of {about['context']:,} tokens: {said}; lower --rows") from None
@@ -562,6 +566,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = json.dumps({"model": service.model["id"], "prompt": "" if checkpoint.tokenizer.prefix else "the", "max_tokens": 40})
     key = f""" -H "Authorization: Bearer ${KEY_VARIABLE}\"""" if args.api_key else ""
     print(f"curl http://{name}:{port}/v1/completions -H 'Content-Type: application/json'{key} -d '{asked}'", file=sys.stderr, flush=True)
+    gc.freeze()  # what is there stays, and need not be searched for garbage again and again
     build_server(service, hosts, args.api_key).run(sockets=[at])
     return 0
 

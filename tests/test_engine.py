@@ -210,9 +210,26 @@ def test_a_later_sample_is_the_first_one_of_a_later_seed():
 def test_samples_share_one_pass_over_the_prompt(monkeypatch):
     model, read = random_model(), []
     whole = Engine._read
-    monkeypatch.setattr(Engine, "_read", lambda self, b, ids: (read.append((b, ids)), whole(self, b, ids)))
+    monkeypatch.setattr(Engine, "_read", lambda self, pieces: (read.extend(pieces), whole(self, pieces)))
     alone(model, Request(list(range(30)), SamplingParams(max_new_tokens=5, num_samples=4)))
     assert read == [(0, list(range(29)))]
+
+
+def test_prompts_that_wait_together_are_read_together_up_to_a_piece(monkeypatch):
+    """What does not fit waits whole, since where a prompt is cut may not depend on the others."""
+    monkeypatch.setattr("engine.PIECE", 10)
+    read: list[list[int]] = []
+    whole = Engine._read
+    monkeypatch.setattr(Engine, "_read", lambda self, pieces: (read.append([len(ids) for _, ids in pieces]), whole(self, pieces)))
+    engine = Engine(random_model(), max_rows=6)
+    for length in (4, 5, 1, 6, 24, 3):  # of which the last token is not read but taken by the step
+        engine.add(Request(list(range(length)), SamplingParams(max_new_tokens=20)))
+    rows = []
+    for _ in range(5):
+        engine.step()
+        rows.append(len(engine.rows))
+    assert read == [[3, 4, 0], [5], [10], [10], [3, 2]]
+    assert rows == [3, 4, 4, 4, 6]
 
 
 @pytest.mark.parametrize("few", [0, 3, 100])

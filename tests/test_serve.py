@@ -572,7 +572,7 @@ def test_an_exception_in_the_engine_ends_the_texts_and_not_the_thread():
         return "".join([piece.text async for news in batcher.read(call) for piece in news])
 
     async def both() -> str:
-        batcher = Batcher(model, tokenizer, 2, 8)
+        batcher = Batcher(model, tokenizer, 1, 2, 8)
 
         def broken() -> None:
             raise ZeroDivisionError
@@ -596,7 +596,7 @@ def impatient(tmp_path, monkeypatch) -> Iterator[Served]:
         monkeypatch.setattr(serve, name, 0.3)
     checkpoint = load_checkpoint(write(tmp_path / "small.ckpt", ByteTokenizer(), context=4096))
     at = serve.listen("127.0.0.1", 0)
-    server = serve.build_server(serve.Service(checkpoint, {}, 2, 2, 60), None, None)
+    server = serve.build_server(serve.Service(checkpoint, {}, 1, 2, 2, 60), None, None)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
     thread.start()
     yield Served(None, f"http://127.0.0.1:{at.getsockname()[1]}", checkpoint, "")
