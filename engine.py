@@ -28,7 +28,7 @@ from native import CannotStep, NativeStep
 from sampling import Choose, log_probabilities, sample
 
 PIECE = 512  # tokens of prompts that are read between two steps
-FEW = 64  # tokens of a prompt up to which C reads them faster than torch
+SHORT = 64  # tokens of a prompt up to which C reads them faster than torch
 
 
 @dataclass(eq=False)
@@ -243,7 +243,7 @@ class Engine:
         """Take ids into rows, behind what those have: the short ones all at once."""
         short = []
         for b, ids in pieces:
-            if len(ids) <= FEW and isinstance(self.take, NativeStep):
+            if len(ids) <= SHORT and isinstance(self.take, NativeStep):
                 short.append((b, ids))
             elif ids:
                 self.model.hidden(torch.tensor([ids], device=self.cache.keys.device), cache=self.cache.row(b))

@@ -232,12 +232,12 @@ def test_prompts_that_wait_together_are_read_together_up_to_a_piece(monkeypatch)
     assert rows == [3, 4, 4, 4, 6]
 
 
-@pytest.mark.parametrize("few", [0, 3, 100])
+@pytest.mark.parametrize("short", [0, 3, 100])
 @pytest.mark.parametrize("piece", [1, 4, 7, 29, 30])
-def test_a_prompt_read_in_pieces_by_c_or_torch_is_the_prompt_read_whole(monkeypatch, piece, few):
+def test_a_prompt_read_in_pieces_by_c_or_torch_is_the_prompt_read_whole(monkeypatch, piece, short):
     model = random_model()
     monkeypatch.setattr("engine.PIECE", piece)
-    monkeypatch.setattr("engine.FEW", few)
+    monkeypatch.setattr("engine.SHORT", short)
     engine = Engine(model, max_rows=3)
     engine.add(Request(list(range(30)), SamplingParams(temperature=0.0, max_new_tokens=3, num_samples=2)))
     while engine.waiting or engine.joining:
@@ -255,7 +255,7 @@ def test_a_prompt_read_in_pieces_by_c_or_torch_is_the_prompt_read_whole(monkeypa
 def test_others_get_their_tokens_and_leave_while_a_long_prompt_is_read(monkeypatch):
     """And it gets what it gets alone, though its row moves; one that is cancelled on the way leaves no trace."""
     monkeypatch.setattr("engine.PIECE", 2)
-    monkeypatch.setattr("engine.FEW", 0)
+    monkeypatch.setattr("engine.SHORT", 0)
     model = random_model()
     short = [Request([n, n + 1], SamplingParams(temperature=1.0, max_new_tokens=most, seed=n)) for n, most in enumerate((4, 6, 9))]
     long, gone, last = (Request(list(range(n, n + 21)), SamplingParams(temperature=1.0, max_new_tokens=5, seed=n)) for n in (1, 2, 3))
