@@ -517,10 +517,10 @@ static int n_threads(void) {
 /* ---- the model --------------------------------------------------------------------------------------------------- */
 
 /* Bytes that begin where a line does: a vector across two would be loaded twice. */
-static void *room(int64_t bytes) { return aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE); }
+static void *aligned(int64_t bytes) { return aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE); }
 
 static Input make_input(int64_t B, int64_t width) {
-    Input in = {width, room(B * width * 4), room(B * 4), room(B * (width / GROUP + 1) * 4), room(B * width * 2)};
+    Input in = {width, aligned(B * width * 4), aligned(B * 4), aligned(B * (width / GROUP + 1) * 4), aligned(B * width * 2)};
     return in;
 }
 

@@ -109,7 +109,7 @@ def bench_generate(args: argparse.Namespace) -> int:
     contenders += [ours(args.ckpt, "bfloat16", in_torch=True)] if args.torch else []
     works = {"alone": (short[:1], args.tokens), "batch": (short, args.tokens), "first": (long, 1)}
     works = {name: works[name] for name in args.works}
-    seconds: dict[tuple[str, str], list[float]] = {}
+    rates: dict[tuple[str, str], list[float]] = {}  # tokens a second of each run
     for contender in contenders:
         contender.generate(short[:1], 2)  # what only the first call takes
     for _ in range(args.repeat):
@@ -117,11 +117,11 @@ def bench_generate(args: argparse.Namespace) -> int:
             for contender in contenders:
                 begin = time.perf_counter()
                 contender.generate(prompts, count)
-                seconds.setdefault((contender.name, name), []).append(time.perf_counter() - begin)
-    rate = bandwidth()
+                rates.setdefault((contender.name, name), []).append(len(prompts) * count / (time.perf_counter() - begin))
+    memory = bandwidth()
     OUT.print(
         f"{args.ckpt}: {model.config.n_parameters:,} parameters; {platform.platform()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}; memory is read at {rate / 1e9:.1f} GB/s"
+        f"torch {torch.__version__}; memory is read at {memory / 1e9:.1f} GB/s"
     )
     columns = {
         "alone": f"tokens/s, {args.tokens} tokens",
@@ -135,15 +135,14 @@ def bench_generate(args: argparse.Namespace) -> int:
             table.add_column(column, justify="right")
     for contender in contenders:
         row = [contender.name]
-        for name, (prompts, count) in works.items():
-            each = seconds[contender.name, name]
-            ratio = f"{median(seconds[contenders[0].name, name]) / median(each):.2f}x"
+        for name in works:
+            each, middle = rates[contender.name, name], median(rates[contender.name, name])
+            ratio = f"{middle / median(rates[contenders[0].name, name]):.2f}x"
             if name == "first":
-                row += [f"{1e3 * median(each):,.0f}", ratio, " ".join(f"{1e3 * one:.0f}" for one in each)]
-                continue
-            rates = [len(prompts) * count / one for one in each]
-            limit = [f"{median(rates) * contender.bytes_per_step / rate:.0%}"] if name == "alone" else []
-            row += [f"{median(rates):,.1f}", ratio, *limit, " ".join(f"{one:.1f}" for one in rates)]
+                row += [f"{1e3 / middle:,.0f}", ratio, " ".join(f"{1e3 / one:.0f}" for one in each)]
+            else:
+                limit = [f"{middle * contender.bytes_per_step / memory:.0%}"] if name == "alone" else []
+                row += [f"{middle:,.1f}", ratio, *limit, " ".join(f"{one:.1f}" for one in each)]
         table.add_row(*row)
     OUT.print(table)
     return 0
