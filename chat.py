@@ -181,10 +181,10 @@ class Chat:
                 self.reset()
                 return "forgotten"
             if name == "/seed":
-                self.params = replace(self.params, seed=int(value))
+                self.params = replace(self.params, seed=number(int, line, "7"))
                 return f"seed {self.params.seed}"
             if name == "/temp":
-                self.params = replace(self.params, temperature=float(value))
+                self.params = replace(self.params, temperature=number(float, line, "0.7"))
                 return f"temperature {self.params.temperature:g}"
             if name == "/save" and value:
                 Path(value).write_text(json.dumps(self.conversation.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -192,6 +192,15 @@ class Chat:
         except (ValueError, OSError) as error:
             raise UserError(f"{line}: {error}") from None
         return HELP
+
+
+def number(kind: type, line: str, such_as: str) -> Any:
+    """What a command is given. Raises UserError."""
+    name, _, value = line.partition(" ")
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(f"{line}: what follows is a number, as in {name} {such_as}") from None
 
 
 def talk(checkpoint: Checkpoint, params: SamplingParams) -> None:

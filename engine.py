@@ -28,7 +28,7 @@ from native import CannotStep, NativeStep
 from sampling import Choose, log_probabilities, sample
 
 PIECE = 512  # tokens of prompts that are read between two steps
-SHORT = 64  # tokens of a prompt up to which C reads them faster than torch
+SHORT = 128  # tokens of a prompt up to which C reads them faster than torch
 
 
 @dataclass(eq=False)
