@@ -43,7 +43,7 @@ typedef uint16_t U16 __attribute__((vector_size(32)));
 typedef int8_t B32 __attribute__((vector_size(32)));
 #define EACH _Pragma("GCC unroll 4")
 #define INLINE static inline __attribute__((always_inline))
-#ifdef __AVX512F__                               /* gcc would rather load a weight again for every row */
+#ifdef __AVX512F__                               /* gcc would rather load a number again for every product */
 #define KEEP(x) __asm__("" : "+v"(x))
 #else
 #define KEEP(x)
@@ -210,6 +210,7 @@ INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R,
         if (R > 1) fetch(ahead);
         EACH for (int r = 0; r < R; r++) {
             F16 v = LOAD(F16, x + r * in + i);
+            KEEP(v);
             EACH for (int n = 0; n < N; n++) sums[r][n] += w[n] * v;
         }
     }
@@ -234,6 +235,7 @@ INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R,
         if (R > 1) fetch(ahead);
         EACH for (int r = 0; r < R; r++) {
             W16 v = LOAD(W16, x + r * in + i);
+            KEEP(v);
             EACH for (int n = 0; n < N; n++) sums[r][n] = add_pairs(sums[r][n], w[n], v);
         }
     }
@@ -260,6 +262,7 @@ INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R,
             if (R > 1) fetch(ahead);
             EACH for (int r = 0; r < R; r++) {
                 S32 v = LOAD(S32, x + r * l->in + i);
+                KEEP(v);
                 EACH for (int n = 0; n < N; n++) sums[r][n] = add_products(sums[r][n], w[n], v);
             }
         }
