@@ -30,7 +30,7 @@ from infer import Text
 from model import Transformer
 from tokenizer import Tokenizer
 
-TELL_SECONDS = 0.01  # as often is a stream told of what is new: to tell of a token costs more than a small model's step
+TELL_SECONDS = 0.025  # as often is a stream told of what is new, since to tell of a token costs more than a small model's step
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 300)
 
 
