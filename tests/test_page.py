@@ -114,6 +114,7 @@ def opened(browser: Browser, url: str, **settings: Any) -> Iterator[Page]:
     page, wrong = context.new_page(), []
     page.sent = []
     page.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
     page.on("request", lambda request: page.sent.append(request))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
@@ -138,7 +139,7 @@ def go(page: Page):
 
 
 def finished(page: Page) -> None:
-    expect(page.get_by_role("status")).to_have_text(re.compile(r"^\d+ tokens\."), timeout=20_000)
+    expect(page.get_by_role("status")).to_have_text(re.compile(r"^\d+ tokens\."))
 
 
 def generate(page: Page, prompt: str, **settings: float) -> str:
