@@ -6,7 +6,7 @@
     async for pieces in batcher.read(call): ...
 
 The engine, its rows and the texts that grow belong to the thread. What the event loop wants of them goes through the inbox,
-between two steps; what the thread has to tell goes back once a step, whatever the number of requests.
+between two steps; what the thread has to tell goes back at once where a text begins or ends, else every TELL_SECONDS.
 """
 
 import asyncio
@@ -122,7 +122,7 @@ class Growing:
 
 
 class Batcher:
-    """An engine of `rows` rows in a thread of its own, which computes with so many. All but what begins with _ is for the event loop."""
+    """An engine of `rows` rows in a thread that computes with a team of `threads`. All but what begins with _ is for the event loop."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, threads: int, rows: int, most_waiting: int):
         self._fresh_engine = partial(Engine, model, rows)

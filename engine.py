@@ -188,10 +188,10 @@ class Engine:
     def step(self) -> list[Token]:
         """A token for every row. PIECE tokens of prompts are read in a step at most, so that the others do not wait for long."""
         self.join()
-        for b, row in enumerate(self.rows):
-            if self.cache.lengths[b] == self.context:
-                self.cache.lengths[b] = 0
-                self._read([(b, row.ids[-max(1, self.context // 2) : -1])])
+        full = [b for b, length in enumerate(self.cache.lengths[: len(self.rows)].tolist()) if length == self.context]
+        if full:
+            self.cache.lengths[full] = 0
+            self._read([(b, self.rows[b].ids[-max(1, self.context // 2) : -1]) for b in full])
         if not self.rows:
             return []
         logits = self.take(self.model, self.cache, [row.ids[-1] for row in self.rows]).cpu()

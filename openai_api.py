@@ -7,14 +7,14 @@ import json
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from batcher import Piece, Told
-from config import MOST_STOPS
+from config import MOST_STOPS, SamplingParams
 from tokenizer import BEGIN_OF_TEXT, END_OF_TEXT, Tokenizer
 
 MAX_TOKENS = 4096  # of a completion
@@ -153,19 +153,7 @@ class Body(Strict):
 
     def sampling(self, max_tokens: int | None, default: int) -> dict[str, Any]:
         """What is given, by SamplingParams' names."""
-        names = [
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "no_repeat_ngram",
-            "seed",
-            "stop",
-            "stop_ids",
-            "logit_bias",
-        ]
-        given = {name: getattr(self, name) for name in names} | {"num_samples": self.n}
+        given = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)} | {"num_samples": self.n}
         given["max_new_tokens"] = default if max_tokens is None else max_tokens
         return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
 

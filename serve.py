@@ -91,7 +91,11 @@ class Service:
         self.most_prompts = min(MOST_PROMPTS, most_waiting)
         self.context, self.vocab_size = checkpoint.config.model.max_seq_len, checkpoint.config.model.vocab_size
         self.spelling = Spelling(checkpoint.tokenizer)
-        self.batcher = Batcher(checkpoint.model, checkpoint.tokenizer, threads, rows, most_waiting)
+        try:
+            self.batcher = Batcher(checkpoint.model, checkpoint.tokenizer, threads, rows, most_waiting)
+        except (OSError, RuntimeError) as error:
+            said = str(error).splitlines()[0]
+            raise UserError(f"no memory for {rows} rows of {self.context:,} tokens: {said}; lower --rows") from None
         # Encoding sets a flag of the tokenizer while another thread may decode; so it has a tokenizer and a thread of its own
         self.conversation = Conversation(from_state(checkpoint.tokenizer.state()), checkpoint.chat_template)
         self.encoding = ThreadPoolExecutor(1, "encoding")
@@ -550,11 +554,7 @@ def main(argv: list[str] | None = None) -> int:
     }  # before `place`, which may change the weights
     about["dtype"] = place(checkpoint, args.device, args.dtype)
     disable_created_metrics()  # a time for each number, which nobody reads
-    try:
-        service = Service(checkpoint, about, threads, args.rows, args.queue, args.deadline)
-    except (OSError, RuntimeError) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(f"no memory for {args.rows} rows of {about['context']:,} tokens: {said}; lower --rows") from None
+    service = Service(checkpoint, about, threads, args.rows, args.queue, args.deadline)
     port = at.getsockname()[1]
     name = f"[{args.host}]" if ":" in args.host else args.host
     names = {"localhost", "127.0.0.1", "[::1]", name.lower()}
