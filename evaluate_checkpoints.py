@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join([*wrong, f"{len(suite.cases)} cases, {len(wrong)} problems"]))
         return 2 if wrong else 0
     if wrong:
-        print(f"{suite.name} has {len(wrong)} problems; --validate-only names them", file=sys.stderr)
+        print(f"{wrong[0]} (1 of {len(wrong)} remarks; --validate-only has them all)", file=sys.stderr)
     thresholds = read_thresholds(args.fail_under, suite)
     results = evaluate(found(args.checkpoints or [default_pattern()], "checkpoint"), suite, args.tokenizer, args.top_k)
     if not results[0].finite:
