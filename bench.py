@@ -16,7 +16,7 @@ turns, `--repeat` times; the median is shown with all of them. Each subject is a
 import argparse
 from importlib import import_module
 
-from errors import run_main
+from pocketlm.errors import run_main
 
 
 def runs(module: str, function: str):

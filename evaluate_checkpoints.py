@@ -12,48 +12,17 @@ difference to each other one excludes zero. Exit status 1: a checkpoint's number
 import argparse
 import glob
 import sys
-from pathlib import Path
 
-from cases import Suite, joined, load_suite, problems, read_blimp
-from checkpoint import best_checkpoint, known_checkpoints, load_checkpoint
-from errors import UserError, run_main
-from results import Result, mean, summarise
-from scoring import Encoded, encode_case, score_cases
+from pocketlm.checkpoint.format import known_checkpoints
+from pocketlm.checkpoint.loading import best_checkpoint
+from pocketlm.errors import UserError, run_main
+from pocketlm.evaluation.cases import Suite, joined, known_suites, load_suite, problems, read_blimp
+from pocketlm.evaluation.exports import draw, print_csv, print_json, print_markdown, to_tensorboard
+from pocketlm.evaluation.results import Result, evaluate, summarise
+from pocketlm.evaluation.tables import print_tables
+from pocketlm.files import expand_globs
 
 FAILED = 3  # exit status where --fail-under was not reached
-
-
-# ---- checkpoints -> results ------------------------------------------------------------------------------------------
-
-
-def evaluate(paths: list[str], suite: Suite, tokenizer_name: str | None = None, top_k: int = 5) -> list[Result]:
-    """A result for each set of weights, the best first and those with numbers that are not finite last.
-
-    Files with the same weights and tokenizer share one; cases are encoded once for each tokenizer.
-    """
-    results: dict[tuple[str, str], Result] = {}
-    encoded: dict[tuple[str, int], list[Encoded]] = {}
-    for path in paths:
-        checkpoint = load_checkpoint(path, tokenizer_name)
-        identity = checkpoint.weights_sha256, checkpoint.tokenizer.fingerprint
-        if same := results.get(identity):
-            same.names.append(path)
-            continue
-        print(f"scoring {path}", file=sys.stderr)
-        tokenizer, context = checkpoint.tokenizer, checkpoint.model.config.max_seq_len
-        if (key := (tokenizer.fingerprint, context)) not in encoded:
-            encoded[key] = [encode_case(tokenizer, case, context) for case in suite.cases]
-        scores = score_cases(checkpoint.model, tokenizer, encoded[key], top_k)
-        results[identity] = Result([path], checkpoint.step, checkpoint.tokens, checkpoint.val_loss, *identity, scores)
-    return sorted(results.values(), key=standing)
-
-
-def standing(result: Result) -> tuple:
-    """What results are sorted by: accuracy over categories, then the log-probability of what is right, then bits per byte."""
-    if not result.finite:
-        return (1,)
-    bits = mean([score.bits_per_byte for score in result.scores])
-    return 0, -(result.macro if result.graded else 0.0), -(result.mean_logprob or 0.0), bits or 0.0
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -87,20 +56,6 @@ def default_pattern() -> str:
     return pattern
 
 
-def found(patterns: list[str], what: str) -> list[str]:
-    """The files of the patterns, once each. Raises UserError for a pattern without one."""
-    paths: dict[str, None] = {}
-    for pattern in patterns:
-        matching = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
-        if not matching:
-            there = (
-                known_checkpoints() if what == "checkpoint" else f"in cases/ there are {', '.join(sorted(glob.glob('cases/*'))) or 'none'}"
-            )
-            raise UserError(f"no {what} matches {pattern!r}; {there}")
-        paths |= dict.fromkeys(matching)
-    return list(paths)
-
-
 def read_thresholds(given: list[str], suite: Suite) -> dict[str, float]:
     """category (or macro, micro) -> least accuracy."""
     known = ["macro", "micro", *dict.fromkeys(case.category for case in suite.cases if case.type != "text")]
@@ -131,14 +86,15 @@ def below(results: list[Result], thresholds: dict[str, float]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    import probe_report as report
 
     args = parse_args(argv)
     if args.top_k < 1:
         raise UserError(f"--top-k is {args.top_k}; it must be 1 or more")
     if not args.cases and not args.blimp:
         raise UserError("there is nothing to ask; give --cases FILE, for example cases/wiki_basics.yaml, or --blimp DIR_OR_ZIP")
-    suites = [load_suite(path) for path in found(args.cases, "suite")] + ([read_blimp(args.blimp)] if args.blimp else [])
+    suites = [load_suite(path) for path in expand_globs(args.cases, "suite", known_suites)] + (
+        [read_blimp(args.blimp)] if args.blimp else []
+    )
     suite = joined(suites)
     wrong = list(problems(suite))
     if args.validate_only:
@@ -147,7 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     if wrong:
         print(f"{wrong[0]} (1 of {len(wrong)} remarks; --validate-only has them all)", file=sys.stderr)
     thresholds = read_thresholds(args.fail_under, suite)
-    results = evaluate(found(args.checkpoints or [default_pattern()], "checkpoint"), suite, args.tokenizer, args.top_k)
+    results = evaluate(
+        expand_globs(args.checkpoints or [default_pattern()], "checkpoint", known_checkpoints), suite, args.tokenizer, args.top_k
+    )
     if not results[0].finite:
         raise UserError(f"{', '.join(results[0].names)}: the log-probabilities are not finite, so the weights are broken; nothing to rank")
     ranked = [result for result in results if result.finite]
@@ -155,17 +113,17 @@ def main(argv: list[str] | None = None) -> int:
     if baseline and not baseline.finite:
         raise UserError(f"--baseline {args.baseline}: the log-probabilities are not finite, so the weights are broken; take another one")
     if args.json:
-        report.print_json(ranked, suite, args.top_k, baseline)
+        print_json(ranked, suite, args.top_k, baseline)
     elif args.csv:
-        report.print_csv(ranked)
+        print_csv(ranked)
     elif args.markdown:
-        report.print_markdown(ranked, args.top_k)
+        print_markdown(ranked, args.top_k)
     else:
-        report.print_tables(ranked, suite, args.top_k, baseline)
+        print_tables(ranked, suite, args.top_k, baseline)
     if args.plot:
-        report.draw(ranked, args.plot)
+        draw(ranked, args.plot)
     if args.tensorboard:
-        report.to_tensorboard(ranked, args.tensorboard, args.top_k)
+        to_tensorboard(ranked, args.tensorboard, args.top_k)
     if broken := results[len(ranked) :]:
         print(f"not ranked, as log-probabilities are not finite: {', '.join(n for r in broken for n in r.names)}", file=sys.stderr)
     if missed := below(ranked, thresholds):

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention import attend
+from pocketlm.errors import FieldError
+from pocketlm.model.attention import attend
 
 Rotary = tuple[Tensor, Tensor] | None  # cosine and sine of the positions' angles, where RoPE is used
+
 
 MPS_INNER_LIMIT = 32_767  # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong
 
@@ -62,22 +64,23 @@ class ModelConfig:
         for name in ("vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
+                raise FieldError(name, f"is {value}; it must be 1 or more")
         if self.d_model % self.n_heads:
-            raise ValueError(
-                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; "
-                f"take d_model {self.d_model // self.n_heads * self.n_heads or self.n_heads} or another n_heads"
+            raise FieldError(
+                "d_model",
+                f"{self.d_model} is not divisible by n_heads {self.n_heads}; "
+                f"take d_model {self.d_model // self.n_heads * self.n_heads or self.n_heads} or another n_heads",
             )
         if self.n_heads % self.n_kv_heads:
             divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; take one of {divisors}")
+            raise FieldError("n_heads", f"{self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; take one of {divisors}")
         if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(f"d_model / n_heads is {self.head_dim}; RoPE rotates pairs and needs an even number")
+            raise FieldError("d_model", f"/ n_heads is {self.head_dim}; RoPE rotates pairs and needs an even number")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it is a probability from 0 to below 1")
+            raise FieldError("dropout", f"is {self.dropout}; it is a probability from 0 to below 1")
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
+                raise FieldError(name, f"is {getattr(self, name)}; it must be above 0 and finite")
 
     @property
     def head_dim(self) -> int:

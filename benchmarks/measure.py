@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from errors import UserError
+from pocketlm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 OUT = Console(highlight=False, emoji=False, soft_wrap=True, width=200)

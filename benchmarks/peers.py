@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Finished, commit_of, run_watched
-from config import Config
-from errors import UserError
-from prepare import PreparedData
-from shards import write_bin
+from pocketlm.config.sections import Config
+from pocketlm.data.bin_files import write_bin
+from pocketlm.data.prepare import PreparedData
+from pocketlm.errors import UserError
 
 MILLISECONDS = r"(?:time |took )([\d.]+) ?ms"
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.measure import OUT, ROOT
-from cases import joined, load_suite
-from checkpoint import load_checkpoint
-from evaluate_checkpoints import found
 from model import ModelConfig, Transformer
-from scoring import answer, encode_case, score_cases
-from tokenizer import build_tokenizer
+from pocketlm.checkpoint.loading import load_checkpoint
+from pocketlm.evaluation.cases import joined, known_suites, load_suite
+from pocketlm.evaluation.likelihood import answer
+from pocketlm.evaluation.scoring import encode_case, score_cases
+from pocketlm.files import expand_globs
+from pocketlm.tokenizer.build import build_tokenizer
 
 
 def bench_probes(args: argparse.Namespace) -> int:
@@ -25,7 +26,7 @@ def bench_probes(args: argparse.Namespace) -> int:
         torch.manual_seed(0)
         tokenizer, what = build_tokenizer("gpt2", ROOT / "data"), "the default run's model, of random weights"
         model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, max_seq_len=256)).eval()
-    suite = joined(load_suite(path) for path in found(args.cases, "suite"))
+    suite = joined(load_suite(path) for path in expand_globs(args.cases, "suite", known_suites))
     cases = suite.cases[: args.limit]
 
     def timed(work: Callable) -> tuple[float, list]:

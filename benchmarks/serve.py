@@ -19,7 +19,7 @@ from statistics import median
 from rich.table import Table
 
 from benchmarks.measure import OUT, ROOT
-from errors import UserError
+from pocketlm.errors import UserError
 
 PROMPT = "The history of the river and of the city"
 

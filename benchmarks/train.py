@@ -13,12 +13,13 @@ from rich.table import Table
 
 from benchmarks.measure import OUT, ROOT, run_watched
 from benchmarks.peers import PEERS, Shape, step_times
-from config_file import load_config
-from data import with_steps
-from errors import UserError
-from hardware import choose_hardware, device_name, matmul_rate, with_compile
-from prepare import prepare
-from report import seconds_outside_head, tokens_per_step
+from pocketlm.config.loading import load_config
+from pocketlm.data.loaders import with_steps
+from pocketlm.data.prepare import prepare
+from pocketlm.errors import UserError
+from pocketlm.hardware.devices import choose_hardware, with_compile
+from pocketlm.hardware.measure import device_name, matmul_rate
+from pocketlm.training.plan import seconds_outside_head, tokens_per_step
 
 GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}  # bf16, dense, as their makers state
 WARMUP = 2  # intervals, or a peer's steps, that do not count

@@ -14,15 +14,15 @@ from typing import Any
 import datasets
 import pytest
 import tokenizers
-from fake_hub import TOKEN, FakeHub
 from tokenizers.models import WordLevel
 
-from errors import UserError
-from hub import is_saved, saved_rows
+from pocketlm.errors import UserError
+from pocketlm.hub import is_saved, saved_rows
+from tests.support.fake_hub import TOKEN, FakeHub
 
 RUN = """
 import json, os, socket, sys, time
-import errors, hub
+from pocketlm import errors, hub
 
 assert not {"datasets", "huggingface_hub", "transformers"} & set(sys.modules), "importing hub is quick"
 if os.environ.get("NO_ANSWER_TO_NAMES"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model import ModelConfig, Transformer
-from optim import build_optimizer, clip_gradients, lr_at_step, orthogonalise
+from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step, orthogonalise
 
 SETTINGS = dict(lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 RATES = (0.01, 0.02, 0.005, 0.01, 0.001)  # a schedule of five steps

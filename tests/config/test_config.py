@@ -1,0 +1,403 @@
+"""Settings: strict loading of files and overrides, a sentence for every mistake, and what the hardware section leads to."""
+
+import dataclasses
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from model import ModelConfig
+from pocketlm.config.loading import config_from_dict, load_config, to_yaml
+from pocketlm.config.sections import SECTIONS, Config, DataConfig, HardwareConfig, RunConfig, TrainingConfig
+from pocketlm.errors import UserError
+from pocketlm.hardware import devices, measure
+from pocketlm.training import plan
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str, *overrides: str) -> Config:
+    Path("c.yaml").write_text(text, encoding="utf-8")
+    return load_config("c.yaml", overrides)
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_the_file_changes_the_defaults_and_overrides_change_the_file():
+    file = "training: {lr: 1e-3, max_steps: 7}\ndata: {path: a.txt}"
+    config = load(file, "training.max_steps=9", "run.name=x", "training.betas=[0.8, 0.9]")
+    assert config == dataclasses.replace(
+        Config(),
+        run=RunConfig(name="x"),
+        data=DataConfig(path="a.txt"),
+        training=TrainingConfig(lr=0.001, max_steps=9, betas=(0.8, 0.9)),
+    )
+
+
+@pytest.mark.parametrize("text", ["", "# a comment", "training:", "training: {}\nmodel:\n"])
+def test_an_empty_file_or_section_is_the_defaults(text):
+    assert load(text) == Config()
+
+
+@pytest.mark.parametrize("text, value", [
+    ("3e-4", 3e-4), ("3E-4", 3e-4), ("1", 1.0), (".5", 0.5), ("5.", 5.0), ("+1.5e+3", 1500.0), ("1e3", 1000.0), ("007", 7.0),
+])  # fmt: skip
+def test_numbers_are_yaml_1_2_numbers(text, value):
+    lr = load(f"training: {{lr: {text}}}").training.lr
+    assert type(lr) is float and lr == value
+
+
+@pytest.mark.parametrize("text, value", [("010", 10), ("08", 8), ("+3", 3)])
+def test_integers_are_decimal_whatever_they_begin_with(text, value):
+    """YAML 1.1 reads 010 as eight; YAML 1.2's core schema and every reader of a config read ten."""
+    assert load("", f"training.seed={text}").training.seed == value
+
+
+@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "12:30", "1_000", "2024-01-01", "0x10", "1e", "True story"])
+def test_what_only_looks_like_another_type_stays_text(text):
+    assert load(f"data: {{path: {text}}}").data.path == text
+    for key in ("model.tie_embeddings", "training.seed"):
+        with pytest.raises(UserError, match=f"{key} is '{text}'"):
+            load("", f"{key}={text}")
+
+
+def test_the_context_is_a_training_row_unless_given():
+    assert load("training: {seq_len: 77}").model.max_seq_len == 77
+    assert load("training: {seq_len: 77}\nmodel: {max_seq_len: 99}").model.max_seq_len == 99
+    with pytest.raises(UserError, match="seq_len 77 does not fit model.max_seq_len 50"):
+        load("training: {seq_len: 77}\nmodel: {max_seq_len: 50}")
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_a_larger_one_is_given():
+    assert Config().with_vocab_size(257).model.vocab_size == 257
+    padded = Config(model=ModelConfig(vocab_size=320))
+    assert padded.with_vocab_size(257).model.vocab_size == padded.with_vocab_size(320).model.vocab_size == 320
+    with pytest.raises(UserError, match="320.*'gpt2'.*321"):
+        padded.with_vocab_size(321)
+
+
+def test_an_override_with_no_value_is_null():
+    assert load("data: {path: b.txt}", "data.path=").data.path is None
+    assert load("run: {name: a}", 'run.name=""').run.name == ""
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+BOMB = "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]"
+MISTAKES = {
+    "malformed": ("training:\n  lr: [1, 2\n", ["c.yaml:", "not valid YAML"]),
+    "tab": ("training:\n\tlr: 1\n", ["c.yaml:2", "not valid YAML"]),
+    "list at the top": ("- training", ["c.yaml", "['training']", "mapping of sections"]),
+    "text at the top": ("training", ["c.yaml", "'training'", "mapping of sections"]),
+    "two documents": ("--- {}\n--- {}", ["c.yaml:2"]),
+    "unknown section": ("run: {}\ntrainin: {lr: 1}", ["c.yaml:2", "'trainin'", "did you mean training?"]),
+    "far from any section": ("zzz: {}", ["c.yaml:1", "'zzz'", "run, model, data, training, sampling, hardware"]),
+    "number for a section": ("12: {}", ["c.yaml:1", "12"]),
+    "section that is a number": ("training: 5", ["c.yaml:1", "training", "5"]),
+    "unknown key": ("training:\n  lr: 1\n  max_step: 1", ["c.yaml:3", "'max_step'", "did you mean max_steps?"]),
+    "text for a number": ("training:\n  lr: fast", ["c.yaml:2", "training.lr", "'fast'", "number"]),
+    "number for text": ("run:\n  name: 3", ["c.yaml:2", "run.name", "3", "string"]),
+    "fraction for a count": ("training: {seed: 1.5}", ["c.yaml:1", "training.seed", "1.5", "integer"]),
+    "bool for a count": ("training: {seed: true}", ["training.seed", "True", "integer"]),
+    "null for a count": ("training: {seed: }", ["training.seed", "None", "integer"]),
+    "one beta": ("training: {betas: [0.9]}", ["c.yaml:1", "training.betas", "[0.9]"]),
+    "beta of 1": ("training: {betas: [0.9, 1.0]}", ["c.yaml:1", "training.betas", "1.0"]),
+    "no such choice": ("training: {optimizer: lion}", ["c.yaml:1", "training.optimizer", "'lion'", "'adamw', 'muon' or 'sgd'"]),
+    "another program's key": ("training:\n  learning_rate: 1", ["c.yaml:2", "'learning_rate'", "training.lr"]),
+    "a key that nothing here is": ("training:\n  early_stopping: {}", ["c.yaml:2", "'early_stopping'", "best.ckpt"]),
+    "no epochs": ("training: {max_epochs: 0}", ["c.yaml:1", "training.max_epochs", "0", "above 0"]),
+    "prompt that is no list": ("sampling: {prompts: hello}", ["c.yaml:1", "sampling.prompts", "'hello'"]),
+    "cold": ("sampling:\n  temperature: -1", ["c.yaml:2", "sampling.temperature", "-1", "0 or more"]),
+    "duplicate key": ("training:\n  seed: 1\n  lr: 1\n  seed: 2", ["c.yaml:4", "training.seed", "c.yaml:2"]),
+    "duplicate section": ("training: {seed: 1}\ntraining: {lr: 2}", ["c.yaml:2", "training", "c.yaml:1"]),
+    "alias": (BOMB, ["c.yaml:2", "aliases", "write the value out"]),
+    "python tag": ("training:\n  seed: !!python/object/apply:os.getpid []", ["c.yaml:2", "os.getpid"]),
+    "nan": ("training:\n  lr: .nan", ["c.yaml:2", "lr nan"]),
+    "inf": ("training:\n  lr: .inf", ["c.yaml:2", "lr inf"]),
+    "negative": ("training:\n  warmup_steps: -1", ["c.yaml:2", "training.warmup_steps", "-1", "0 or more"]),
+    "zero": ("training:\n  max_steps: 0", ["c.yaml:2", "training.max_steps", "0", "1 or more"]),
+    "share of 1": ("data:\n  val_share: 1", ["c.yaml:2", "data.val_share", "1.0", "0.05"]),
+    "heads do not divide": ("model:\n  d_model: 100\n  n_heads: 8", ["c.yaml:2", "d_model 100", "n_heads 8", "96"]),
+    "groups do not divide": ("model:\n  n_heads: 8\n  n_kv_heads: 3", ["c.yaml:2", "n_heads 8", "n_kv_heads 3", "[1, 2, 4, 8]"]),
+    "odd head": ("model: {d_model: 24, n_heads: 8}", ["c.yaml:1", "is 3", "even"]),
+    "dropout of 1": ("model: {dropout: 1}", ["c.yaml:1", "model.dropout", "1.0"]),
+    "slash in a name": ("run:\n  name: a/b", ["c.yaml:2", "run.name", "'a/b'", "letters"]),
+    "hidden name": ("run: {name: .x}", ["c.yaml:1", "run.name", "'.x'"]),
+    "name of an old run": ("run: {name: old-1}", ["c.yaml:1", "run.name", "'old-1'"]),
+    "control character": ("training: {lr: 1\x07}", ["c.yaml"]),
+    "number that is no octal": ("training:\n  seed: !!int 1x", ["c.yaml:2"]),
+    "bool tag": ("training:\n  seed: !!bool maybe", ["c.yaml:2"]),
+    "date tag": ("training:\n  seed: !!timestamp 2020-01-01", ["c.yaml:2"]),
+    "set tag": ("training:\n  betas: !!set {0.9, 0.95}", ["c.yaml:2"]),
+    "half a character": ('data:\n  path: "\\ud800"', ["c.yaml:2"]),
+    "deep list": ("training:\n  betas: " + "[" * 300 + "]" * 300, ["c.yaml:2"]),
+    "very deep list": ("[" * 5000, ["c.yaml"]),
+    "5,000 digits": ("training:\n  seed: " + "9" * 5000, ["c.yaml:2"]),
+}
+
+
+@pytest.mark.parametrize("text, said", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_a_file_names_the_line_the_value_and_the_remedy(text, said):
+    with pytest.raises(UserError) as error:
+        load(text)
+    assert [part for part in said if part not in str(error.value)] == [], str(error.value)
+
+
+@pytest.mark.parametrize("key", [
+    "model.rope_theta", "model.norm_eps", "model.dropout", "data.val_share", "training.lr", "training.eps",
+    "training.weight_decay", "training.min_lr_ratio", "training.grad_clip",
+])  # fmt: skip
+def test_no_number_may_be_nan(key):
+    with pytest.raises(UserError, match=rf"{key.partition('.')[2]}\b.*nan"):
+        load("", f"{key}=.nan")
+
+
+@pytest.mark.parametrize("override", [
+    "hardware.devices=0", "hardware.num_workers=-1", "model.norm_eps=.inf", "model.rope_theta=.inf", "training.weight_decay=.inf",
+    "training.min_lr_ratio=.inf", "training.seed=99999999999999999999",
+])  # fmt: skip
+def test_a_value_that_no_run_can_have_is_refused_at_the_start(override):
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        load("", override)
+
+
+@pytest.mark.parametrize("override, said", [
+    ("training", "section.key=value"), ("training=1", "section.key=value"), ("training.=1", "section.key=value"), 
+    ("", "section.key=value"), ("=", "section.key=value"), (".lr=1", "no section ''"), ("trainin.lr=1", "did you mean training?"),
+    ("training.lrr=1", "did you mean lr?"),
+    ("training.lr.x=1", "no key 'lr.x'"), ("training.lr=[", "not valid YAML"), ("training.lr=x", "training.lr is 'x'"),
+    ("training.lr=*x", "aliases"), ("training.lr=\x07", "training.lr"), ("data.path=\udcff", "data.path"),
+])  # fmt: skip
+def test_a_mistake_in_an_override_says_so(override, said):
+    with pytest.raises(UserError) as error:
+        load("", override)
+    assert said in str(error.value)
+
+
+def test_an_override_does_not_hide_a_mistake_in_the_file():
+    with pytest.raises(UserError, match="c.yaml:1: training is a section"):
+        load("training: [1, 2]", "training.lr=1")
+
+
+def test_a_preset_that_is_not_there_lists_those_that_are():
+    Path("presets").mkdir()
+    for name in ("microgpt", "nnzig"):
+        Path(f"presets/{name}.yaml").write_text("")
+    with pytest.raises(UserError, match="presets/micro_gpt.yaml; did you mean presets/microgpt.yaml.*microgpt.yaml, presets/nnzig.yaml"):
+        load_config("presets/micro_gpt.yaml")
+    with pytest.raises(UserError, match="no config zzz.yaml; here are presets/microgpt.yaml, presets/nnzig.yaml"):
+        load_config("zzz.yaml")
+
+
+def test_a_file_that_cannot_be_read_is_named():
+    Path("near.yaml").write_text("")
+    with pytest.raises(UserError, match="no config gone.yaml; here are near.yaml"):
+        load_config("gone.yaml")
+    Path("latin.yaml").write_bytes(b"run: {name: \xe9}")
+    with pytest.raises(UserError, match="latin.yaml.*position 12"):
+        load_config("latin.yaml")
+    with pytest.raises(UserError, match="cannot read the config ."):
+        load_config(".")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text() | st.text(alphabet="training:modelrunsd {}[],-.0189e\n\t !&*'\"#?|>%@~<=", max_size=60))
+@example("training: {seed: 08}")
+@example("\x00")
+@example("? {a: 1}\n: 2")
+@example("training: {seed: !!null x}")
+def test_any_text_loads_or_is_a_user_error(text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.yaml"
+        path.write_bytes(text.encode())
+        try:
+            config = load_config(path)
+        except UserError:
+            return
+        assert isinstance(config, Config)
+
+
+# ---- writing it out --------------------------------------------------------------------------------------------------
+
+CHANGED = Config(
+    run=RunConfig("a-1.b"),
+    model=ModelConfig(vocab_size=300, n_kv_heads=2, rope_theta=5e5, norm_eps=1e-6, tie_embeddings=False),
+    data=DataConfig(path="é 😀: #.txt", val_share=1e-3),
+    training=TrainingConfig(lr=3e-4, eps=1e-12, betas=(0.0, 0.999), precision="32-true"),
+    hardware=HardwareConfig(compile="off"),
+)
+
+
+@pytest.mark.parametrize("config", [Config(), CHANGED], ids=["defaults", "changed"])
+def test_yaml_and_plain_dicts_lead_back_to_the_same_config(config):
+    assert load(to_yaml(config)) == config
+    assert config_from_dict(config.to_dict()) == config
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert set(config.to_dict()) == set(SECTIONS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="0123456789eE.xobn_-tru", min_size=1, max_size=6).filter(lambda name: name[0] != "."))
+@example("1e3")
+@example("08")
+@example("true")
+@example("2024-01-01")
+def test_a_name_that_looks_like_a_number_is_written_so_that_it_loads_back(name):
+    """PyYAML writes 1e3 without quotes, since YAML 1.1 sees no number in it; the strict loader does."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.yaml"
+        path.write_text(to_yaml(Config(run=RunConfig(name=name))))
+        assert load_config(path).run.name == name
+
+
+# ---- hardware --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Make this machine have the named devices and a CPU without bfloat16."""
+
+    def has(*names: str, bf16: bool = True) -> None:
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in names)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * ("cuda" in names))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in names)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+        monkeypatch.setattr(devices, "has_bfloat16_cpu", lambda: False)
+
+    has()
+    return has
+
+
+def choose(precision: str = "auto", **section: str) -> tuple[str, str, bool]:
+    config = HardwareConfig(**section)
+    chosen = devices.with_compile(devices.choose_hardware(config, precision), config.compile, seconds=60)
+    assert set(chosen.reasons) == {"accelerator", "precision", "compile"} and all(chosen.reasons.values())
+    return chosen.accelerator, chosen.precision, chosen.compile
+
+
+def test_auto_prefers_mps_then_cuda_then_cpu(machine):
+    machine("mps", "cuda")
+    assert choose() == ("mps", "32-true", False)
+    machine("cuda")
+    assert choose() == ("cuda", "bf16-mixed", True)
+    machine()
+    assert choose() == ("cpu", "32-true", False)
+
+
+def test_gpu_means_cuda_even_where_mps_is(machine):
+    machine("mps", "cuda")
+    assert choose(accelerator="gpu") == choose(accelerator="cuda") == ("cuda", "bf16-mixed", True)
+
+
+def test_a_gpu_without_bfloat16_gets_float16_with_loss_scaling(machine):
+    machine("cuda", bf16=False)  # bfloat16 that is only emulated does not count
+    assert choose() == ("cuda", "16-mixed", True)
+
+
+def test_a_cpu_with_bfloat16_uses_it(machine, monkeypatch):
+    monkeypatch.setattr(devices, "has_bfloat16_cpu", lambda: True)
+    assert choose() == ("cpu", "bf16-mixed", False)
+    assert choose("32-true") == ("cpu", "32-true", False)
+
+
+def test_what_is_asked_for_is_done(machine):
+    machine("mps", "cuda")
+    assert choose("bf16-mixed", accelerator="mps") == ("mps", "bf16-mixed", False)
+    assert choose("16-mixed", accelerator="cuda", compile="off") == ("cuda", "16-mixed", False)
+    assert choose(accelerator="cpu", compile="on") == ("cpu", "32-true", True)
+    assert choose(accelerator="mps", compile="on") == ("mps", "32-true", False)  # and reasons["compile"] says why not
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "mps"])
+def test_float16_is_refused_off_cuda(machine, accelerator):
+    machine("mps")
+    with pytest.raises(UserError, match=f"16-mixed.*{accelerator}.*32-true"):
+        choose("16-mixed", accelerator=accelerator)
+
+
+@pytest.mark.parametrize("asked", ["mps", "cuda", "gpu"])
+def test_an_accelerator_that_is_not_there_is_refused_by_name(machine, asked):
+    with pytest.raises(UserError, match=f"'{asked}'.*cpu"):
+        choose(accelerator=asked)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_compile_needs_a_compiler_and_says_so(machine, monkeypatch, tmp_path, accelerator):
+    """Inductor builds its kernels' callers with a C++ compiler on a CPU, and Triton its launchers with a C one on CUDA."""
+    machine("cuda")
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for asked in ("on", "auto"):
+        compiles, why = devices.choose_compile(asked, accelerator, seconds=1e6)
+        assert not compiles and "compiler" in why
+    for name in ("g++", "gcc"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    assert devices.choose_compile("on", accelerator, seconds=60) == (True, "as asked")
+
+
+def test_a_cpu_compiles_where_a_fifth_of_the_time_is_worth_two_compilations(machine):
+    assert devices.choose_compile("auto", "cpu", seconds=249)[0] is False  # 49.8 s saved, 25 s spent
+    compiles, why = devices.choose_compile("auto", "cpu", seconds=3000)
+    assert compiles and why == "saves about 10 minutes; takes up to 25 s first"
+    assert devices.choose_compile("on", "cpu", seconds=1) == (True, "as asked")
+
+
+def test_auto_compiles_from_where_twice_the_seconds_of_compiling_are_saved(monkeypatch):
+    """Half of 300 s is 150 s, twice the 75 s that compiling takes here."""
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name)
+    monkeypatch.setattr(devices, "COMPILE_SAVES", 0.5)
+    monkeypatch.setattr(devices, "COMPILE_SECONDS", 75)
+    compiles, why = devices.choose_compile("auto", "cpu", 299.9)
+    assert not compiles and why == "it would save some 150 s of this run and take up to 75; hardware.compile=on to try"
+    compiles, why = devices.choose_compile("auto", "cpu", 300.0)
+    assert compiles and "takes up to 75 s" in why
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
+def test_how_long_a_run_takes_matters_to_auto_on_a_cpu_alone(monkeypatch, seconds):
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name)
+    for accelerator in ("cpu", "mps", "cuda"):
+        assert devices.choose_compile("off", accelerator, seconds) == (False, "as asked")
+    for accelerator in ("cpu", "cuda"):
+        assert devices.choose_compile("on", accelerator, seconds) == (True, "as asked")
+    for asked in ("auto", "on"):
+        compiles, why = devices.choose_compile(asked, "mps", seconds)
+        assert not compiles and "MPS" in why
+    assert devices.choose_compile("auto", "cuda", seconds)[0]
+
+
+def test_whether_to_compile_changes_nothing_else_of_the_hardware(machine):
+    chosen = devices.choose_hardware(HardwareConfig(), "32-true")
+    assert not chosen.compile and "compile" not in chosen.reasons  # that is not decided here
+    decided = devices.with_compile(chosen, "off", 1e6)
+    assert decided == dataclasses.replace(chosen, reasons=chosen.reasons | {"compile": "as asked"})
+
+
+@pytest.mark.parametrize("preset, compiles", [("config.yaml", False), ("presets/microgpt.yaml", False), ("presets/nnzig.yaml", True)])
+def test_long_runs_outside_the_head_are_compiled_on_a_cpu_and_the_default_run_is_not(machine, monkeypatch, preset, compiles):
+    monkeypatch.setattr(plan, "matmul_rate", lambda *_: 440e9)  # of two Zen 4 cores in bfloat16
+    config = load_config(Path(__file__).parents[2] / preset).with_vocab_size({"config.yaml": 50_257}.get(preset, 256))
+    chosen = devices.choose_hardware(config.hardware, config.training.precision)
+    assert devices.with_compile(chosen, "auto", plan.seconds_outside_head(config, chosen)).compile is compiles
+
+
+@pytest.mark.parametrize("accelerator, count, there", [("cuda", 3, 2), ("mps", 2, 1)])
+def test_more_devices_than_there_are_is_a_mistake(machine, accelerator, count, there):
+    machine(accelerator)
+    with pytest.raises(UserError, match=f"hardware.devices is {count}, and this machine has {there} of {accelerator}"):
+        devices.choose_hardware(HardwareConfig(accelerator=accelerator, devices=count), "32-true")
+
+
+def test_the_measured_rate_is_a_finite_speed():
+    assert 0 < measure.matmul_rate("cpu", "32-true", size=64) < math.inf
