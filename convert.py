@@ -17,10 +17,24 @@ from pocketlm.errors import UserError, run_main
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make a checkpoint of a model that others have trained.")
-    parser.add_argument("path", help=f"a Hugging Face folder, a GGUF file, or a name: {', '.join(NAMED)}")
-    parser.add_argument("--to", nargs=2, required=True, metavar=("FORMAT", "FILE"), help=f"{', '.join(WRITERS)}, and the new file")
-    parser.add_argument("--data-dir", default=DataConfig.cache_dir, help="where a model that has a name is kept (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Make a checkpoint of a model that others have trained."
+    )
+    parser.add_argument(
+        "path", help=f"a Hugging Face folder, a GGUF file, or a name: {', '.join(NAMED)}"
+    )
+    parser.add_argument(
+        "--to",
+        nargs=2,
+        required=True,
+        metavar=("FORMAT", "FILE"),
+        help=f"{', '.join(WRITERS)}, and the new file",
+    )
+    parser.add_argument(
+        "--data-dir",
+        default=DataConfig.cache_dir,
+        help="where a model that has a name is kept (default %(default)s)",
+    )
     return parser.parse_args(argv)
 
 
@@ -35,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
     WRITERS[form](model, file)
     config = model.config.model
-    print(f"{file}: {config.n_parameters:,} parameters, {config.vocab_size:,} entries, {config.max_seq_len:,} tokens of context")
+    print(
+        f"{file}: {config.n_parameters:,} parameters, {config.vocab_size:,} entries, {config.max_seq_len:,} tokens of context"
+    )
     return 0
 
 

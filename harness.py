@@ -23,11 +23,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="lm-evaluation-harness on our checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     exporting = commands.add_parser("export", help="write suites as tasks of lm-eval")
-    exporting.add_argument("--cases", nargs="+", required=True, help="suites: YAML or JSON files, or quoted patterns")
-    exporting.add_argument("--to", required=True, metavar="DIR", type=Path, help="folder for the tasks, whose data are found only there")
+    exporting.add_argument(
+        "--cases", nargs="+", required=True, help="suites: YAML or JSON files, or quoted patterns"
+    )
+    exporting.add_argument(
+        "--to",
+        required=True,
+        metavar="DIR",
+        type=Path,
+        help="folder for the tasks, whose data are found only there",
+    )
     running = commands.add_parser("run", help="score a checkpoint on tasks")
     running.add_argument("--ckpt", help="checkpoint; by default the best there is")
-    running.add_argument("--tasks", required=True, metavar="NAME[,NAME]", help="tasks, groups or tags; an exported suite's name is a tag")
+    running.add_argument(
+        "--tasks",
+        required=True,
+        metavar="NAME[,NAME]",
+        help="tasks, groups or tags; an exported suite's name is a tag",
+    )
     running.add_argument("--include", metavar="DIR", help="folder of exported tasks")
     running.add_argument("--limit", type=float, help="cases of each task; below 1 a share of them")
     running.add_argument("--json", action="store_true", help="print JSON")

@@ -22,10 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from pocketlm.errors import FieldError
 from pocketlm.model.attention import attend
 
-Rotary = tuple[Tensor, Tensor] | None  # cosine and sine of the positions' angles, where RoPE is used
+Rotary = (
+    tuple[Tensor, Tensor] | None
+)  # cosine and sine of the positions' angles, where RoPE is used
 
 
-MPS_INNER_LIMIT = 32_767  # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong
+MPS_INNER_LIMIT = (
+    32_767  # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,15 @@ class ModelConfig:
     n_layers: int = 4
     d_model: int = 128  # width of the residual stream
     n_heads: int = 4  # query heads; head_dim = d_model / n_heads
-    n_kv_heads: int | None = 2  # key/value heads; fewer than n_heads is grouped-query attention; None: n_heads
-    d_ff: int | None = None  # width inside the MLP; swiglu: 8/3 d_model rounded up to a multiple of 64, else 4 d_model
-    mlp: Literal["swiglu", "gelu", "relu", "relu2"] = "swiglu"  # gelu (by tanh): GPT-2; relu: microgpt; relu2, its square: randyGPT
+    n_kv_heads: int | None = (
+        2  # key/value heads; fewer than n_heads is grouped-query attention; None: n_heads
+    )
+    d_ff: int | None = (
+        None  # width inside the MLP; swiglu: 8/3 d_model rounded up to a multiple of 64, else 4 d_model
+    )
+    mlp: Literal["swiglu", "gelu", "relu", "relu2"] = (
+        "swiglu"  # gelu (by tanh): GPT-2; relu: microgpt; relu2, its square: randyGPT
+    )
     position: Literal["rope", "learned"] = "rope"  # learned: GPT-2, microgpt, randyGPT
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm: GPT-2
@@ -54,14 +64,30 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head shares the embedding's matrix
     init_std: float = 0.02  # of the matrices; what is added to the residual stream is smaller by sqrt(2 n_layers); 0.08: microgpt
     dropout: float = 0.0  # probability, while training
-    gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, a third more time
+    gradient_checkpointing: bool = (
+        False  # recompute each block in the backward pass: less memory, a third more time
+    )
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.d_ff is None:
-            object.__setattr__(self, "d_ff", 64 * math.ceil(self.d_model * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.d_model)
-        for name in ("vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff"):
+            object.__setattr__(
+                self,
+                "d_ff",
+                64 * math.ceil(self.d_model * 8 / 3 / 64)
+                if self.mlp == "swiglu"
+                else 4 * self.d_model,
+            )
+        for name in (
+            "vocab_size",
+            "max_seq_len",
+            "n_layers",
+            "d_model",
+            "n_heads",
+            "n_kv_heads",
+            "d_ff",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FieldError(name, f"is {value}; it must be 1 or more")
@@ -73,9 +99,15 @@ class ModelConfig:
             )
         if self.n_heads % self.n_kv_heads:
             divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            raise FieldError("n_heads", f"{self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; take one of {divisors}")
+            raise FieldError(
+                "n_heads",
+                f"{self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; take one of {divisors}",
+            )
         if self.position == "rope" and self.head_dim % 2:
-            raise FieldError("d_model", f"/ n_heads is {self.head_dim}; RoPE rotates pairs and needs an even number")
+            raise FieldError(
+                "d_model",
+                f"/ n_heads is {self.head_dim}; RoPE rotates pairs and needs an even number",
+            )
         if not 0 <= self.dropout < 1:
             raise FieldError("dropout", f"is {self.dropout}; it is a probability from 0 to below 1")
         for name in ("rope_theta", "norm_eps", "init_std"):
@@ -94,7 +126,9 @@ class ModelConfig:
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations to train on one token: 6 per weight used in a matmul, and causal attention's own."""
         model = self._on_meta()
-        matmul_weights = model.head_weight.numel() + sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+        matmul_weights = model.head_weight.numel() + sum(
+            p.numel() for p in model.layers.parameters() if p.dim() == 2
+        )
         return 6 * matmul_weights + 6 * self.n_layers * self.d_model * seq_len
 
     def _on_meta(self) -> "Transformer":
@@ -109,7 +143,15 @@ class KVCache:
     keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled. engine.py has rows of different lengths.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_len: int, *, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_len: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
         self.keys, self.values = (self.zeros(shape, dtype, device) for _ in range(2))
         self.length = 0
@@ -133,7 +175,9 @@ class KVCache:
         """What T new tokens may attend to, for `attend`."""
         if self.length == 0 or T == 1:
             return None
-        return torch.ones(T, self.length + T, dtype=torch.bool, device=self.keys.device).tril(self.length)  # is_causal would align the ends
+        return torch.ones(T, self.length + T, dtype=torch.bool, device=self.keys.device).tril(
+            self.length
+        )  # is_causal would align the ends
 
     def advance(self, T: int) -> None:
         """Count the T tokens that every layer has taken in."""
@@ -182,11 +226,17 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
         self.q_proj = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
-        self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
-        self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.k_proj = nn.Linear(
+            config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias
+        )
+        self.v_proj = nn.Linear(
+            config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias
+        )
         self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -213,7 +263,11 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp]
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if config.mlp == "swiglu" else None
+        self.gate_proj = (
+            nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+            if config.mlp == "swiglu"
+            else None
+        )
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
@@ -234,7 +288,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
@@ -248,7 +304,9 @@ class Embedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         # added to the gradient of a tied head, the few rows in use save a matrix of zeros; only where eager, on a CPU
-        sparse = self.tied and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        sparse = (
+            self.tied and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+        )
         return F.embedding(input, self.weight, sparse=sparse)
 
 
@@ -257,14 +315,24 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        assert config.vocab_size and config.max_seq_len, "vocab_size and max_seq_len come from the tokenizer and training"
+        assert config.vocab_size and config.max_seq_len, (
+            "vocab_size and max_seq_len come from the tokenizer and training"
+        )
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.d_model, config.tie_embeddings)
-        self.embed_positions = nn.Embedding(config.max_seq_len, config.d_model) if config.position == "learned" else None
+        self.embed_positions = (
+            nn.Embedding(config.max_seq_len, config.d_model)
+            if config.position == "learned"
+            else None
+        )
         self.embed_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config) if config.final_norm else nn.Identity()
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.reset_tables()
         self.reset_parameters()
@@ -284,7 +352,9 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layers) if residual else std)
+                nn.init.normal_(
+                    p, std=std / math.sqrt(2 * self.config.n_layers) if residual else std
+                )
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -303,7 +373,12 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden(
-        self, input_ids: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Final hidden states (B, T, C) of input_ids (B, T).
 
@@ -314,21 +389,32 @@ class Transformer(nn.Module):
         B, T = input_ids.shape
         start = cache.length if cache is not None else 0
         if start + T > self.config.max_seq_len:
-            raise ValueError(f"{start + T} tokens do not fit the context of {self.config.max_seq_len}")
+            raise ValueError(
+                f"{start + T} tokens do not fit the context of {self.config.max_seq_len}"
+            )
         assert doc_ids is None or cache is None, "a cache holds one document a row"
         mask = cache.mask(T) if cache is not None else None
         if doc_ids is not None:
             same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
-            mask = same & torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()  # (B, 1, T, T)
+            mask = (
+                same & torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
+            )  # (B, 1, T, T)
             if positions is None:
                 positions = positions_in_document(doc_ids)
         x, rotary = self.embed_tokens(input_ids), None
         if self.embed_positions is not None:
-            x = x + (self.embed_positions.weight[start : start + T] if positions is None else self.embed_positions(positions))
+            x = x + (
+                self.embed_positions.weight[start : start + T]
+                if positions is None
+                else self.embed_positions(positions)
+            )
         elif positions is None:
             rotary = self.rope_cos[start : start + T], self.rope_sin[start : start + T]  # (T, D)
         else:
-            rotary = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
+            rotary = (
+                self.rope_cos[positions][:, None],
+                self.rope_sin[positions][:, None],
+            )  # (B, 1, T, D)
 
         x = self.dropout(self.embed_norm(x))
         for layer in self.layers:
@@ -344,15 +430,27 @@ class Transformer(nn.Module):
         """The head: hidden (..., C) -> (..., V)."""
         if not isinstance(self.lm_head, nn.Linear | None):  # a quantised one
             return self.lm_head(hidden)
-        if hidden.device.type == "mps":  # keep the inner dimension of the backward matmul, V, under the limit
-            return torch.cat([F.linear(hidden, part) for part in self.head_weight.split(MPS_INNER_LIMIT // 2)], dim=-1)
+        if (
+            hidden.device.type == "mps"
+        ):  # keep the inner dimension of the backward matmul, V, under the limit
+            return torch.cat(
+                [F.linear(hidden, part) for part in self.head_weight.split(MPS_INNER_LIMIT // 2)],
+                dim=-1,
+            )
         return F.linear(hidden, self.head_weight)
 
     def forward(
-        self, input_ids: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Logits (B, T, V); the arguments are those of `hidden`."""
-        return self.logits(self.hidden(input_ids, positions=positions, doc_ids=doc_ids, cache=cache))
+        return self.logits(
+            self.hidden(input_ids, positions=positions, doc_ids=doc_ids, cache=cache)
+        )
 
 
 def positions_in_document(doc_ids: Tensor) -> Tensor:

@@ -47,20 +47,44 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=CONNECTIONS)
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot listen on {host}, port {port}: {reason}; give another --port or --host") from None
+        raise UserError(
+            f"cannot listen on {host}, port {port}: {reason}; give another --port or --host"
+        ) from None
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Serve a checkpoint by OpenAI's API.")
     parser.add_argument("--ckpt", help="checkpoint; by default the best there is")
-    parser.add_argument("--host", default="127.0.0.1", help="other than this machine's own (%(default)s) needs an API key")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="other than this machine's own (%(default)s) needs an API key",
+    )
     parser.add_argument("--port", type=int, default=8000, help="%(default)s; 0 is any that is free")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"])
-    parser.add_argument("--dtype", choices=[*DTYPES, *QUANTIZED], help="of the weights; float32, or what a quantised checkpoint has")
-    parser.add_argument("--api-key", help=f"asked of whoever uses /v1; better in the environment, as {KEY_VARIABLE}")
-    parser.add_argument("--rows", type=int, default=16, help="texts that grow side by side (%(default)s); each has a cache of a context")
-    parser.add_argument("--queue", type=int, default=128, help="requests that may wait for a row (%(default)s)")
-    parser.add_argument("--deadline", type=float, default=300, help="seconds after which an answer is cut (%(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=[*DTYPES, *QUANTIZED],
+        help="of the weights; float32, or what a quantised checkpoint has",
+    )
+    parser.add_argument(
+        "--api-key", help=f"asked of whoever uses /v1; better in the environment, as {KEY_VARIABLE}"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=16,
+        help="texts that grow side by side (%(default)s); each has a cache of a context",
+    )
+    parser.add_argument(
+        "--queue", type=int, default=128, help="requests that may wait for a row (%(default)s)"
+    )
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        default=300,
+        help="seconds after which an answer is cut (%(default)s)",
+    )
     args = parser.parse_args(argv)
     for name, most in (("rows", 1024), ("queue", 100_000), ("deadline", 86_400)):
         if not 1 <= getattr(args, name) <= most:
@@ -68,10 +92,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port {args.port}: a port is from 0 to 65535")
     args.api_key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
-    if args.api_key is not None and not (args.api_key.isascii() and args.api_key.isprintable() and args.api_key.strip()):
+    if args.api_key is not None and not (
+        args.api_key.isascii() and args.api_key.isprintable() and args.api_key.strip()
+    ):
         raise UserError("the API key is empty or not plain ASCII; choose letters and digits")
     if not is_loopback(args.host) and args.api_key is None:
-        raise UserError(f"--host {args.host} lets others than this machine in: set {KEY_VARIABLE} to a key that they must have")
+        raise UserError(
+            f"--host {args.host} lets others than this machine in: set {KEY_VARIABLE} to a key that they must have"
+        )
     return args
 
 
@@ -79,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     at = listen(args.host, args.port)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with a team for this thread and one for the engine's, OpenMP lets both sleep after every step
+    torch.set_num_threads(
+        1
+    )  # with a team for this thread and one for the engine's, OpenMP lets both sleep after every step
     checkpoint = load_checkpoint(args.ckpt or best_checkpoint())
     about = {
         "path": checkpoint.path.name,
@@ -98,14 +128,33 @@ def main(argv: list[str] | None = None) -> int:
     port = at.getsockname()[1]
     name = f"[{args.host}]" if ":" in args.host else args.host
     names = {"localhost", "127.0.0.1", "[::1]", name.lower()}
-    hosts = {f"{each}:{port}" for each in names} | (names if port == 80 else set()) if is_loopback(args.host) else None
+    hosts = (
+        {f"{each}:{port}" for each in names} | (names if port == 80 else set())
+        if is_loopback(args.host)
+        else None
+    )
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: None)  # uvicorn raises what it caught once more at the end: nothing is left to do then
-    print(f"{checkpoint.path}: step {checkpoint.step}, {about['dtype']}, {args.rows} rows of {service.context:,} tokens", file=sys.stderr)
+        signal.signal(
+            sig, lambda *_: None
+        )  # uvicorn raises what it caught once more at the end: nothing is left to do then
+    print(
+        f"{checkpoint.path}: step {checkpoint.step}, {about['dtype']}, {args.rows} rows of {service.context:,} tokens",
+        file=sys.stderr,
+    )
     print(f"http://{name}:{port}  (Ctrl-C stops)", file=sys.stderr)
-    asked = json.dumps({"model": service.model["id"], "prompt": "" if checkpoint.tokenizer.prefix else "the", "max_tokens": 40})
+    asked = json.dumps(
+        {
+            "model": service.model["id"],
+            "prompt": "" if checkpoint.tokenizer.prefix else "the",
+            "max_tokens": 40,
+        }
+    )
     key = f""" -H "Authorization: Bearer ${KEY_VARIABLE}\"""" if args.api_key else ""
-    print(f"curl http://{name}:{port}/v1/completions -H 'Content-Type: application/json'{key} -d '{asked}'", file=sys.stderr, flush=True)
+    print(
+        f"curl http://{name}:{port}/v1/completions -H 'Content-Type: application/json'{key} -d '{asked}'",
+        file=sys.stderr,
+        flush=True,
+    )
     gc.freeze()  # what is there stays, and need not be searched for garbage again and again
     build_server(service, hosts, args.api_key).run(sockets=[at])
     return 0

@@ -18,7 +18,9 @@ from benchmarks.measure import private_memory
 from pocketlm.data import samplers
 from pocketlm.training import step_callback
 
-parts: dict[str, list[float]] = {name: [] for name in ("data", "forward", "backward", "clip", "optimizer", "logging")}
+parts: dict[str, list[float]] = {
+    name: [] for name in ("data", "forward", "backward", "clip", "optimizer", "logging")
+}
 begins: list[float] = []  # of the steps, as time.time() tells it
 megabytes: list[float] = []  # of private memory, from the first step to the verdict
 
@@ -48,7 +50,7 @@ def clock_batches() -> None:
 
     def clocked(self: samplers.ResumableLoader) -> Any:
         batches = plain(self)
-        training = not isinstance(self.batch_sampler, samplers.ValidationOrder)
+        training = not isinstance(self.batch_sampler, samplers.ValidationBatchSampler)
         while True:
             now, begin = time.time(), time.perf_counter()
             batch = next(batches, None)
@@ -99,7 +101,9 @@ def watch_memory() -> None:
 
     def print_verdict(*args: Any) -> None:
         over.set()
-        megabytes.append(private_memory(process) / 1e6)  # of a run that was over before the first look
+        megabytes.append(
+            private_memory(process) / 1e6
+        )  # of a run that was over before the first look
         verdict(*args)
 
     def watch() -> None:
@@ -122,5 +126,14 @@ if __name__ == "__main__":
     status = train.main(sys.argv[2:])
     started = psutil.Process().create_time()
     seconds = [after - before for before, after in zip(begins, begins[1:], strict=False)]
-    Path(sys.argv[1]).write_text(json.dumps({"parts": parts, "steps": seconds, "first": begins[0] - started, "megabytes": max(megabytes)}))
+    Path(sys.argv[1]).write_text(
+        json.dumps(
+            {
+                "parts": parts,
+                "steps": seconds,
+                "first": begins[0] - started,
+                "megabytes": max(megabytes),
+            }
+        )
+    )
     sys.exit(status)

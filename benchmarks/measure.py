@@ -64,7 +64,12 @@ def run_watched(
     begin = time.perf_counter()
     with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | (environment or {}), stdout=subprocess.PIPE, stderr=stderr, text=True
+            command,
+            cwd=folder,
+            env=os.environ | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
         )
         highest, watched = 0, psutil.Process(process.pid)
 
@@ -92,11 +97,15 @@ def run_watched(
         watcher.join()
         if process.returncode and left != 0:
             stderr.seek(0)
-            raise UserError(f"{' '.join(command)[:200]} ended with status {process.returncode}: {stderr.read().strip()[-400:]}")
+            raise UserError(
+                f"{' '.join(command)[:200]} ended with status {process.returncode}: {stderr.read().strip()[-400:]}"
+            )
     return Finished(seconds, highest / 1e6, "".join(lines))
 
 
-def measure(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> Measured:
+def measure(
+    command: list[str], folder: Path, environment: dict[str, str] | None = None
+) -> Measured:
     """Run a command that prints, as its last line, `<seconds after the imports> <tokens>`."""
     done = run_watched(command, folder, environment, every=0.05)
     work, tokens = done.stdout.strip().splitlines()[-1].split()
@@ -104,5 +113,7 @@ def measure(command: list[str], folder: Path, environment: dict[str, str] | None
 
 
 def commit_of(checkout: Path) -> str:
-    done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
     return done.stdout.strip() or "of no known commit"

@@ -45,7 +45,9 @@ def step_times(done: Finished) -> list[float]:
 
 def needs(path: str, name: str, file: str) -> Path:
     if not (Path(path) / file).is_file():
-        raise UserError(f"--peer {name}={path}: there is no {file} in it; give a checkout of {name}")
+        raise UserError(
+            f"--peer {name}={path}: there is no {file} in it; give a checkout of {name}"
+        )
     return Path(path).resolve()
 
 
@@ -55,9 +57,20 @@ def nanogpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
     model, training = shape.config.model, shape.config.training
     (folder / "data" / "bench").mkdir(parents=True)
     for name in ("train", "val"):
-        write_bin(folder / "data" / "bench" / f"{name}.bin", getattr(shape.data, name).shards[0], "nanogpt")
+        write_bin(
+            folder / "data" / "bench" / f"{name}.bin",
+            getattr(shape.data, name).shards[0],
+            "nanogpt",
+        )
     with (folder / "data" / "bench" / "meta.pkl").open("wb") as file:
-        pickle.dump({"vocab_size": -(-model.vocab_size // 64) * 64 if model.vocab_size > 1000 else model.vocab_size}, file)
+        pickle.dump(
+            {
+                "vocab_size": -(-model.vocab_size // 64) * 64
+                if model.vocab_size > 1000
+                else model.vocab_size
+            },
+            file,
+        )
     shutil.copy(checkout / "configurator.py", folder)  # which it looks for where it is started
     on_gpu = shape.accelerator == "cuda"
     flags = {
@@ -79,7 +92,11 @@ def nanogpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
         "lr_decay_iters": shape.steps,
         "out_dir": "out",
     }
-    command = [sys.executable, str(checkout / "train.py"), *(f"--{key}={value}" for key, value in flags.items())]
+    command = [
+        sys.executable,
+        str(checkout / "train.py"),
+        *(f"--{key}={value}" for key, value in flags.items()),
+    ]
     return f"nanoGPT {commit_of(checkout)}, {flags['dtype']}", run_watched(command, folder)
 
 
@@ -87,16 +104,31 @@ def llmc(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
     """train_gpt2.c with the batch's two numbers put in, compiled as its Makefile does; the weights are random."""
     checkout = needs(path, "llmc", "train_gpt2.c")
     model, training = shape.config.model, shape.config.training
-    if model.mlp != "gelu" or model.position != "learned" or model.norm != "layernorm" or not model.bias or not model.tie_embeddings:
-        raise UserError("--peer llmc trains GPT-2 only; give it a config of that kind, such as presets/gpt2_124m.yaml")
+    if (
+        model.mlp != "gelu"
+        or model.position != "learned"
+        or model.norm != "layernorm"
+        or not model.bias
+        or not model.tie_embeddings
+    ):
+        raise UserError(
+            "--peer llmc trains GPT-2 only; give it a config of that kind, such as presets/gpt2_124m.yaml"
+        )
     compiler = next((name for name in ("clang", "gcc") if shutil.which(name)), None)
     if compiler is None:
         raise UserError("--peer llmc needs clang or gcc on the PATH")
     source = (checkout / "train_gpt2.c").read_text()
-    source = source.replace("int B = 4;", f"int B = {training.micro_batch_size};").replace("int T = 64;", f"int T = {training.seq_len};")
+    source = source.replace("int B = 4;", f"int B = {training.micro_batch_size};").replace(
+        "int T = 64;", f"int T = {training.seq_len};"
+    )
     (folder / "train_gpt2.c").write_text(source)
     flags = ["-Ofast", "-march=native", "-fopenmp", "-DOMP", f"-I{checkout}", "-Wno-unused-result"]
-    subprocess.run([compiler, *flags, "train_gpt2.c", "-lm", "-o", "train_gpt2"], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        [compiler, *flags, "train_gpt2.c", "-lm", "-o", "train_gpt2"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
     V, C, L, T = model.vocab_size, model.d_model, model.n_layers, model.max_seq_len
     padded = -(-V // 128) * 128
     numbers = padded * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
@@ -107,8 +139,14 @@ def llmc(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
         file.write(header.tobytes())
         file.write((random.standard_normal(numbers, np.float32) * 0.02).tobytes())
     for name in ("train", "val"):
-        write_bin(folder / "dev" / "data" / "tinyshakespeare" / f"tiny_shakespeare_{name}.bin", getattr(shape.data, name).shards[0], "llmc")
-    done = run_watched(["stdbuf", "-oL", "./train_gpt2"], folder, enough=(MILLISECONDS, shape.steps))
+        write_bin(
+            folder / "dev" / "data" / "tinyshakespeare" / f"tiny_shakespeare_{name}.bin",
+            getattr(shape.data, name).shards[0],
+            "llmc",
+        )
+    done = run_watched(
+        ["stdbuf", "-oL", "./train_gpt2"], folder, enough=(MILLISECONDS, shape.steps)
+    )
     return f"llm.c {commit_of(checkout)}, {compiler}, float32", done
 
 
@@ -178,7 +216,9 @@ def transformers(_: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
         sizes = f"vocab_size={m.vocab_size}, hidden_size={m.d_model}, intermediate_size={m.d_ff}, num_hidden_layers={m.n_layers}"
         sizes += f", num_attention_heads={m.n_heads}, num_key_value_heads={m.n_kv_heads}, max_position_embeddings={m.max_seq_len}"
         sizes += f", tie_word_embeddings={m.tie_embeddings}"
-    done = looped(TRANSFORMERS.format(kind=kind, model_class=model_class, sizes=sizes), shape, folder)
+    done = looped(
+        TRANSFORMERS.format(kind=kind, model_class=model_class, sizes=sizes), shape, folder
+    )
     return f"transformers {version('transformers')}, {kind}, {shape.dtype}", done
 
 

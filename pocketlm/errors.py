@@ -23,7 +23,8 @@ class FieldError(ValueError):
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Exit with main's status. A UserError, and whatever the system refuses (a full or read-only disk, a folder that is
-    a file), becomes one line on stderr and status 2."""
+    a file), becomes one line on stderr and status 2.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
     try:
@@ -35,7 +36,10 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(1)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror or error}; mend that, or choose another place", file=sys.stderr)
+        print(
+            f"error: {place}{error.strerror or error}; mend that, or choose another place",
+            file=sys.stderr,
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

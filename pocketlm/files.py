@@ -11,7 +11,7 @@ from pocketlm.errors import UserError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the name `path` only when all of it is on the disk.
 
     Raises UserError where the disk refuses; what stood at `path` is then untouched.
@@ -24,9 +24,14 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's zip writer reports a full disk as a RuntimeError
         free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free / 1e6
-        reason = error.strerror or error if isinstance(error, OSError) else "it was not written whole"
+        reason = (
+            error.strerror or error if isinstance(error, OSError) else "it was not written whole"
+        )
         raise UserError(
             f"cannot write the checkpoint {path}: {reason}, with {free:,.0f} MB free; what stood there is untouched. "
             "Make room or choose another folder, then run the same command again"
@@ -38,7 +43,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def link_or_copy(source: Path, path: Path) -> None:
     """Give the finished file `source` the second name `path`, replacing what had that name in one step."""
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         try:
             os.link(source, unfinished)
         except OSError:  # no hard links on this file system

@@ -14,7 +14,9 @@ import torch.nn as nn
 from torch import Tensor
 
 
-def lr_at_step(step: int, *, max_steps: int, warmup_steps: int, min_lr_ratio: float, schedule: str) -> float:
+def lr_at_step(
+    step: int, *, max_steps: int, warmup_steps: int, min_lr_ratio: float, schedule: str
+) -> float:
     """Factor on the peak learning rate for optimizer step `step` (0 is the first).
 
     Linear warm-up reaches 1 at step `warmup_steps`; then `cosine`, `linear` or `constant` down to `min_lr_ratio`
@@ -33,7 +35,14 @@ def lr_at_step(step: int, *, max_steps: int, warmup_steps: int, min_lr_ratio: fl
 
 
 def build_optimizer(
-    model: nn.Module, *, optimizer: str, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, fused: bool
+    model: nn.Module,
+    *,
+    optimizer: str,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    fused: bool,
 ) -> torch.optim.Optimizer:
     """AdamW, Muon for the blocks' matrices with AdamW for the rest, or SGD with momentum betas[0]."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
@@ -41,7 +50,8 @@ def build_optimizer(
         muon = optimizer == "muon" and p.dim() == 2 and ".layers." in f".{name}"
         groups[muon, p.dim() >= 2].append(p)
     param_groups = [
-        {"params": params, "weight_decay": weight_decay if decays else 0.0, "muon": muon} for (muon, decays), params in groups.items()
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "muon": muon}
+        for (muon, decays), params in groups.items()
     ]
     assert sum(len(g["params"]) for g in param_groups) == len(list(model.parameters()))
     if optimizer == "sgd":
@@ -82,13 +92,17 @@ class MuonAdamW(torch.optim.AdamW):
         for shape, params in same_shape.items():
             for p in params:
                 if not self.state[p]:  # AdamW's loading asks every state for a step
-                    self.state[p].update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))
+                    self.state[p].update(
+                        step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p)
+                    )
             momenta = [self.state[p]["momentum_buffer"] for p in params]
             grads = [p.grad for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
             updates = orthogonalise(torch.stack(torch._foreach_lerp(grads, momenta, self.momentum)))
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+            torch._foreach_add_(
+                params, list(updates.unbind()), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape))
+            )
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -107,14 +121,22 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: Tensor | float = 1.0) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, scale: Tensor | float = 1.0
+) -> Tensor:
     """Multiply the gradients by `scale`, then down to a global 2-norm of at most `max_norm` (0: no clip), in one pass.
 
     Returns the norm after `scale` and before the clip. Nothing waits for the device.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) * scale
-    factor = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.as_tensor(scale)
-    if factor.device.type != "cpu" or factor != 1:  # where a look costs nothing, it may save a pass over all gradients
+    factor = (
+        scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if max_norm > 0
+        else torch.as_tensor(scale)
+    )
+    if (
+        factor.device.type != "cpu" or factor != 1
+    ):  # where a look costs nothing, it may save a pass over all gradients
         torch._foreach_mul_(grads, factor)
     return norm

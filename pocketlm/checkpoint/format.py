@@ -10,19 +10,19 @@ import torch
 
 from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
-from pocketlm.files import whole_file
+from pocketlm.files import atomic_write
 
 FORMAT = 1
 
 
-def kit_entry(config: Config, tokenizer_state: dict, **counters: Any) -> dict[str, Any]:
+def checkpoint_metadata(config: Config, tokenizer_state: dict, **counters: Any) -> dict[str, Any]:
     """The `kit` entry of a checkpoint."""
     return {"format": FORMAT, "config": config.to_dict(), "tokenizer": tokenizer_state, **counters}
 
 
-def save_whole(state: dict[str, Any], path: Path) -> None:
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Write `state` to `path` so that after a crash the file is the old one or the new one, never a part."""
-    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+    with atomic_write(path) as unfinished, unfinished.open("wb") as file:
         torch.save(state, file)
 
 
@@ -42,15 +42,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except zipfile.BadZipFile:
         raise UserError(f"{path} is truncated or not a checkpoint; take another one") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is not a checkpoint of this program: it holds more than tensors and plain types") from None
+        raise UserError(
+            f"{path} is not a checkpoint of this program: it holds more than tensors and plain types"
+        ) from None
     except Exception as error:  # unpicklers fail in a dozen ways, and every one means the same here
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a checkpoint of this program, or damaged: {reason}") from error
+        raise UserError(
+            f"{path} is not a checkpoint of this program, or damaged: {reason}"
+        ) from error
     kit = state.get("kit") if isinstance(state, dict) else None
-    if not isinstance(kit, dict) or not isinstance(kit.get("format"), int) or "state_dict" not in state:
-        raise UserError(f"{path} is not a checkpoint of this program: it carries no config and tokenizer")
+    if (
+        not isinstance(kit, dict)
+        or not isinstance(kit.get("format"), int)
+        or "state_dict" not in state
+    ):
+        raise UserError(
+            f"{path} is not a checkpoint of this program: it carries no config and tokenizer"
+        )
     if kit["format"] > FORMAT:
-        raise UserError(f"{path} has format {kit['format']}; this program reads up to {FORMAT}: update it")
+        raise UserError(
+            f"{path} has format {kit['format']}; this program reads up to {FORMAT}: update it"
+        )
     return state
 
 
@@ -65,6 +77,12 @@ def hash_weights(weights: dict[str, torch.Tensor]) -> str:
 
 def known_checkpoints() -> str:
     """A sentence that names the checkpoints there are, for messages."""
-    named = (p for p in Path("checkpoints").glob("*/*.ckpt") if not p.parent.name.startswith("old-"))
+    named = (
+        p for p in Path("checkpoints").glob("*/*.ckpt") if not p.parent.name.startswith("old-")
+    )
     found = sorted(str(p) for p in [*Path("checkpoints").glob("*.ckpt"), *named])
-    return f"here are {', '.join(found)}" if found else "train one with: python train.py --config config.yaml"
+    return (
+        f"here are {', '.join(found)}"
+        if found
+        else "train one with: python train.py --config config.yaml"
+    )

@@ -11,7 +11,12 @@ from functools import cached_property
 from pathlib import Path
 
 from model import Transformer
-from pocketlm.checkpoint.format import hash_weights, known_checkpoints, read_checkpoint, save_whole
+from pocketlm.checkpoint.format import (
+    hash_weights,
+    known_checkpoints,
+    read_checkpoint,
+    save_checkpoint,
+)
 from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
@@ -45,20 +50,30 @@ def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Chec
     kit = state["kit"]
     tokenizer = from_state(kit["tokenizer"])
     config = config_from_dict(kit["config"], origin=str(path))
-    if tokenizer_name is not None and not tokenizer_name == tokenizer.name == "gpt2":  # which need not be fetched for this
+    if (
+        tokenizer_name is not None and not tokenizer_name == tokenizer.name == "gpt2"
+    ):  # which need not be fetched for this
         other = build_tokenizer(tokenizer_name, config.data.cache_dir)
         if other.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"{path} was trained with the tokenizer {tokenizer.name!r}, not {tokenizer_name!r}; leave --tokenizer out")
+            raise UserError(
+                f"{path} was trained with the tokenizer {tokenizer.name!r}, not {tokenizer_name!r}; leave --tokenizer out"
+            )
     weights = {name.removeprefix("model."): tensor for name, tensor in state["state_dict"].items()}
-    model = Transformer(config.model)  # on the meta device it would not draw weights, and take 0.8 s to import what that needs
+    model = Transformer(
+        config.model
+    )  # on the meta device it would not draw weights, and take 0.8 s to import what that needs
     if quantized := kit.get("quantized"):
         model = quantize(model, quantized)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"the weights of {path} do not fit its config: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"the weights of {path} do not fit its config: {' '.join(str(error).split())[:300]}"
+        ) from None
     counters = state["global_step"], kit["tokens"], kit["val_loss"]
-    return Checkpoint(Path(path), model.eval(), tokenizer, config, *counters, quantized, kit.get("chat_template"))
+    return Checkpoint(
+        Path(path), model.eval(), tokenizer, config, *counters, quantized, kit.get("chat_template")
+    )
 
 
 def best_checkpoint() -> Path:
@@ -66,7 +81,11 @@ def best_checkpoint() -> Path:
     for unnamed in (Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt")):
         if unnamed.is_file():
             return unnamed
-    runs = [p for p in sorted(Path("checkpoints").glob("*/best.ckpt")) if not p.parent.name.startswith("old-")]
+    runs = [
+        p
+        for p in sorted(Path("checkpoints").glob("*/best.ckpt"))
+        if not p.parent.name.startswith("old-")
+    ]
     if not runs:
         raise UserError(f"there is no checkpoint yet in {unnamed.parent}; {known_checkpoints()}")
     losses = {path: read_checkpoint(path)["kit"]["val_loss"] for path in runs}
@@ -78,9 +97,15 @@ def best_checkpoint() -> Path:
 
 def write_quantized(source: Path, target: Path, dtype: str) -> Transformer:
     """The checkpoint `source` with quantised weights, for `load_checkpoint`; optimizer state is left out."""
-
     model, state = quantize(load_checkpoint(source).model, dtype), read_checkpoint(source)
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_whole({"state_dict": weights, "global_step": state["global_step"], "kit": state["kit"] | {"quantized": dtype}}, target)
+    save_checkpoint(
+        {
+            "state_dict": weights,
+            "global_step": state["global_step"],
+            "kit": state["kit"] | {"quantized": dtype},
+        },
+        target,
+    )
     return model

@@ -88,7 +88,12 @@ class Run:
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """last.ckpt and its content, or else the newest readable checkpoint; damaged ones are passed over, and named."""
         damaged: list[str] = []
-        for path in [self.checkpoints / "last.ckpt", *self.numbered(), self.checkpoints / "final.ckpt", self.checkpoints / "best.ckpt"]:
+        for path in [
+            self.checkpoints / "last.ckpt",
+            *self.numbered(),
+            self.checkpoints / "final.ckpt",
+            self.checkpoints / "best.ckpt",
+        ]:
             if not path.exists():
                 continue
             try:
@@ -100,7 +105,9 @@ class Run:
                 print_note(f"{message}: going back to {path}")
             return path, state
         if damaged:
-            raise UserError(f"{'; '.join(damaged)}; no checkpoint of this run is left to continue from: --fresh begins anew")
+            raise UserError(
+                f"{'; '.join(damaged)}; no checkpoint of this run is left to continue from: --fresh begins anew"
+            )
         return None
 
 
@@ -112,7 +119,10 @@ def print_note(text: str) -> None:
 
 def is_first_process() -> bool:
     """Whether this is the first of the processes of a run on several devices or machines, or the only one."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
+    return all(
+        os.environ.get(name, "0") == "0"
+        for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    )
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,9 @@ def find_start(run: Run, config: Config, data_sha256: str) -> Start | None:
     if state["kit"].get("data_sha256") != data_sha256:
         changed.append("the tokens to train on")
     if changed:
-        raise UserError(f"{run.checkpoints} holds a run with another config ({', '.join(changed)}); {ways_out}")
+        raise UserError(
+            f"{run.checkpoints} holds a run with another config ({', '.join(changed)}); {ways_out}"
+        )
     if step >= config.training.max_steps:
         raise UserError(
             f"the run in {run.checkpoints} is finished: {step} of {config.training.max_steps} steps; "

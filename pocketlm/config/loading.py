@@ -24,18 +24,24 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         there = sorted(str(p) for p in [*Path().glob("*.yaml"), *Path("presets").glob("*.yaml")])
         near = difflib.get_close_matches(Path(path).stem, [Path(p).stem for p in there], n=1)
         hint = f"did you mean {next(p for p in there if Path(p).stem == near[0])}? " if near else ""
-        raise UserError(f"there is no config {path}; {hint}here are {', '.join(there) or 'none'}") from None
+        raise UserError(
+            f"there is no config {path}; {hint}here are {', '.join(there) or 'none'}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config {path}: {error}") from None
     values, places = parse_yaml(text, str(path))
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {values!r}")
+        raise UserError(
+            f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {values!r}"
+        )
     for override in overrides:
         key, equals, value = override.partition("=")
         section, dot, name = key.partition(".")
         if not (equals and dot and name):
-            raise UserError(f"{override!r} is not an override; write section.key=value, for example training.max_steps=20")
+            raise UserError(
+                f"{override!r} is not an override; write section.key=value, for example training.max_steps=20"
+            )
         check_key(section, list(SECTIONS), f"on the command line: {key}")
         value = parse_yaml(value, f"on the command line: {key}")[0]
         if values.get(section) is None:
@@ -46,7 +52,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return config_from_dict(values, places, str(path))
 
 
-def config_from_dict(values: dict[str, Any], places: dict[tuple[str, ...], str] | None = None, origin: str = "config") -> Config:
+def config_from_dict(
+    values: dict[str, Any], places: dict[tuple[str, ...], str] | None = None, origin: str = "config"
+) -> Config:
     """Check keys and types of nested plain dicts, and build the Config. `places` say in a message where a key stands."""
     places = places or {}
     sections = {}

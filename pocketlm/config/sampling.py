@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 from pocketlm.errors import FieldError
 
-MOST_NEW_TOKENS, MOST_SAMPLES, MOST_STOPS, LONGEST_STOP = 1_000_000, 1_000, 64, 1_000  # beyond these a request is a slip
+MOST_NEW_TOKENS, MOST_SAMPLES, MOST_STOPS, LONGEST_STOP = (
+    1_000_000,
+    1_000,
+    64,
+    1_000,
+)  # beyond these a request is a slip
 
 
 @dataclass(frozen=True)
@@ -27,29 +32,46 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = [
-            ("max_new_tokens", 1 <= self.max_new_tokens <= MOST_NEW_TOKENS, f"from 1 to {MOST_NEW_TOKENS:,}"),
+            (
+                "max_new_tokens",
+                1 <= self.max_new_tokens <= MOST_NEW_TOKENS,
+                f"from 1 to {MOST_NEW_TOKENS:,}",
+            ),
             ("temperature", 0 <= self.temperature < math.inf, "0 or more, and finite"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, and finite"),
             ("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 or more"),
-            ("logit_bias", all(i >= 0 and not math.isnan(nats) for i, nats in self.logit_bias), "pairs of an id and a number"),
+            (
+                "logit_bias",
+                all(i >= 0 and not math.isnan(nats) for i, nats in self.logit_bias),
+                "pairs of an id and a number",
+            ),
             ("num_samples", 1 <= self.num_samples <= MOST_SAMPLES, f"from 1 to {MOST_SAMPLES:,}"),
             ("stop", all(self.stop), "texts that are not empty"),
             ("stop", len(self.stop) <= MOST_STOPS, f"a list of at most {MOST_STOPS} texts"),
-            ("stop", all(len(text) <= LONGEST_STOP for text in self.stop), f"texts of at most {LONGEST_STOP:,} characters"),
+            (
+                "stop",
+                all(len(text) <= LONGEST_STOP for text in self.stop),
+                f"texts of at most {LONGEST_STOP:,} characters",
+            ),
             ("stop_ids", all(i >= 0 for i in self.stop_ids), "ids of tokens, 0 or more"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
         ]
         for name, good, meaning in checks:
             if not good:
                 value = repr(getattr(self, name))
-                raise FieldError(name, f"is {value if len(value) < 100 else value[:100] + '...'}; it must be {meaning}")
+                raise FieldError(
+                    name,
+                    f"is {value if len(value) < 100 else value[:100] + '...'}; it must be {meaning}",
+                )
 
 
 @dataclass(frozen=True)
 class SamplingConfig(SamplingParams):
     """What infer.py does unless told otherwise, and how a run shows what it has learned."""
 
-    prompts: tuple[str, ...] = ()  # continued at every validation; "" begins a document; none: the openings of validation documents
+    prompts: tuple[
+        str, ...
+    ] = ()  # continued at every validation; "" begins a document; none: the openings of validation documents

@@ -18,8 +18,13 @@ class RunConfig:
     name: str = ""  # outputs go to checkpoints/<name> and logs/<name>; empty: straight into checkpoints and logs
 
     def __post_init__(self) -> None:
-        if self.name.startswith((".", "old-")) or not all(c.isascii() and (c.isalnum() or c in "._-") for c in self.name):
-            raise FieldError("name", f"{self.name!r} is a folder's name: letters, digits, '.', '_', '-', not beginning '.' or 'old-'")
+        if self.name.startswith((".", "old-")) or not all(
+            c.isascii() and (c.isalnum() or c in "._-") for c in self.name
+        ):
+            raise FieldError(
+                "name",
+                f"{self.name!r} is a folder's name: letters, digits, '.', '_', '-', not beginning '.' or 'old-'",
+            )
 
 
 @dataclass(frozen=True)
@@ -28,23 +33,44 @@ class SourceConfig:
 
     source: str = "wiki"  # a corpus by name: wiki, shakespeare, names, korean_names, dialogue, sotu; or a Hugging Face dataset, OWNER/NAME
     path: str | None = None  # a file, a folder or a pattern; takes the place of `source`
-    optional_path: str | None = None  # a file or folder that is read in place of `source` where it is there
-    val_path: str | None = None  # the same, of which all is validation; None: val_share of the training text
-    text_field: str = "text"  # the field of jsonl, csv, parquet and Hugging Face rows that holds a document
-    separator: str | None = None  # between the documents of a text file: line, blank_line, or a text; None: a file is one
-    errors: Literal["strict", "replace"] = "strict"  # of bytes that are not UTF-8: refuse, or put U+FFFD there
+    optional_path: str | None = (
+        None  # a file or folder that is read in place of `source` where it is there
+    )
+    val_path: str | None = (
+        None  # the same, of which all is validation; None: val_share of the training text
+    )
+    text_field: str = (
+        "text"  # the field of jsonl, csv, parquet and Hugging Face rows that holds a document
+    )
+    separator: str | None = (
+        None  # between the documents of a text file: line, blank_line, or a text; None: a file is one
+    )
+    errors: Literal["strict", "replace"] = (
+        "strict"  # of bytes that are not UTF-8: refuse, or put U+FFFD there
+    )
     config_name: str | None = None  # Hugging Face: configuration, also called subset
     split: str = "train"  # Hugging Face: split
-    val_split: str | None = None  # Hugging Face: split of which all is validation; None: val_share of the training text
+    val_split: str | None = (
+        None  # Hugging Face: split of which all is validation; None: val_share of the training text
+    )
     revision: str | None = None  # Hugging Face: commit, tag or branch
 
     def __post_init__(self) -> None:
         if self.separator == "":
-            raise FieldError("separator", "is empty; it is line, blank_line, a text, or null for one document a file")
+            raise FieldError(
+                "separator",
+                "is empty; it is line, blank_line, a text, or null for one document a file",
+            )
         if self.val_split == self.split:
-            raise FieldError("val_split", f"{self.val_split!r} is the split to train on; name another, or leave it null")
+            raise FieldError(
+                "val_split",
+                f"{self.val_split!r} is the split to train on; name another, or leave it null",
+            )
         if self.val_path and self.val_path == self.path:
-            raise FieldError("val_path", f"{self.val_path!r} is the path to train on; name another, or leave it null")
+            raise FieldError(
+                "val_path",
+                f"{self.val_path!r} is the path to train on; name another, or leave it null",
+            )
 
 
 @dataclass(frozen=True)
@@ -61,12 +87,18 @@ class MixtureConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class DataConfig(SourceConfig):
-    mixture: tuple[MixtureConfig, ...] = ()  # several sources at once; takes the place of the keys above
+    mixture: tuple[
+        MixtureConfig, ...
+    ] = ()  # several sources at once; takes the place of the keys above
     tokenizer: str = "gpt2"  # byte, seen-bytes, char, char:SIZE, bpe:SIZE, gpt2, a tokenizer.json, a Hugging Face folder or name
     bos: bool | None = None  # a begin token before each document; None: where the tokenizer has one
     eos: bool | None = None  # an end token behind each document; None: where the tokenizer has one
-    val_share: float = 0.05  # share of the documents (of a single document's end) kept for validation
-    packing: Literal["packed", "padded"] = "packed"  # rows cut from one stream of tokens, or a document a row
+    val_share: float = (
+        0.05  # share of the documents (of a single document's end) kept for validation
+    )
+    packing: Literal["packed", "padded"] = (
+        "packed"  # rows cut from one stream of tokens, or a document a row
+    )
     document_mask: bool = True  # tokens attend within their own document only
     streaming: bool = False  # tokenise while training, and keep no tokens on the disk but those of the first documents
     shuffle_buffer: int = 1000  # rows that streaming shuffles at a time, in each worker
@@ -75,11 +107,16 @@ class DataConfig(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.val_share < 1:
-            raise FieldError("val_share", f"is {self.val_share}; it is a share between 0 and 1, for example 0.05")
+            raise FieldError(
+                "val_share", f"is {self.val_share}; it is a share between 0 and 1, for example 0.05"
+            )
         if self.shuffle_buffer < 1:
             raise FieldError("shuffle_buffer", f"is {self.shuffle_buffer}; it must be 1 or more")
         if self.mixture and self.path:
-            raise FieldError("path", f"{self.path!r} and mixture are both given; set the one that is not meant to null")
+            raise FieldError(
+                "path",
+                f"{self.path!r} and mixture are both given; set the one that is not meant to null",
+            )
         if self.mixture and self.streaming:
             raise FieldError("streaming", "reads a single source; leave out streaming or mixture")
 
@@ -96,7 +133,9 @@ class TrainingConfig:
     grad_accum_steps: int = 1  # forward passes in one optimizer step
     max_steps: int = 600  # optimizer steps
     max_epochs: float | None = None  # passes over the rows; takes the place of `max_steps`
-    optimizer: Literal["adamw", "muon", "sgd"] = "muon"  # muon: the blocks' matrices by Muon, the rest by AdamW
+    optimizer: Literal["adamw", "muon", "sgd"] = (
+        "muon"  # muon: the blocks' matrices by Muon, the rest by AdamW
+    )
     lr: float = 6e-3  # peak learning rate
     min_lr_ratio: float = 0.0  # final learning rate as a share of the peak
     schedule: Literal["cosine", "linear", "constant"] = "linear"  # from the peak to the end
@@ -126,13 +165,25 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 1:
                 raise FieldError(name, f"is {getattr(self, name)}; it must be 1 or more")
-        for name in ("min_lr_ratio", "warmup_steps", "weight_decay", "grad_clip", "loss_chunk", "keep_checkpoints", "seed"):
+        for name in (
+            "min_lr_ratio",
+            "warmup_steps",
+            "weight_decay",
+            "grad_clip",
+            "loss_chunk",
+            "keep_checkpoints",
+            "seed",
+        ):
             if not 0 <= getattr(self, name) < 2**32:
-                raise FieldError(name, f"is {getattr(self, name)}; it must be 0 or more, and below 2^32")
+                raise FieldError(
+                    name, f"is {getattr(self, name)}; it must be 0 or more, and below 2^32"
+                )
         if not (0 < self.lr < math.inf and 0 < self.eps < math.inf):
             raise FieldError("lr", f"{self.lr} and eps {self.eps} must be above 0 and finite")
         if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
-            raise FieldError("max_epochs", f"is {self.max_epochs}; it must be above 0 and finite, or null")
+            raise FieldError(
+                "max_epochs", f"is {self.max_epochs}; it must be above 0 and finite, or null"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise FieldError("betas", f"are {list(self.betas)}; each lies from 0 to below 1")
 
@@ -143,10 +194,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    accelerator: Literal["auto", "cpu", "mps", "cuda", "gpu"] = "auto"  # auto: mps, else cuda, else cpu; gpu is cuda
+    accelerator: Literal["auto", "cpu", "mps", "cuda", "gpu"] = (
+        "auto"  # auto: mps, else cuda, else cpu; gpu is cuda
+    )
     devices: int = 1  # how many of them
     num_workers: int = 0  # processes that prepare batches; 0: the training process itself
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA, and on a CPU in a run of many minutes
+    compile: Literal["auto", "on", "off"] = (
+        "auto"  # torch.compile; auto: on CUDA, and on a CPU in a run of many minutes
+    )
 
     def __post_init__(self) -> None:
         if self.devices < 1:
@@ -176,9 +231,13 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.model.max_seq_len is None:
-            object.__setattr__(self, "model", dataclasses.replace(self.model, max_seq_len=self.training.seq_len))
+            object.__setattr__(
+                self, "model", dataclasses.replace(self.model, max_seq_len=self.training.seq_len)
+            )
         if self.model.max_seq_len < self.training.seq_len:
-            raise ValueError(f"training.seq_len {self.training.seq_len} does not fit model.max_seq_len {self.model.max_seq_len}")
+            raise ValueError(
+                f"training.seq_len {self.training.seq_len} does not fit model.max_seq_len {self.model.max_seq_len}"
+            )
 
     def with_vocab_size(self, vocab_size: int) -> "Config":
         """This config for a tokenizer of `vocab_size`. Raises UserError where the model was given a smaller one."""
@@ -187,11 +246,15 @@ class Config:
             raise UserError(
                 f"model.vocab_size is {given}, but the tokenizer {self.data.tokenizer!r} has {vocab_size} entries; leave it empty"
             )
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=given or vocab_size))
+        return dataclasses.replace(
+            self, model=dataclasses.replace(self.model, vocab_size=given or vocab_size)
+        )
 
     def with_max_steps(self, max_steps: int) -> "Config":
         """This config for a run of so many optimizer steps."""
-        return dataclasses.replace(self, training=dataclasses.replace(self.training, max_steps=max_steps))
+        return dataclasses.replace(
+            self, training=dataclasses.replace(self.training, max_steps=max_steps)
+        )
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain dicts, lists, numbers and strings: what a checkpoint and YAML hold."""

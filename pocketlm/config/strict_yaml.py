@@ -41,7 +41,9 @@ SCALARS = {  # tag: pattern, first characters, meaning
 
 for tag, (pattern, first, _) in SCALARS.items():
     if first:
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+        Loader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first)
+        )
 
 
 def parse_yaml(text: str, place: str) -> tuple[Any, dict[tuple[str, ...], str]]:
@@ -70,8 +72,15 @@ def parse_yaml(text: str, place: str) -> tuple[Any, dict[tuple[str, ...], str]]:
                 values[str(key.value)] = build(value, at)
                 places[at] = f"{place}:{key.start_mark.line + 1}"
             return values
-        if not isinstance(node, yaml.ScalarNode) or kind not in SCALARS or not re.fullmatch(SCALARS[kind][0], node.value):
-            raise refuse(node, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} does not go with this value")
+        if (
+            not isinstance(node, yaml.ScalarNode)
+            or kind not in SCALARS
+            or not re.fullmatch(SCALARS[kind][0], node.value)
+        ):
+            raise refuse(
+                node,
+                f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} does not go with this value",
+            )
         try:
             node.value.encode()
             return SCALARS[kind][2](node.value)
@@ -79,7 +88,11 @@ def parse_yaml(text: str, place: str) -> tuple[Any, dict[tuple[str, ...], str]]:
             raise refuse(node, f"not a value: {error}") from None
 
     try:
-        if (alias := next((e for e in yaml.parse(text, Loader) if isinstance(e, yaml.AliasEvent)), None)) is not None:
+        if (
+            alias := next(
+                (e for e in yaml.parse(text, Loader) if isinstance(e, yaml.AliasEvent)), None
+            )
+        ) is not None:
             raise refuse(alias, "aliases (*name) are not used here; write the value out")
         node = yaml.compose(text, Loader)
         return (None if node is None else build(node, ())), places
@@ -96,15 +109,23 @@ def parse_yaml(text: str, place: str) -> tuple[Any, dict[tuple[str, ...], str]]:
 def types_of(kind: type, keys: tuple[str, ...]) -> type[BaseModel]:
     """What pydantic checks the given keys of a dataclass against."""
     hints = typing.get_type_hints(kind)
-    return create_model(kind.__name__, __config__=ConfigDict(strict=True), **{key: (hints[key], ...) for key in keys})
+    return create_model(
+        kind.__name__,
+        __config__=ConfigDict(strict=True),
+        **{key: (hints[key], ...) for key in keys},
+    )
 
 
-def build(kind: type, given: Any, path: tuple[str, ...], places: dict[tuple[str, ...], str], origin: str) -> Any:
+def build(
+    kind: type, given: Any, path: tuple[str, ...], places: dict[tuple[str, ...], str], origin: str
+) -> Any:
     """The dataclass `kind` from plain values, which stand at `path` in the config; the parts of a mixture likewise."""
     name = ".".join(path)
 
     def place(*key: str) -> str:
-        return next((places[at] for at in ((*path, *key), path[:2], path[:1]) if at in places), origin)
+        return next(
+            (places[at] for at in ((*path, *key), path[:2], path[:1]) if at in places), origin
+        )
 
     if not isinstance(given, dict):
         raise UserError(f"{place()}: {name} is a section with keys of its own, not {given!r}")
@@ -113,17 +134,28 @@ def build(kind: type, given: Any, path: tuple[str, ...], places: dict[tuple[str,
         check_key(key, list(hints), place(str(key)), name)
     values = dict(given)
     if isinstance(parts := values.pop("mixture", None), list):
-        values["mixture"] = tuple(build(MixtureConfig, part, (*path, "mixture", str(i)), places, origin) for i, part in enumerate(parts))
+        values["mixture"] = tuple(
+            build(MixtureConfig, part, (*path, "mixture", str(i)), places, origin)
+            for i, part in enumerate(parts)
+        )
     elif parts is not None:
-        raise UserError(f"{place('mixture')}: {name}.mixture is a list of sources, each with its weight, not {parts!r}")
+        raise UserError(
+            f"{place('mixture')}: {name}.mixture is a list of sources, each with its weight, not {parts!r}"
+        )
     plain = {key: value for key, value in values.items() if key != "mixture"}
     try:
         checked = types_of(kind, tuple(plain)).model_validate_json(json.dumps(plain))
     except ValidationError as error:
         first = error.errors()[0]
         key = first["loc"][0]
-        said = first["msg"].removeprefix("Input should be ") if len(first["loc"]) == 1 else str(hints[key])
-        raise UserError(f"{place(key)}: {name}.{key} is {given[key]!r}; it should be {said}") from None
+        said = (
+            first["msg"].removeprefix("Input should be ")
+            if len(first["loc"]) == 1
+            else str(hints[key])
+        )
+        raise UserError(
+            f"{place(key)}: {name}.{key} is {given[key]!r}; it should be {said}"
+        ) from None
     try:
         return kind(**values | {k: getattr(checked, k) for k in plain})
     except FieldError as error:

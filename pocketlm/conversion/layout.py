@@ -38,11 +38,15 @@ class Pretrained:
 class Layout:
     """How others store the tensors of model.py."""
 
-    names: dict[str, str]  # ours: theirs, where they differ; of modules within a layer, of those outside, and of `layers`
+    names: dict[
+        str, str
+    ]  # ours: theirs, where they differ; of modules within a layer, of those outside, and of `layers`
     prefix: str = ""  # before every name but the head's; left out in files that hold no head
     transposed: bool = False  # the layers' matrices are (in, out)
     fused: bool = False  # q, k and v are one tensor
-    interleaved: bool = False  # RoPE turns neighbours, (x[2i], x[2i + 1]), where ours turns (x[i], x[i + D/2])
+    interleaved: bool = (
+        False  # RoPE turns neighbours, (x[2i], x[2i + 1]), where ours turns (x[i], x[i + D/2])
+    )
     buffers: str = "(?!)"  # pattern of what is no parameter
 
     def name(self, ours: str) -> str:
@@ -67,21 +71,33 @@ class Layout:
         """All of our parameters out of all of their tensors. Raises UserError that names the tensor that does not fit."""
         with torch.device("meta"):
             expected = {name: p.shape for name, p in Transformer(config).named_parameters()}
-        left_over = {name for name in tensors if not re.fullmatch(self.buffers, name)} - {self.name(ours) for ours in expected}
+        left_over = {name for name in tensors if not re.fullmatch(self.buffers, name)} - {
+            self.name(ours) for ours in expected
+        }
         if left_over:
-            raise UserError(f"{origin} has the tensor {min(left_over)}, for which this model has no place; it cannot be converted")
+            raise UserError(
+                f"{origin} has the tensor {min(left_over)}, for which this model has no place; it cannot be converted"
+            )
         weights = {}
         for ours, shape in expected.items():
             name = self.name(ours)
             if name not in tensors:
-                raise UserError(f"{origin} has no tensor {name}, which its config asks for; fetch or save the model again")
+                raise UserError(
+                    f"{origin} has no tensor {name}, which its config asks for; fetch or save the model again"
+                )
             try:
                 weights[ours] = self.part(ours, tensors[name], config)
             except (RuntimeError, IndexError):  # not to be cut so
                 weights[ours] = None
-            if weights[ours] is None or weights[ours].shape != shape or not tensors[name].is_floating_point():
+            if (
+                weights[ours] is None
+                or weights[ours].shape != shape
+                or not tensors[name].is_floating_point()
+            ):
                 found = f"{tensors[name].dtype} of {tuple(tensors[name].shape)}, which does not make {ours} of {tuple(shape)}"
-                raise UserError(f"{origin}: the tensor {name} is {found}; fetch or save the model again")
+                raise UserError(
+                    f"{origin}: the tensor {name} is {found}; fetch or save the model again"
+                )
         return weights
 
 
@@ -92,10 +108,24 @@ def drop_second_copy(tensors: Tensors, head: str, embedding: str) -> bool:
     return head not in tensors
 
 
-def assemble(settings: Values, tensors: Tensors, layout: Layout, tokenizer: JsonTokenizer, template: str | None, origin: str) -> Pretrained:
+def assemble(
+    settings: Values,
+    tensors: Tensors,
+    layout: Layout,
+    tokenizer: JsonTokenizer,
+    template: str | None,
+    origin: str,
+) -> Pretrained:
     """The model of these settings with these tensors. Raises UserError where one of the parts does not fit the others."""
     seq_len = min(settings["max_seq_len"], TrainingConfig.seq_len)
-    config = config_from_dict({"model": settings, "data": {"tokenizer": tokenizer.name}, "training": {"seq_len": seq_len}}, origin=origin)
+    config = config_from_dict(
+        {
+            "model": settings,
+            "data": {"tokenizer": tokenizer.name},
+            "training": {"seq_len": seq_len},
+        },
+        origin=origin,
+    )
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{origin}: the tokenizer has {tokenizer.vocab_size:,} entries and the model {config.model.vocab_size:,}; "
@@ -106,22 +136,32 @@ def assemble(settings: Values, tensors: Tensors, layout: Layout, tokenizer: Json
 
 # ---- settings of theirs ----------------------------------------------------------------------------------------------
 
-OF_GPT2 = {"mlp": "gelu", "position": "learned", "norm": "layernorm", "bias": True, "n_kv_heads": None}
+OF_GPT2 = {
+    "mlp": "gelu",
+    "position": "learned",
+    "norm": "layernorm",
+    "bias": True,
+    "n_kv_heads": None,
+}
 
 
 NOUNS = {int: "a whole number above 0", float: "a number", list: "a list", dict: "an object"}
 
 
-def need(values: Values, key: str, kind: type, origin: str) -> Any:
+def require_key(values: Values, key: str, kind: type, origin: str) -> Any:
     """What a key says, which has to be there."""
     if not isinstance(value := values.get(key), kind) or kind is int and value < 1:
-        raise UserError(f"{origin}: {key} is {value!r}, where a model needs {NOUNS[kind]}; fetch or save the model again")
+        raise UserError(
+            f"{origin}: {key} is {value!r}, where a model needs {NOUNS[kind]}; fetch or save the model again"
+        )
     return value
 
 
-def allow(values: Values, origin: str, allowed: dict[str, tuple]) -> None:
+def require_supported(values: Values, origin: str, allowed: dict[str, tuple]) -> None:
     """Raise UserError where a key is there and says what this model cannot express."""
     for key, known in allowed.items():
         if (value := values.get(key, known[0])) not in known:
             wanted = " or ".join("left out" if each is None else repr(each) for each in known)
-            raise UserError(f"{origin}: {key} is {value!r}, which this model cannot express; it would have to be {wanted}")
+            raise UserError(
+                f"{origin}: {key} is {value!r}, which this model cannot express; it would have to be {wanted}"
+            )

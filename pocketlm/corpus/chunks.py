@@ -29,7 +29,7 @@ class Chunk:
     ends: bool = True
 
 
-def lone_bytes(pieces: Iterable[Piece]) -> int | None:
+def single_document_bytes(pieces: Iterable[Piece]) -> int | None:
     """UTF-8 bytes of the only document, or None where there are more, or none."""
     size, over = 0, False
     for text, ends in pieces:
@@ -42,7 +42,9 @@ def lone_bytes(pieces: Iterable[Piece]) -> int | None:
 def split(pieces: Iterable[Piece], share: float, lone: int | None) -> Iterator[Chunk]:
     """Each document to train or validation by a hash of its (first) piece; a lone one of `lone` bytes gives its last share."""
     begins, validation = True, False
-    border = 0 if lone is None else int(lone * (1 - share))  # in bytes of the lone document from here on
+    border = (
+        0 if lone is None else int(lone * (1 - share))
+    )  # in bytes of the lone document from here on
     for text, ends in pieces:
         if lone is None:
             validation = is_validation(text, share) if begins else validation
@@ -63,7 +65,7 @@ def split(pieces: Iterable[Piece], share: float, lone: int | None) -> Iterator[C
             validation = True
 
 
-def at_token_borders(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> Iterator[Chunk]:
+def at_token_boundaries(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> Iterator[Chunk]:
     """The same documents, in chunks that have the same ids apart as together."""
     held, begins = "", True
     for chunk in chunks:
@@ -81,7 +83,7 @@ def at_token_borders(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> Iterator[
         held = text[cut:]
 
 
-def in_batches(chunks: Iterable[Chunk], characters: int) -> Iterator[list[Chunk]]:
+def batch_chunks(chunks: Iterable[Chunk], characters: int) -> Iterator[list[Chunk]]:
     """Lists of chunks of about as many characters."""
     batch: list[Chunk] = []
     size = 0
@@ -97,5 +99,5 @@ def in_batches(chunks: Iterable[Chunk], characters: int) -> Iterator[list[Chunk]
 
 def split_source(source: Source, share: float) -> Iterator[Chunk]:
     """The documents of a source, each on its side."""
-    lone = lone_bytes(source.pieces()) if 0 < share < 1 else None
+    lone = single_document_bytes(source.pieces()) if 0 < share < 1 else None
     return split(source.pieces(), share, lone)

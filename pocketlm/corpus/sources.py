@@ -56,7 +56,13 @@ class RowsSource(Source):
         c = self.config
         if self.path:
             return hub.saved_rows(Path(self.path), self.split)
-        return hub.hub_rows(c.source, config_name=c.config_name, split=self.split, revision=c.revision, streaming=self.streaming)
+        return hub.hub_rows(
+            c.source,
+            config_name=c.config_name,
+            split=self.split,
+            revision=c.revision,
+            streaming=self.streaming,
+        )
 
     def documents(self) -> Iterator[str]:
         field, number = self.config.text_field, 0
@@ -65,7 +71,11 @@ class RowsSource(Source):
             if field not in rows.column_names:
                 raise no_field(self.name, field, rows.column_names)
             rows = rows.select_columns([field])  # pictures and sounds are not decoded
-        with hub.explained(hub.Asked("saved dataset" if self.path else "dataset", self.path or self.config.source)):
+        with hub.translate_errors(
+            hub.HubResource(
+                "saved dataset" if self.path else "dataset", self.path or self.config.source
+            )
+        ):
             for batch in rows.iter(batch_size=ROWS):
                 if field not in batch:
                     raise no_field(self.name, field, batch)
@@ -77,19 +87,39 @@ class RowsSource(Source):
         files = [Path(file["filename"]) for file in getattr(self.rows, "cache_files", ())]
         if not files:
             return super().digest()
-        return hash_files(files, [RULES, self.config.text_field, self.config.errors, self.split, len(self.rows)])
+        return hash_files(
+            files, [RULES, self.config.text_field, self.config.errors, self.split, len(self.rows)]
+        )
 
 
-def open_source(config: SourceConfig, data_dir: str, *, validation: bool = False, streaming: bool = False) -> Source:
+def open_source(
+    config: SourceConfig, data_dir: str, *, validation: bool = False, streaming: bool = False
+) -> Source:
     """What `config` names; with `validation` its val_path or val_split. Raises UserError where there is no such thing."""
-    optional = config.optional_path if config.optional_path and Path(config.optional_path).exists() else None
+    optional = (
+        config.optional_path
+        if config.optional_path and Path(config.optional_path).exists()
+        else None
+    )
     path = validation and config.val_path or config.path or optional
     split = validation and config.val_split or config.split
     if path is None and "/" in config.source:
         return RowsSource(config, None, split, streaming)
-    if validation and not config.val_path and not (path and (Path(path) / "dataset_dict.json").is_file()):
-        raise UserError(f"data.val_split is a split of a Hugging Face dataset, and {path or config.source} has none; set data.val_path")
+    if (
+        validation
+        and not config.val_path
+        and not (path and (Path(path) / "dataset_dict.json").is_file())
+    ):
+        raise UserError(
+            f"data.val_split is a split of a Hugging Face dataset, and {path or config.source} has none; set data.val_path"
+        )
     if path is None:
-        check_key(config.source, list(CORPORA), f"data.source {config.source!r}", "the table of corpora")
+        check_key(
+            config.source, list(CORPORA), f"data.source {config.source!r}", "the table of corpora"
+        )
         return NamedSource(config.source, data_dir)
-    return RowsSource(config, path, split, False) if hub.is_saved(Path(path)) else FileSource(path, find_files(path), config)
+    return (
+        RowsSource(config, path, split, False)
+        if hub.is_saved(Path(path))
+        else FileSource(path, find_files(path), config)
+    )

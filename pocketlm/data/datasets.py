@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pocketlm.data.shards import TokenShard
-from pocketlm.model.loss import IGNORE
+from pocketlm.model.loss import IGNORE_INDEX
 
 
-def as_batch(windows: np.ndarray, lengths: np.ndarray, doc_ids: np.ndarray | None) -> dict[str, Tensor]:
+def as_batch(
+    windows: np.ndarray, lengths: np.ndarray, doc_ids: np.ndarray | None
+) -> dict[str, Tensor]:
     """Windows (B, T + 1), of which the first `lengths` (B,) tokens count, as inputs and targets; a missing target is -100.
 
     >>> {name: rows.tolist() for name, rows in as_batch(np.array([[7, 8, 0, 0]]), np.array([2]), None).items()}
@@ -21,7 +23,10 @@ def as_batch(windows: np.ndarray, lengths: np.ndarray, doc_ids: np.ndarray | Non
     """
     rows = torch.from_numpy(windows.astype(np.int64))
     past_the_end = torch.arange(rows.shape[1] - 1) >= torch.from_numpy(lengths)[:, None] - 1
-    batch = {"input_ids": rows[:, :-1].masked_fill(past_the_end, 0), "targets": rows[:, 1:].masked_fill(past_the_end, IGNORE)}
+    batch = {
+        "input_ids": rows[:, :-1].masked_fill(past_the_end, 0),
+        "targets": rows[:, 1:].masked_fill(past_the_end, IGNORE_INDEX),
+    }
     return batch if doc_ids is None else batch | {"doc_ids": torch.from_numpy(doc_ids)}
 
 
@@ -61,7 +66,11 @@ class PackedLMDataset(Dataset):
         starts, lengths = self.bounds(np.maximum(asked, 0))
         positions = starts[:, None] + np.arange(self.seq_len + 1)
         windows = self.tokens[np.minimum(positions, self.size - 1)]
-        doc_ids = np.searchsorted(self.source.offsets, positions[:, :-1], side="right") if self.document_mask else None
+        doc_ids = (
+            np.searchsorted(self.source.offsets, positions[:, :-1], side="right")
+            if self.document_mask
+            else None
+        )
         return as_batch(windows, np.where(asked < 0, 0, lengths), doc_ids)
 
 
@@ -101,7 +110,9 @@ class JoinedDataset(Dataset):
         batch: dict[str, Tensor] = {}
         for number in np.unique(of):
             rows = np.flatnonzero(of == number)
-            local = asked[rows] - self.firsts[number]  # -1 counts as the very first row, and stays -1
+            local = (
+                asked[rows] - self.firsts[number]
+            )  # -1 counts as the very first row, and stays -1
             for name, values in self.parts[number].__getitems__(local).items():
                 batch.setdefault(name, values.new_empty(len(asked), values.shape[1]))[rows] = values
         return batch

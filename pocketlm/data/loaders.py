@@ -8,13 +8,20 @@ from pocketlm.config.sections import Config
 from pocketlm.corpus.sources import RowsSource
 from pocketlm.data.datasets import JoinedDataset, PackedLMDataset, PaddedLMDataset
 from pocketlm.data.prepare import PreparedData
-from pocketlm.data.samplers import MixtureOrder, ResumableLoader, TrainingOrder, ValidationOrder
+from pocketlm.data.samplers import (
+    MixtureBatchSampler,
+    ResumableLoader,
+    ShuffledBatchSampler,
+    ValidationBatchSampler,
+)
 from pocketlm.data.shards import TokenShard
 from pocketlm.data.streaming import StreamingPackedLMDataset, StreamLoader
 from pocketlm.errors import UserError
 
 
-def rows_of(data: PreparedData, config: Config, validation: bool) -> PackedLMDataset | JoinedDataset:
+def rows_of(
+    data: PreparedData, config: Config, validation: bool
+) -> PackedLMDataset | JoinedDataset:
     """The rows to train on, or to validate on."""
     T, shards = config.training.seq_len, (data.val if validation else data.train).shards
     if config.data.packing == "padded":
@@ -31,24 +38,40 @@ def validated_bytes(data: PreparedData, config: Config) -> int:
         for shard in data.val.shards:
             ends = np.append(shard.offsets[1:], shard.header.tokens)
             for start, end in zip(shard.offsets, ends, strict=True):
-                for lost in (shard.tokens[start : start + 1], shard.tokens[start + config.training.seq_len + 1 : end]):
+                for lost in (
+                    shard.tokens[start : start + 1],
+                    shard.tokens[start + config.training.seq_len + 1 : end],
+                ):
                     text = data.tokenizer.decode(lost.tolist())  # of a bos or eos nothing
-                    size -= len(text.lstrip("\ufffd").encode())  # the end of a character that the row begins
+                    size -= len(
+                        text.lstrip("\ufffd").encode()
+                    )  # the end of a character that the row begins
     return size
 
 
 def loaders(
-    config: Config, data: PreparedData, *, pin_memory: bool = False, rank: int = 0, world_size: int = 1
+    config: Config,
+    data: PreparedData,
+    *,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[ResumableLoader | StreamLoader, ResumableLoader]:
     """The endless training loader and the validation loader of one rank."""
     t, workers = config.training, config.hardware.num_workers
     val = rows_of(data, config, validation=True)
-    val_loader = ResumableLoader(val, ValidationOrder(len(val), t.micro_batch_size, rank, world_size), 0, pin_memory)
+    val_loader = ResumableLoader(
+        val, ValidationBatchSampler(len(val), t.micro_batch_size, rank, world_size), 0, pin_memory
+    )
     if data.stream is None:
         train = rows_of(data, config, validation=False)
-        return ResumableLoader(train, training_order(config, data, rank, world_size), workers, pin_memory), val_loader
+        return ResumableLoader(
+            train, training_order(config, data, rank, world_size), workers, pin_memory
+        ), val_loader
     if isinstance(data.stream, RowsSource) and workers:
-        raise UserError(f"{data.stream.name} is streamed by the process that trains; set hardware.num_workers to 0, not {workers}")
+        raise UserError(
+            f"{data.stream.name} is streamed by the process that trains; set hardware.num_workers to 0, not {workers}"
+        )
     stream = StreamingPackedLMDataset(
         data.stream,
         data.tokenizer,
@@ -77,7 +100,9 @@ def with_steps(config: Config, data: PreparedData) -> Config:
     if epochs is None:
         return config
     if data.stream:
-        raise UserError(f"training.max_epochs is {epochs:g}, but how long a stream is, is not known; set training.max_steps instead")
+        raise UserError(
+            f"training.max_epochs is {epochs:g}, but how long a stream is, is not known; set training.max_steps instead"
+        )
     rows = len(rows_of(data, config, validation=False))
     return config.with_max_steps(max(1, math.ceil(epochs * rows / rows_per_step(config))))
 
@@ -90,15 +115,21 @@ def document_ends(data: PreparedData, shard: TokenShard) -> np.ndarray:
 def longer_than_a_row(data: PreparedData, config: Config) -> int:
     """Training documents that a row does not hold: under packing they go on in the next, padded they are cut off."""
     row = config.training.seq_len + 1 - len(data.tokenizer.final)
-    return sum(int((document_ends(data, shard) - shard.offsets > row).sum()) for shard in data.train.shards)
+    return sum(
+        int((document_ends(data, shard) - shard.offsets > row).sum()) for shard in data.train.shards
+    )
 
 
-def training_order(config: Config, data: PreparedData, rank: int = 0, world_size: int = 1) -> TrainingOrder:
+def training_order(
+    config: Config, data: PreparedData, rank: int = 0, world_size: int = 1
+) -> ShuffledBatchSampler:
     """The order of the rows to train on."""
     rows, t = rows_of(data, config, validation=False), config.training
     if isinstance(rows, JoinedDataset):
-        return MixtureOrder(list(map(len, rows.parts)), data.weights, t.micro_batch_size, t.seed, rank, world_size)
-    return TrainingOrder(len(rows), t.micro_batch_size, t.seed, rank, world_size)
+        return MixtureBatchSampler(
+            list(map(len, rows.parts)), data.weights, t.micro_batch_size, t.seed, rank, world_size
+        )
+    return ShuffledBatchSampler(len(rows), t.micro_batch_size, t.seed, rank, world_size)
 
 
 def rows_in_run(config: Config) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pocketlm.config.sections import DataConfig
-from pocketlm.corpus.chunks import lone_bytes, split_source
+from pocketlm.corpus.chunks import single_document_bytes, split_source
 from pocketlm.corpus.pieces import Head, Source
 from pocketlm.corpus.sources import open_source
 from pocketlm.data.shard_builder import Preparation, is_tokens, waited_for
@@ -71,7 +71,11 @@ class PreparedData:
     def sha256(self) -> str:
         """Of the tokens to train on."""
         digests = [shard.header.sha256 for shard in self.train.shards]
-        return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps([digests, self.weights]).encode()).hexdigest()
+        return (
+            digests[0]
+            if len(digests) == 1
+            else hashlib.sha256(json.dumps([digests, self.weights]).encode()).hexdigest()
+        )
 
 
 def prepare(data: DataConfig) -> PreparedData:
@@ -88,13 +92,21 @@ def prepare(data: DataConfig) -> PreparedData:
         if is_tokens(stream):
             raise UserError(f"{stream.name} is tokens already; set data.streaming to false")
         sources = [Head(stream)]
-        if lone_bytes(stream.pieces()):
-            raise UserError(f"data.streaming deals out documents, and {stream.name} is a single one; set data.separator")
-    if is_trained(data.tokenizer) and (held := next((s.name for s in [*sources, *val_sources] if s and is_tokens(s)), None)):
-        raise UserError(f"{held} holds tokens, from which no tokenizer {data.tokenizer!r} can be trained; name the one that made them")
+        if single_document_bytes(stream.pieces()):
+            raise UserError(
+                f"data.streaming deals out documents, and {stream.name} is a single one; set data.separator"
+            )
+    if is_trained(data.tokenizer) and (
+        held := next((s.name for s in [*sources, *val_sources] if s and is_tokens(s)), None)
+    ):
+        raise UserError(
+            f"{held} holds tokens, from which no tokenizer {data.tokenizer!r} can be trained; name the one that made them"
+        )
     if data.tokenizer == "seen-bytes":  # which has no id for a byte that it has not seen
         if stream:
-            raise UserError(f"data.streaming does not read {stream.name} beforehand, as the tokenizer seen-bytes has to; take byte")
+            raise UserError(
+                f"data.streaming does not read {stream.name} beforehand, as the tokenizer seen-bytes has to; take byte"
+            )
         everything = [*sources, *filter(None, val_sources)]
         tokenizer = fitted_tokenizer(data, everything, [0.0] * len(everything))
     else:
@@ -104,7 +116,11 @@ def prepare(data: DataConfig) -> PreparedData:
     for source, share, val_source in zip(sources, shares, val_sources, strict=True):
         made = Preparation(source, tokenizer, share, shards).run()
         train.append(made[False])
-        val.append(Preparation(val_source, tokenizer, 1.0, shards).run()[True] if val_source else made[True])
+        val.append(
+            Preparation(val_source, tokenizer, 1.0, shards).run()[True]
+            if val_source
+            else made[True]
+        )
     weights = tuple(getattr(config, "weight", 1.0) for config in data.sources)
     names = tuple((stream or source).name for source in sources)
     return PreparedData(names, weights, tokenizer, Part(tuple(train)), Part(tuple(val)), stream)
@@ -115,16 +131,24 @@ def fitted_tokenizer(data: DataConfig, sources: list[Source], shares: list[float
     if not is_trained(data.tokenizer):
         return build_tokenizer(data.tokenizer, data.cache_dir, bos=data.bos, eos=data.eos)
     key = [data.tokenizer, data.bos, data.eos, shares, [source.digest() for source in sources]]
-    path = Path(data.cache_dir) / "tokenizers" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    path = (
+        Path(data.cache_dir)
+        / "tokenizers"
+        / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    )
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with waited_for(FileLock(path.with_suffix(".lock"))):
             if not path.exists():  # another process may have made it meanwhile
                 chunks = chain.from_iterable(map(split_source, sources, shares))
                 texts = (chunk.text for chunk in chunks if not chunk.validation)
-                tokenizer = build_tokenizer(data.tokenizer, data.cache_dir, texts, data.bos, data.eos)
+                tokenizer = build_tokenizer(
+                    data.tokenizer, data.cache_dir, texts, data.bos, data.eos
+                )
                 unfinished = path.with_suffix(".unfinished")
-                unfinished.write_text(json.dumps({"fingerprint": tokenizer.fingerprint} | tokenizer.state()))
+                unfinished.write_text(
+                    json.dumps({"fingerprint": tokenizer.fingerprint} | tokenizer.state())
+                )
                 os.replace(unfinished, path)
     try:
         state = json.loads(path.read_text())

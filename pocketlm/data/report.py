@@ -13,7 +13,7 @@ from rich.text import Text
 from pocketlm.config.sections import Config
 from pocketlm.data.loaders import document_ends, loaders, rows_in_run, rows_of, training_order
 from pocketlm.data.prepare import Part, PreparedData
-from pocketlm.data.samplers import MixtureOrder
+from pocketlm.data.samplers import MixtureBatchSampler
 from pocketlm.data.shards import TokenShard
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import Tokenizer
@@ -21,10 +21,22 @@ from pocketlm.tokenizer.base import Tokenizer
 BLOCK = 2**22  # tokens looked at together
 
 
-BINS = [0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 2**63]  # tokens a document, the ids around it included
+BINS = [
+    0,
+    16,
+    32,
+    64,
+    128,
+    256,
+    512,
+    1024,
+    2048,
+    4096,
+    2**63,
+]  # tokens a document, the ids around it included
 
 
-def report(config: Config, data: PreparedData) -> dict[str, Any]:
+def build_report(config: Config, data: PreparedData) -> dict[str, Any]:
     """The facts as plain types. Reads every token once."""
     train, val = (document_digests(data, part) for part in (data.train, data.val))
     found: dict[str, Any] = {
@@ -37,24 +49,32 @@ def report(config: Config, data: PreparedData) -> dict[str, Any]:
             "fingerprint": data.tokenizer.fingerprint,
             "note": data.tokenizer.note,
         },
-        "train": part_facts(config, data, data.train, train),
-        "validation": part_facts(config, data, data.val, val),
+        "train": part_stats(config, data, data.train, train),
+        "validation": part_stats(config, data, data.val, val),
         "overlap": int(np.isin(np.unique(val), train).sum()),
         "row": first_row(config, data),
     }
     if data.stream:
         found["streamed"] = "the counts are those of the first documents"
-    if isinstance(order := training_order(config, data), MixtureOrder):
+    if isinstance(order := training_order(config, data), MixtureBatchSampler):
         rows, parts = rows_in_run(config), rows_of(data, config, validation=False).parts
-        drawn = zip(data.sources, data.weights, order.realised(rows), parts, strict=True)
+        drawn = zip(data.sources, data.weights, order.rows_per_dataset(rows), parts, strict=True)
         found["mixture"] = [
-            {"source": name, "weight": weight / sum(data.weights), "rows": count, "share": count / rows, "epochs": count / len(part)}
+            {
+                "source": name,
+                "weight": weight / sum(data.weights),
+                "rows": count,
+                "share": count / rows,
+                "epochs": count / len(part),
+            }
             for name, weight, count, part in drawn
         ]
     return found
 
 
-def part_facts(config: Config, data: PreparedData, part: Part, digests: np.ndarray) -> dict[str, Any]:
+def part_stats(
+    config: Config, data: PreparedData, part: Part, digests: np.ndarray
+) -> dict[str, Any]:
     used = np.zeros(data.tokenizer.vocab_size, np.int64)
     for shard in part.shards:
         for start in range(0, shard.header.tokens, BLOCK):
@@ -68,7 +88,11 @@ def part_facts(config: Config, data: PreparedData, part: Part, digests: np.ndarr
         "entries_used": int((used > 0).sum()),
         "unknown": 0 if data.tokenizer.unk_id is None else int(used[data.tokenizer.unk_id]),
         "duplicates": len(digests) - len(np.unique(digests)),
-        "lengths": {"shortest": int(lengths.min()), "median": float(np.median(lengths)), "longest": int(lengths.max())},
+        "lengths": {
+            "shortest": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "longest": int(lengths.max()),
+        },
         "histogram": [
             {"from": low, "below": high if high < 2**63 else None, "documents": int(n)}
             for low, high, n in zip(BINS, BINS[1:], np.histogram(lengths, BINS)[0], strict=False)
@@ -93,7 +117,11 @@ def count_of_nul(tokenizer: Tokenizer, used: np.ndarray) -> int:
 
 def document_digests(data: PreparedData, part: Part) -> np.ndarray:
     """(documents,) 64 bits of a hash of each document's ids: 8 bytes a document, whatever the corpus."""
-    return np.fromiter((digest for shard in part.shards for digest in digests_of(data, shard)), np.uint64, part.n_documents)
+    return np.fromiter(
+        (digest for shard in part.shards for digest in digests_of(data, shard)),
+        np.uint64,
+        part.n_documents,
+    )
 
 
 def digests_of(data: PreparedData, shard: TokenShard) -> Iterator[int]:
@@ -124,7 +152,11 @@ def print_report(found: dict[str, Any], as_json: bool) -> None:
         return
     out = Console(highlight=False, emoji=False, soft_wrap=True)
     train, val = found["train"], found["validation"]
-    table = Table(box=None, title=found["source"] + (f"\n{found['streamed']}" if "streamed" in found else ""), title_justify="left")
+    table = Table(
+        box=None,
+        title=found["source"] + (f"\n{found['streamed']}" if "streamed" in found else ""),
+        title_justify="left",
+    )
     for column in ("", "train", "validation"):
         table.add_column(column, justify="right" if column else "left")
     rows = [
@@ -143,21 +175,32 @@ def print_report(found: dict[str, Any], as_json: bool) -> None:
     ]
     for name, form in rows:
         if all(key not in form or key in train or key in val for key in ("cut_off", "nul")):
-            columns = ({"nul": 0, "unknown_share": part["unknown"] / part["tokens"]} | part for part in (train, val))
+            columns = (
+                {"nul": 0, "unknown_share": part["unknown"] / part["tokens"]} | part
+                for part in (train, val)
+            )
             table.add_row(name, *(form.format(**part) for part in columns))
     out.print(table)
     ends = {key: found["tokenizer"][key] for key in ("bos", "eos")}
-    around = ", ".join(f"{key} is id {value}" if value is not None else f"no {key}" for key, value in ends.items())
+    around = ", ".join(
+        f"{key} is id {value}" if value is not None else f"no {key}" for key, value in ends.items()
+    )
     out.print(f"\ntokenizer: {found['tokenizer']['name']}; {around}")
     if found["tokenizer"]["note"]:
         out.print(found["tokenizer"]["note"], markup=False)
     out.print(f"documents in both train and validation: {found['overlap']:,}")
     for part in found.get("mixture", ()):
-        out.print(f"{part['source']}: {part['share']:.2%} of the rows (asked {part['weight']:.2%}), {part['epochs']:.2f} epochs")
+        out.print(
+            f"{part['source']}: {part['share']:.2%} of the rows (asked {part['weight']:.2%}), {part['epochs']:.2f} epochs"
+        )
     out.print("\ntokens a document   train documents")
     most = max(bin["documents"] for bin in train["histogram"])
     for bin in train["histogram"]:
-        width = f"{bin['from']:>6,} to {bin['below'] - 1:>6,}" if bin["below"] else f"{bin['from']:>6,} or more"
+        width = (
+            f"{bin['from']:>6,} to {bin['below'] - 1:>6,}"
+            if bin["below"]
+            else f"{bin['from']:>6,} or more"
+        )
         out.print(f"{width:<18}{bin['documents']:>9,} {'█' * round(40 * bin['documents'] / most)}")
     out.print("\nThe first row of the run, document by document:")
     for number, text in enumerate(found["row"], 1):

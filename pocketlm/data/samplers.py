@@ -17,14 +17,20 @@ ENDLESS = 2**40  # batches in a training order: the step count ends a run, never
 MIXTURE_BLOCK = 1000  # rows in which a mixture has its proportions
 
 
-class TrainingOrder:
+class ShuffledBatchSampler:
     """Batches of dataset indices without end: each epoch a new permutation, a pure function of (seed, epoch, index).
 
     Rank r of w takes rows r*B to (r+1)*B of every w*B, so that more devices see the same tokens in the same order.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.size, self.batch_size, self.seed, self.rank, self.world_size = size, batch_size, seed, rank, world_size
+        self.size, self.batch_size, self.seed, self.rank, self.world_size = (
+            size,
+            batch_size,
+            seed,
+            rank,
+            world_size,
+        )
         self.start = 0  # batches that this rank has had
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
@@ -35,7 +41,10 @@ class TrainingOrder:
             epoch, place = divmod(first + len(found), self.size)
             if epoch != self._epoch:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
+                self._epoch, self._permutation = (
+                    epoch,
+                    torch.randperm(self.size, generator=generator),
+                )
             found += self._permutation[place : place + count - len(found)].tolist()
         return found
 
@@ -51,19 +60,31 @@ class TrainingOrder:
             yield self.indices(first, self.batch_size)
 
 
-class MixtureOrder(TrainingOrder):
+class MixtureBatchSampler(ShuffledBatchSampler):
     """The same over datasets of `sizes` laid end to end: every 1,000 rows hold each in its proportion, each in epochs of its own."""
 
-    def __init__(self, sizes: list[int], weights: Iterable[float], batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        sizes: list[int],
+        weights: Iterable[float],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         super().__init__(sum(sizes), batch_size, seed, rank, world_size)
         self.firsts = np.cumsum([0, *sizes])
-        self.parts = [TrainingOrder(size, 1, seed + 7919 * number) for number, size in enumerate(sizes)]
+        self.parts = [
+            ShuffledBatchSampler(size, 1, seed + 7919 * number) for number, size in enumerate(sizes)
+        ]
         self.shares = proportions(weights)
         self._block, self._drawn, self._nth = -1, np.empty(0, int), np.empty(0, int)
 
     def draw(self, block: int) -> None:
         """Which dataset each row of a block is from, and how many rows of that are before it in the block."""
-        drawn = np.random.default_rng([self.seed, block]).permutation(np.repeat(np.arange(len(self.shares)), self.shares))
+        drawn = np.random.default_rng([self.seed, block]).permutation(
+            np.repeat(np.arange(len(self.shares)), self.shares)
+        )
         nth = np.empty_like(drawn)
         for number, share in enumerate(self.shares):
             nth[drawn == number] = np.arange(share)
@@ -77,13 +98,18 @@ class MixtureOrder(TrainingOrder):
         if block != self._block:
             self.draw(block)
         number = self._drawn[place]
-        return int(self.firsts[number]) + self.parts[number].index(block * int(self.shares[number]) + int(self._nth[place]))
+        return int(self.firsts[number]) + self.parts[number].index(
+            block * int(self.shares[number]) + int(self._nth[place])
+        )
 
-    def realised(self, rows: int) -> list[int]:
+    def rows_per_dataset(self, rows: int) -> list[int]:
         """How many of the first `rows` rows each dataset gives."""
         blocks, rest = divmod(rows, MIXTURE_BLOCK)
         self.draw(blocks)
-        return [blocks * int(share) + int((self._drawn[:rest] == number).sum()) for number, share in enumerate(self.shares)]
+        return [
+            blocks * int(share) + int((self._drawn[:rest] == number).sum())
+            for number, share in enumerate(self.shares)
+        ]
 
 
 def proportions(weights: Iterable[float]) -> np.ndarray:
@@ -103,7 +129,7 @@ def proportions(weights: Iterable[float]) -> np.ndarray:
     return shares
 
 
-class ValidationOrder:
+class ValidationBatchSampler:
     """Every index once, in order, in batches of one shape: the last is filled up with -1."""
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
@@ -121,12 +147,20 @@ class ValidationOrder:
 class ResumableLoader(DataLoader):
     """A DataLoader over a TrainingOrder or ValidationOrder whose state is the number of batches it handed out."""
 
-    def __init__(self, dataset: Dataset, order: TrainingOrder | ValidationOrder, num_workers: int = 0, pin_memory: bool = False):
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: ShuffledBatchSampler | ValidationBatchSampler,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
         self.handed_out = 0
-        super().__init__(dataset, batch_sampler=order, num_workers=num_workers, pin_memory=pin_memory, **LOADER)
+        super().__init__(
+            dataset, batch_sampler=order, num_workers=num_workers, pin_memory=pin_memory, **LOADER
+        )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if isinstance(self.batch_sampler, ValidationOrder):
+        if isinstance(self.batch_sampler, ValidationBatchSampler):
             yield from super().__iter__()
             return
         self.batch_sampler.start = self.handed_out

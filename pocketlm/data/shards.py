@@ -63,15 +63,23 @@ class TokenShard:
                 (length,) = struct.unpack("<I", head[8:12])
                 fields = json.loads(head[12 : 12 + length])
                 if fields["version"] != ShardHeader.version:
-                    raise UserError(f"{path} is a token shard of version {fields['version']}; this program reads {ShardHeader.version}")
+                    raise UserError(
+                        f"{path} is a token shard of version {fields['version']}; this program reads {ShardHeader.version}"
+                    )
                 self.header = ShardHeader(**fields)
-                whole = self.header.digest(hashlib.file_digest(file, "sha256")) == self.header.sha256
+                whole = (
+                    self.header.digest(hashlib.file_digest(file, "sha256")) == self.header.sha256
+                )
         except FileNotFoundError:
-            raise UserError(f"the token shard {path} is missing; delete its folder to prepare it again") from None
+            raise UserError(
+                f"the token shard {path} is missing; delete its folder to prepare it again"
+            ) from None
         except (struct.error, ValueError, TypeError, KeyError):
             whole = False
         if not whole:
-            raise UserError(f"the token shard {path} is damaged or truncated; delete its folder to prepare it again")
+            raise UserError(
+                f"the token shard {path} is damaged or truncated; delete its folder to prepare it again"
+            )
 
     def __getstate__(self) -> dict:
         return {"path": self.path, "header": self.header}  # a worker maps the file itself
@@ -89,7 +97,7 @@ class TokenShard:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """Tokens to append to a shard."""
 
     tokens: np.ndarray  # (n,)
@@ -107,11 +115,15 @@ class ShardWriter:
     def __init__(self, path: Path, tokenizer: Tokenizer, state: dict[str, int] | None = None):
         self.path, self.tokenizer, self.beside = path, tokenizer, path.with_suffix(".offsets")
         keys = ("tokens", "documents", "bytes")
-        self.tokens, self.documents, self.bytes = (0, 0, 0) if state is None else (state[key] for key in keys)
+        self.tokens, self.documents, self.bytes = (
+            (0, 0, 0) if state is None else (state[key] for key in keys)
+        )
         begin = HEADER_BYTES + self.tokens * np.dtype(tokenizer.dtype).itemsize
         with ExitStack() as opened:
             self.file = opened.enter_context(self._open(path, begin, goes_on=state is not None))
-            self.offsets = opened.enter_context(self._open(self.beside, self.documents * 8, goes_on=state is not None))
+            self.offsets = opened.enter_context(
+                self._open(self.beside, self.documents * 8, goes_on=state is not None)
+            )
             self.opened = opened.pop_all()
 
     @staticmethod
@@ -130,7 +142,7 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self.opened.close()
 
-    def write(self, encoded: Encoded) -> None:
+    def write(self, encoded: EncodedBatch) -> None:
         self.file.write(encoded.tokens.astype(self.tokenizer.dtype, copy=False).data)
         self.offsets.write((encoded.begins + self.tokens).astype("<i8").data)
         self.tokens += len(encoded.tokens)
@@ -146,11 +158,22 @@ class ShardWriter:
 
     def close(self) -> None:
         """Add the last eos, the offsets and the header. The file `beside` stays: without it nothing could go on."""
-        self.write(Encoded(np.array(self.tokenizer.final, self.tokenizer.dtype), np.empty(0, np.int64), 0))
+        self.write(
+            EncodedBatch(
+                np.array(self.tokenizer.final, self.tokenizer.dtype), np.empty(0, np.int64), 0
+            )
+        )
         self.offsets.seek(0)
         shutil.copyfileobj(self.offsets, self.file)
         self.file.seek(HEADER_BYTES)
-        header = ShardHeader(self.tokenizer.dtype, self.tokens, self.documents, self.bytes, "", self.tokenizer.fingerprint)
+        header = ShardHeader(
+            self.tokenizer.dtype,
+            self.tokens,
+            self.documents,
+            self.bytes,
+            "",
+            self.tokenizer.fingerprint,
+        )
         header = replace(header, sha256=header.digest(hashlib.file_digest(self.file, "sha256")))
         text = json.dumps(asdict(header)).encode()
         self.file.seek(0)

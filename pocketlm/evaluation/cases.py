@@ -69,7 +69,9 @@ class Case:
                 return ("", self.good), ("", self.bad)
             case "schema":
                 wrong = [c for i, c in enumerate(self.contexts) if i != self.gold]
-                return tuple((context, self.continuation) for context in (self.contexts[self.gold], *wrong))
+                return tuple(
+                    (context, self.continuation) for context in (self.contexts[self.gold], *wrong)
+                )
         return ()
 
     @property
@@ -125,14 +127,24 @@ def load_suite(path: str | Path) -> Suite:
     values, places = parse_yaml(text, str(path))
     bare = isinstance(values, list)
     suite = {"cases": values} if bare else values
-    if not isinstance(suite, dict) or not isinstance(listed := suite.get("cases"), list) or not listed:
-        raise UserError(f"{path}: a suite is a list of cases, each {{name, prompt, target}}, or {{schema: 1, name, cases}}")
+    if (
+        not isinstance(suite, dict)
+        or not isinstance(listed := suite.get("cases"), list)
+        or not listed
+    ):
+        raise UserError(
+            f"{path}: a suite is a list of cases, each {{name, prompt, target}}, or {{schema: 1, name, cases}}"
+        )
     if unknown := suite.keys() - {"schema", "name", "license", "defaults", "cases"}:
-        raise UserError(f"{path}: a suite has schema, name, license, defaults and cases, but no {', '.join(sorted(map(str, unknown)))}")
+        raise UserError(
+            f"{path}: a suite has schema, name, license, defaults and cases, but no {', '.join(sorted(map(str, unknown)))}"
+        )
     if not bare and suite.get("schema") != 1:
         raise UserError(f"{path}: schema is {suite.get('schema')!r}; this program reads schema 1")
     if not isinstance(suite.get("defaults") or {}, dict):
-        raise UserError(f"{places['defaults',]}: defaults are fields of a case with their values, not {suite['defaults']!r}")
+        raise UserError(
+            f"{places['defaults',]}: defaults are fields of a case with their values, not {suite['defaults']!r}"
+        )
     name, defaults = str(suite.get("name") or Path(path).stem), suite.get("defaults") or {}
     cases, where = [], []
     for index, value in enumerate(listed):
@@ -140,32 +152,59 @@ def load_suite(path: str | Path) -> Suite:
         cases.append(read_case(value, defaults, name, at, places, str(path)))
         where.append(places[at])
     suite = Suite(name, tuple(cases), tuple(where), sha256(raw).hexdigest())
-    refuse_twins([(case, place)] for case, place in zip(cases, where, strict=True))
+    check_duplicates([(case, place)] for case, place in zip(cases, where, strict=True))
     return suite
 
 
-def read_case(value: Any, defaults: dict[str, Any], suite: str, at: tuple[str, ...], places: dict[tuple[str, ...], str], path: str) -> Case:
+def read_case(
+    value: Any,
+    defaults: dict[str, Any],
+    suite: str,
+    at: tuple[str, ...],
+    places: dict[tuple[str, ...], str],
+    path: str,
+) -> Case:
     """The case that stands at `at` of the file. Raises UserError with its line."""
     place = places[at]
     if not isinstance(value, dict):
-        raise UserError(f"{place}: a case is {{id, type, ...}} or {{name, prompt, target}}, not {value!r}")
+        raise UserError(
+            f"{place}: a case is {{id, type, ...}} or {{name, prompt, target}}, not {value!r}"
+        )
     given = dict(value)
     if "target" in given:  # the short form
         target = given.pop("target")
-        given |= {"id": given.pop("name", None), "answers": target if isinstance(target, list) else [target]}
+        given |= {
+            "id": given.pop("name", None),
+            "answers": target if isinstance(target, list) else [target],
+        }
     if not given.get("id"):
         raise UserError(f"{place}: the case has no {'name' if 'target' in value else 'id'}")
     case = build(Case, {**defaults, **given}, at, places, path)
     required, optional = FIELDS[case.type]
     if missing := sorted(required - given.keys() - defaults.keys()):
-        raise UserError(f"{place}: {case.id!r} is of type {case.type}, which needs {' and '.join(missing)}")
+        raise UserError(
+            f"{place}: {case.id!r} is of type {case.type}, which needs {' and '.join(missing)}"
+        )
     if extra := sorted(given.keys() - required - optional - ANY):
-        raise UserError(f"{place}: {case.id!r} is of type {case.type}, which has no {' and no '.join(extra)}")
-    texts = [t for key in given for t in (given[key] if isinstance(given[key], list) else [given[key]]) if isinstance(t, str)]
-    if not all(t.strip() or t == given.get("pmi_prompt") for t in texts) or any(given.get(key) == [] for key in required):
+        raise UserError(
+            f"{place}: {case.id!r} is of type {case.type}, which has no {' and no '.join(extra)}"
+        )
+    texts = [
+        t
+        for key in given
+        for t in (given[key] if isinstance(given[key], list) else [given[key]])
+        if isinstance(t, str)
+    ]
+    if not all(t.strip() or t == given.get("pmi_prompt") for t in texts) or any(
+        given.get(key) == [] for key in required
+    ):
         raise UserError(f"{place}: {case.id!r} has an empty text; every one says something")
-    if case.type == "schema" and not (len(case.contexts) > 1 and 0 <= case.gold < len(case.contexts)):
-        raise UserError(f"{place}: {case.id!r} needs two contexts or more, and gold to be the number of one, from 0")
+    if case.type == "schema" and not (
+        len(case.contexts) > 1 and 0 <= case.gold < len(case.contexts)
+    ):
+        raise UserError(
+            f"{place}: {case.id!r} needs two contexts or more, and gold to be the number of one, from 0"
+        )
     if case.scoring == "pmi" and "scoring" in optional and "pmi_prompt" not in optional:
         raise UserError(f"{place}: {case.id!r} is of type {case.type}, which is not scored by pmi")
     if case.type == "text" and bool(case.text) == bool(case.file):
@@ -174,11 +213,13 @@ def read_case(value: Any, defaults: dict[str, Any], suite: str, at: tuple[str, .
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{place}: {case.id!r} has the pattern {pattern!r}, which is not a regular expression: {error}") from None
+            raise UserError(
+                f"{place}: {case.id!r} has the pattern {pattern!r}, which is not a regular expression: {error}"
+            ) from None
     return replace(case, category=case.category or suite, group=case.group or case.id)
 
 
-def refuse_twins(parts: Iterable[Iterable[tuple[Case, str]]]) -> None:
+def check_duplicates(parts: Iterable[Iterable[tuple[Case, str]]]) -> None:
     """Raise UserError where a case, here with its place, has the id of one in an earlier part, or asks the same."""
     seen: dict[Any, str] = {}
     for part in parts:
@@ -187,7 +228,9 @@ def refuse_twins(parts: Iterable[Iterable[tuple[Case, str]]]) -> None:
             asked = (case.type, case.candidates, case.prompt, case.match, case.text, case.file)
             for what, key in (("id", case.id), ("question", asked)):
                 if key in seen:
-                    raise UserError(f"{place}: the {what} of {case.id!r} stands already at {seen[key]}; change or remove one")
+                    raise UserError(
+                        f"{place}: the {what} of {case.id!r} stands already at {seen[key]}; change or remove one"
+                    )
                 new[key] = place
         seen |= new
 
@@ -203,21 +246,42 @@ def read_blimp(path: str | Path) -> Suite:
             files = {str(file): file.read_bytes() for file in sorted(where.rglob(LINES))}
         else:
             with zipfile.ZipFile(where) as archive:
-                files = {name: archive.read(name) for name in sorted(archive.namelist()) if PurePath(name).match(LINES)}
+                files = {
+                    name: archive.read(name)
+                    for name in sorted(archive.namelist())
+                    if PurePath(name).match(LINES)
+                }
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"--blimp {path} is not a folder or a zip file that can be read: {error}") from None
+        raise UserError(
+            f"--blimp {path} is not a folder or a zip file that can be read: {error}"
+        ) from None
     cases, places = [], []
     for name, raw in files.items():
         for number, line in enumerate(raw.splitlines(), 1):
             try:
                 row = json.loads(line)
-                good, bad, paradigm, pair = (str(row[key]) for key in ("sentence_good", "sentence_bad", "UID", "pairID"))
+                good, bad, paradigm, pair = (
+                    str(row[key]) for key in ("sentence_good", "sentence_bad", "UID", "pairID")
+                )
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{name}:{number}: not a line of BLiMP: it has sentence_good, sentence_bad, UID and pairID") from None
-            cases.append(Case(f"{paradigm}-{pair}", "minimal_pair", paradigm, f"{paradigm}-{pair}", good=good, bad=bad))
+                raise UserError(
+                    f"{name}:{number}: not a line of BLiMP: it has sentence_good, sentence_bad, UID and pairID"
+                ) from None
+            cases.append(
+                Case(
+                    f"{paradigm}-{pair}",
+                    "minimal_pair",
+                    paradigm,
+                    f"{paradigm}-{pair}",
+                    good=good,
+                    bad=bad,
+                )
+            )
             places.append(f"{name}:{number}")
     if not cases:
-        raise UserError(f"--blimp {path} holds no .jsonl file; give BLiMP's folder data/, or its zip")
+        raise UserError(
+            f"--blimp {path} holds no .jsonl file; give BLiMP's folder data/, or its zip"
+        )
     digest = sha256(b"".join(files.values())).hexdigest()
     return Suite("blimp", tuple(cases), tuple(places), digest)
 
@@ -225,42 +289,50 @@ def read_blimp(path: str | Path) -> Suite:
 # ---- what is wrong with a suite --------------------------------------------------------------------------------------
 
 
-def problems(suite: Suite) -> Iterator[str]:
+def lint(suite: Suite) -> Iterator[str]:
     """What makes a case say something else than it seems to, each with its line."""
     for case, place in zip(suite.cases, suite.places, strict=True):
-        for problem in case_problems(case):
+        for problem in lint_case(case):
             yield f"{place}: {case.id}: {problem}"
     counts = Counter(case.category for case in suite.cases if case.type != "text")
-    first = {case.category: place for case, place in zip(reversed(suite.cases), reversed(suite.places), strict=True)}
+    first = {
+        case.category: place
+        for case, place in zip(reversed(suite.cases), reversed(suite.places), strict=True)
+    }
     for category, n in counts.items():
         if n < FEWEST:
             yield f"{first[category]}: the category {category!r} has {n} cases; of fewer than {FEWEST} no interval says anything"
 
 
-def case_problems(case: Case) -> Iterator[str]:
+def lint_case(case: Case) -> Iterator[str]:
     if len(set(case.candidates)) < len(case.candidates):
         yield "two of its candidates are the same, which no model can tell apart"
     prompts = case.contexts or (case.prompt,)
     for prompt in prompts:
         if prompt.endswith(" "):
             yield f"the prompt {prompt[-20:]!r} ends in a space, which belongs to the answer"
-    continuations = (case.continuation,) if case.type == "schema" else (*case.answers, *case.distractors)
+    continuations = (
+        (case.continuation,) if case.type == "schema" else (*case.answers, *case.distractors)
+    )
     for text in continuations:
         if not case.joined and text[:1].isalnum() and not prompts[0].endswith(("\n", '"', "(")):
             yield f"the answer {text!r} has no leading space; write {' ' + text!r}, or joined: true where none is meant"
     for answer in case.answers:
-        if not case.echo and stands_in(answer.strip(), case.prompt):
+        if not case.echo and contains_word(answer.strip(), case.prompt):
             yield f"the answer {answer!r} stands in the prompt, where it can be copied from; echo: true where that is meant"
         for other in case.distractors:
             if other.startswith(answer) or answer.startswith(other):
                 yield f"{answer!r} and {other!r} begin alike, and the shorter one gets the longer one's probability as well"
 
 
-def stands_in(word: str, text: str) -> bool:
-    return bool(word) and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+def contains_word(word: str, text: str) -> bool:
+    return (
+        bool(word)
+        and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+    )
 
 
-def joined(suites: Iterable[Suite]) -> Suite:
+def merge_suites(suites: Iterable[Suite]) -> Suite:
     """Several suites as one. Raises UserError where an id or a question stands in two."""
     suites = list(suites)
     if len(suites) == 1:
@@ -271,5 +343,5 @@ def joined(suites: Iterable[Suite]) -> Suite:
         tuple(place for suite in suites for place in suite.places),
         sha256("".join(suite.sha256 for suite in suites).encode()).hexdigest(),
     )
-    refuse_twins(zip(suite.cases, suite.places, strict=True) for suite in suites)
+    check_duplicates(zip(suite.cases, suite.places, strict=True) for suite in suites)
     return whole

@@ -24,9 +24,13 @@ SCHEMA = 2  # of the JSON; 1 was a list of cases without categories
 # ---- for programs ----------------------------------------------------------------------------------------------------
 
 
-def as_json(results: list[Result], suite: Suite, top_k: int, baseline: Result | None) -> dict[str, Any]:
+def as_json(
+    results: list[Result], suite: Suite, top_k: int, baseline: Result | None
+) -> dict[str, Any]:
     """Everything, with what it was made from."""
-    pairs = [(results[0], other) for other in results[1:]] + [(result, baseline) for result in results if baseline]
+    pairs = [(results[0], other) for other in results[1:]] + [
+        (result, baseline) for result in results if baseline
+    ]
     return {
         "schema": SCHEMA,
         "suite": {"name": suite.name, "sha256": suite.sha256, "cases": len(suite.cases), "skipped": 0},
@@ -40,7 +44,7 @@ def as_json(results: list[Result], suite: Suite, top_k: int, baseline: Result | 
             {"first": first.names[0], "second": second.names[0], "difference": apart, "interval": interval,
              "mcnemar": dict(zip(("won", "lost", "p"), mcnemar(first.correct, second.correct), strict=True))}
             for first, second in pairs if first.graded
-            for apart, interval in [first.ahead_of(second)]
+            for apart, interval in [first.difference_from(second)]
         ],
     }  # fmt: skip
 
@@ -53,11 +57,21 @@ def checkpoint_json(result: Result, top_k: int) -> dict[str, Any]:
         "val_loss": result.val_loss,
         "weights_sha256": result.weights_sha256,
         "tokenizer_sha256": result.tokenizer_sha256,
-        "macro": {"accuracy": result.macro, "interval": result.macro_interval} if result.graded else None,
+        "macro": {"accuracy": result.macro, "interval": result.macro_interval}
+        if result.graded
+        else None,
         "mean_logprob": result.mean_logprob,
-        "categories": {name: dataclasses.asdict(summary) for name, summary in rows_by_category(result, top_k).items()},
+        "categories": {
+            name: dataclasses.asdict(summary)
+            for name, summary in rows_by_category(result, top_k).items()
+        },
         "scores": [
-            {"id": score.case.id} | {f.name: getattr(score, f.name) for f in dataclasses.fields(score) if f.name != "case"}
+            {"id": score.case.id}
+            | {
+                f.name: getattr(score, f.name)
+                for f in dataclasses.fields(score)
+                if f.name != "case"
+            }
             for score in result.scores
         ],
     }
@@ -82,12 +96,28 @@ CSV_FIELDS = [
 def print_csv(results: list[Result]) -> None:
     """A row for each checkpoint and case."""
     writer = csv.writer(sys.stdout)
-    writer.writerow(["checkpoint", "step", "trained_tokens", "case", "type", "category", "group", *CSV_FIELDS])
+    writer.writerow(
+        ["checkpoint", "step", "trained_tokens", "case", "type", "category", "group", *CSV_FIELDS]
+    )
     for r in results:
         for s in r.scores:
             values = [getattr(s, name) for name in CSV_FIELDS]
-            cells = [int(v) if isinstance(v, bool) else f"{v:.6g}" if isinstance(v, float) else v for v in values]
-            writer.writerow([r.names[0], r.step, r.tokens, s.case.id, s.case.type, s.case.category, s.case.group, *cells])
+            cells = [
+                int(v) if isinstance(v, bool) else f"{v:.6g}" if isinstance(v, float) else v
+                for v in values
+            ]
+            writer.writerow(
+                [
+                    r.names[0],
+                    r.step,
+                    r.tokens,
+                    s.case.id,
+                    s.case.type,
+                    s.case.category,
+                    s.case.group,
+                    *cells,
+                ]
+            )
 
 
 def print_markdown(results: list[Result], top_k: int) -> None:
@@ -96,7 +126,10 @@ def print_markdown(results: list[Result], top_k: int) -> None:
     print("| checkpoint | step | accuracy | " + " | ".join(categories) + " |")
     print("| --- | ---: | ---: |" + " ---: |" * len(categories))
     for r in results:
-        cells = [f"{percent(s.accuracy)} {between(s.interval)}" for s in (summarise(r, c, top_k) for c in categories)]
+        cells = [
+            f"{percent(s.accuracy)} {between(s.interval)}"
+            for s in (summarise(r, c, top_k) for c in categories)
+        ]
         headline = f"**{percent(r.macro)}** {between(r.macro_interval)}" if r.graded else ""
         print(f"| {r.names[0]} | {r.step:,} | {headline} | " + " | ".join(cells) + " |")
     if results[0].graded:
@@ -132,10 +165,19 @@ def draw(results: list[Result], path: str) -> None:
         squeeze=False,
     )
     for axes, (name, points) in zip(grid.flat, lines.items(), strict=False):
-        steps, accuracy, interval, chance = zip(*points, strict=True) if points else ((), (), (), (None,))
+        steps, accuracy, interval, chance = (
+            zip(*points, strict=True) if points else ((), (), (), (None,))
+        )
         color = "#1f4e79" if chance[0] is not None else "black"
         axes.plot(steps, accuracy, color=color, marker="o", markersize=3, linewidth=1.4)
-        axes.fill_between(steps, [low for low, _ in interval], [high for _, high in interval], color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            steps,
+            [low for low, _ in interval],
+            [high for _, high in interval],
+            color=color,
+            alpha=0.15,
+            linewidth=0,
+        )
         if chance[0] is not None:
             axes.axhline(chance[0], color="#808080", linestyle=":", linewidth=1)
         axes.set_title(name, fontsize=9)

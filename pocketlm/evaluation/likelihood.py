@@ -16,7 +16,7 @@ TOKENS = 4096  # in one forward pass
 POSITIONS = 256  # whose logits exist at a time
 
 
-class Request(NamedTuple):
+class Query(NamedTuple):
     """Ids to continue, and the ids whose probability is asked."""
 
     context: tuple[int, ...]
@@ -24,13 +24,15 @@ class Request(NamedTuple):
 
 
 @dataclass
-class Answer:
+class Likelihood:
     """What the model says to a request."""
 
     logprobs: list[float] = field(default_factory=list)  # nats, of each token of the continuation
     greedy: bool = True  # each of them was the likeliest one
     rank: int = 0  # of the first one among all tokens, 1 the likeliest
-    top: list[tuple[int, float]] = field(default_factory=list)  # the likeliest first tokens and their probabilities
+    top: list[tuple[int, float]] = field(
+        default_factory=list
+    )  # the likeliest first tokens and their probabilities
 
     @property
     def logprob(self) -> float:
@@ -41,10 +43,12 @@ class Answer:
 
 
 @torch.inference_mode()
-def answer(model: Transformer, requests: list[Request], top_k: int = 0) -> dict[Request, Answer]:
+def query_likelihoods(
+    model: Transformer, requests: list[Query], top_k: int = 0
+) -> dict[Query, Likelihood]:
     """The answers to all requests; equal ones are asked once."""
-    answers = {request: Answer() for request in requests}
-    by_context: dict[tuple[int, ...], list[Request]] = defaultdict(list)
+    answers = {request: Likelihood() for request in requests}
+    by_context: dict[tuple[int, ...], list[Query]] = defaultdict(list)
     for request in answers:
         by_context[request.context].append(request)
     by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
@@ -55,9 +59,18 @@ def answer(model: Transformer, requests: list[Request], top_k: int = 0) -> dict[
             chosen = contexts[first : first + size]
             cache = new_cache(model, len(chosen), length)
             last = model.hidden(as_tensor(model, chosen), cache=cache)[:, -1]  # (B, C)
-            asked = [(row, request) for row, context in enumerate(chosen) for request in by_context[context]]
+            asked = [
+                (row, request)
+                for row, context in enumerate(chosen)
+                for request in by_context[context]
+            ]
             answer_first_tokens(model, last, asked, answers, top_k)
-            answer_later_tokens(model, cache, [(row, request) for row, request in asked if len(request.continuation) > 1], answers)
+            answer_later_tokens(
+                model,
+                cache,
+                [(row, request) for row, request in asked if len(request.continuation) > 1],
+                answers,
+            )
     return answers
 
 
@@ -72,26 +85,42 @@ def new_cache(model: Transformer, batch_size: int, length: int) -> KVCache:
 
 
 def answer_first_tokens(
-    model: Transformer, last: Tensor, asked: list[tuple[int, Request]], answers: dict[Request, Answer], top_k: int
+    model: Transformer,
+    last: Tensor,
+    asked: list[tuple[int, Query]],
+    answers: dict[Query, Likelihood],
+    top_k: int,
 ) -> None:
     """From the context's last hidden state (B, C): a single distribution for all continuations of a context."""
     for first in range(0, len(last), POSITIONS):
         logits = model.logits(last[first : first + POSITIONS]).float()  # (b, V)
         norm, best = logits.logsumexp(-1), logits.argmax(-1)
         top = logits.topk(min(top_k, logits.size(-1)))
-        here = [(row - first, request) for row, request in asked if first <= row < first + len(logits)]
+        here = [
+            (row - first, request) for row, request in asked if first <= row < first + len(logits)
+        ]
         rows = torch.tensor([row for row, _ in here], device=last.device)
         tokens = torch.tensor([request.continuation[0] for _, request in here], device=last.device)
         found = logits[rows, tokens]
         logprobs, greedy = (found - norm[rows]).tolist(), (best[rows] == tokens).tolist()
         ranks = [
-            rank for r, value in zip(rows.split(POSITIONS), found.split(POSITIONS), strict=True) for rank in ranks_of(logits[r], value)
+            rank
+            for r, value in zip(rows.split(POSITIONS), found.split(POSITIONS), strict=True)
+            for rank in ranks_of(logits[r], value)
         ]
-        for (row, request), logprob, is_best, rank in zip(here, logprobs, greedy, ranks, strict=True):
+        for (row, request), logprob, is_best, rank in zip(
+            here, logprobs, greedy, ranks, strict=True
+        ):
             a = answers[request]
             a.logprobs.append(logprob)
             a.greedy, a.rank = is_best, rank
-            a.top = list(zip(top.indices[row].tolist(), (top.values[row] - norm[row]).exp().tolist(), strict=True))
+            a.top = list(
+                zip(
+                    top.indices[row].tolist(),
+                    (top.values[row] - norm[row]).exp().tolist(),
+                    strict=True,
+                )
+            )
 
 
 def ranks_of(logits: Tensor, values: Tensor) -> list[int]:
@@ -99,7 +128,12 @@ def ranks_of(logits: Tensor, values: Tensor) -> list[int]:
     return ((logits > values[:, None]).sum(-1) + 1).tolist()
 
 
-def answer_later_tokens(model: Transformer, cache: KVCache, asked: list[tuple[int, Request]], answers: dict[Request, Answer]) -> None:
+def answer_later_tokens(
+    model: Transformer,
+    cache: KVCache,
+    asked: list[tuple[int, Query]],
+    answers: dict[Query, Likelihood],
+) -> None:
     """Behind the contexts in `cache`: each continuation but its last token goes in, and its second to last are read off."""
     asked = sorted(asked, key=lambda pair: len(pair[1].continuation))
     while asked:
@@ -111,9 +145,17 @@ def answer_later_tokens(model: Transformer, cache: KVCache, asked: list[tuple[in
         behind.keys[:, :, :, : cache.length] = cache.keys[:, rows]
         behind.values[:, :, :, : cache.length] = cache.values[:, rows]
         behind.length = cache.length
-        hidden = model.hidden(as_tensor(model, [request.continuation[:-1] for _, request in chosen]), cache=behind)
-        places = [(row, t) for row, (_, request) in enumerate(chosen) for t in range(len(request.continuation) - 1)]
-        targets = torch.tensor([t for _, request in chosen for t in request.continuation[1:]], device=hidden.device)
+        hidden = model.hidden(
+            as_tensor(model, [request.continuation[:-1] for _, request in chosen]), cache=behind
+        )
+        places = [
+            (row, t)
+            for row, (_, request) in enumerate(chosen)
+            for t in range(len(request.continuation) - 1)
+        ]
+        targets = torch.tensor(
+            [t for _, request in chosen for t in request.continuation[1:]], device=hidden.device
+        )
         flat = hidden[tuple(torch.tensor(places, device=hidden.device).T)]  # (N, C)
         logprobs, greedy = [], []
         for part, target in zip(flat.split(POSITIONS), targets.split(POSITIONS), strict=True):

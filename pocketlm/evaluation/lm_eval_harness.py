@@ -18,7 +18,7 @@ from pocketlm.checkpoint.loading import Checkpoint, best_checkpoint, load_checkp
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import UserError
 from pocketlm.evaluation.cases import Case, Suite
-from pocketlm.evaluation.likelihood import Request, answer
+from pocketlm.evaluation.likelihood import Query, query_likelihoods
 from pocketlm.evaluation.scoring import encode_pair, of_one_context, text_of
 from pocketlm.inference.generate import generate
 from pocketlm.inference.text import until_stop
@@ -43,7 +43,9 @@ def lm_class() -> type["TemplateLM"]:
         from lm_eval.models.utils import normalize_gen_kwargs
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError as error:
-        raise UserError(f"lm-eval cannot be imported ({error}); install it with: pip install -r requirements-dev.txt") from None
+        raise UserError(
+            f"lm-eval cannot be imported ({error}); install it with: pip install -r requirements-dev.txt"
+        ) from None
 
     class CheckpointLM(TemplateLM):
         """Asks as the probe evaluator does: context and continuation are one text, behind the token that begins a document.
@@ -63,37 +65,74 @@ def lm_class() -> type["TemplateLM"]:
         def eot_token_id(self) -> int | None:
             return self.kit_tokenizer.eos_id
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            return (self.kit_tokenizer.prefix if add_special_tokens is not False else []) + self.kit_tokenizer.encode(string)
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **_: Any
+        ) -> list[int]:
+            return (
+                self.kit_tokenizer.prefix if add_special_tokens is not False else []
+            ) + self.kit_tokenizer.encode(string)
 
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            by_context = defaultdict(dict)  # of a case's choices the first token asked is the same one, wherever it is joined
+        def loglikelihood(
+            self, requests: list[Any], disable_tqdm: bool = False
+        ) -> list[tuple[float, bool]]:
+            by_context = defaultdict(
+                dict
+            )  # of a case's choices the first token asked is the same one, wherever it is joined
             for number, request in enumerate(requests):
                 context, continuation = request.args
-                by_context[request.task_name, request.doc_id, context][number] = encode_pair(self.kit_tokenizer, context, continuation)
-            asked = {number: r for pairs in by_context.values() for number, r in zip(pairs, of_one_context([*pairs.values()]), strict=True)}
-            return self._loglikelihood_tokens([(request.args, *asked[number]) for number, request in enumerate(requests)])
+                by_context[request.task_name, request.doc_id, context][number] = encode_pair(
+                    self.kit_tokenizer, context, continuation
+                )
+            asked = {
+                number: r
+                for pairs in by_context.values()
+                for number, r in zip(pairs, of_one_context([*pairs.values()]), strict=True)
+            }
+            return self._loglikelihood_tokens(
+                [(request.args, *asked[number]) for number, request in enumerate(requests)]
+            )
 
-        def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(
+            self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
+        ) -> list[tuple[float, bool]]:
             asked, cut, room = [], 0, self.max_length + 1  # the last token is never an input
             for _text, context, continuation in requests:
                 ids = (*context, *continuation)[-room:]
                 start = len(ids) - len(continuation)
                 if start < 1 or not continuation:
                     n = f"{len(continuation)} tokens behind {len(context)}"
-                    raise UserError(f"a task asks {n}; this model answers to 1 to {self.max_length}, behind 1 or more")
+                    raise UserError(
+                        f"a task asks {n}; this model answers to 1 to {self.max_length}, behind 1 or more"
+                    )
                 cut += len(context) + len(continuation) > room
-                asked.append(Request(ids[:start], ids[start:]))
+                asked.append(Query(ids[:start], ids[start:]))
             if cut:
-                print(f"{cut} of {len(asked)} requests do not fit {self.max_length} tokens and lose their beginning", file=sys.stderr)
-            answers = answer(self.checkpoint.model, asked)
+                print(
+                    f"{cut} of {len(asked)} requests do not fit {self.max_length} tokens and lose their beginning",
+                    file=sys.stderr,
+                )
+            answers = query_likelihoods(self.checkpoint.model, asked)
             return [(answers[request].logprob, answers[request].greedy) for request in asked]
 
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        def loglikelihood_rolling(
+            self, requests: list[Any], disable_tqdm: bool = False
+        ) -> list[float]:
             """Nats of whole texts, in windows of the model's context; the last one reaches back over tokens asked before."""
             texts = [self.tok_encode(request.args[0]) for request in requests]
-            windows = [list(map(make_disjoint_window, get_rolling_token_windows(t[1:], *t[:1] or [0], self.max_length, 1))) for t in texts]
-            answers = iter(self._loglikelihood_tokens([(None, *window) for of_text in windows for window in of_text]))
+            windows = [
+                list(
+                    map(
+                        make_disjoint_window,
+                        get_rolling_token_windows(t[1:], *t[:1] or [0], self.max_length, 1),
+                    )
+                )
+                for t in texts
+            ]
+            answers = iter(
+                self._loglikelihood_tokens(
+                    [(None, *window) for of_text in windows for window in of_text]
+                )
+            )
             return [math.fsum(next(answers)[0] for _ in of_text) for of_text in windows]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -110,19 +149,32 @@ def lm_class() -> type["TemplateLM"]:
                 temperature=given.get("temperature", 1.0) if given["do_sample"] else 0.0,
                 top_p=given.get("top_p", 1.0),
                 seed=int(torch.randint(2**31, ())),  # simple_evaluate has seeded torch
-                **{name: given[name] for name in ("top_k", "min_p", "repetition_penalty") if name in given},
+                **{
+                    name: given[name]
+                    for name in ("top_k", "min_p", "repetition_penalty")
+                    if name in given
+                },
             )
             if not (ids := self.tok_encode(context)):
-                raise UserError(f"a task has an empty prompt, and no token begins a document in {self.kit_tokenizer.name!r}")
+                raise UserError(
+                    f"a task has an empty prompt, and no token begins a document in {self.kit_tokenizer.name!r}"
+                )
             ids = ids[-max(0, self.max_length - params.max_new_tokens) :]
             rows = generate(self.checkpoint.model, torch.tensor([ids]), params, self.eot_token_id)
-            pieces = stream_text(self.kit_tokenizer, (token for [token] in rows if token is not None))
+            pieces = stream_text(
+                self.kit_tokenizer, (token for [token] in rows if token is not None)
+            )
             return "".join(until_stop(pieces, tuple(filter(None, given["until"]))))
 
         def get_model_info(self) -> dict[str, Any]:
             """For lm-eval's results."""
             c = self.checkpoint
-            return {"checkpoint": str(c.path), "step": c.step, "weights_sha256": c.weights_sha256, "tokenizer": c.tokenizer.name}
+            return {
+                "checkpoint": str(c.path),
+                "step": c.step,
+                "weights_sha256": c.weights_sha256,
+                "tokenizer": c.tokenizer.name,
+            }
 
     return CheckpointLM
 
@@ -138,7 +190,9 @@ BITS = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_be
 CHOICE = {"output_type": "multiple_choice", "doc_to_text": "prompt", "doc_to_choice": "choices"}
 
 
-TASKS: dict[str, dict[str, Any]] = {  # kind: how lm-eval reads the fields of a row, and what it measures
+TASKS: dict[
+    str, dict[str, Any]
+] = {  # kind: how lm-eval reads the fields of a row, and what it measures
     "choice": CHOICE | {"metric_list": [ACC, ACC | {"metric": "acc_bytes"}]},
     "schema": CHOICE | {"doc_to_text": "gold", "metric_list": [ACC]},
     "cloze": {"output_type": "loglikelihood", "doc_to_text": "prompt", "metric_list": [ACC]},
@@ -151,14 +205,20 @@ def as_row(case: Case) -> tuple[str, dict[str, Any]] | None:
     row = {"id": case.id, "category": case.category, "prompt": case.prompt}
     match case.type:
         case "schema":
-            return "schema", row | {"choices": case.contexts, "gold": case.gold, "target": case.continuation}
+            return "schema", row | {
+                "choices": case.contexts,
+                "gold": case.gold,
+                "target": case.continuation,
+            }
         case "text":
             return "text", row | {"target": text_of(case)}
         case "cloze" if len(case.answers) == 1 and not case.distractors:
             return "cloze", row | {"target": case.answers[0]}
         case "minimal_pair" | "choice" | "cloze" if case.chance:
             texts = [text for _, text in case.candidates]  # the right ones first
-            turn = crc32(case.id.encode()) % len(texts)  # lm-eval takes the first of equals, which must not always be right
+            turn = crc32(case.id.encode()) % len(
+                texts
+            )  # lm-eval takes the first of equals, which must not always be right
             targets = [(i - turn) % len(texts) for i in range(case.n_right)]
             return "choice", row | {"choices": texts[turn:] + texts[:turn], "target": targets}
     return None
@@ -176,20 +236,43 @@ def export(suite: Suite, folder: Path) -> list[str]:
         if exported := as_row(case):
             rows[exported[0]].append(exported[1])
         else:
-            left_out["of type generate" if case.type == "generate" else "with several answers and no distractors"] += 1
+            left_out[
+                "of type generate"
+                if case.type == "generate"
+                else "with several answers and no distractors"
+            ] += 1
     for kind, n in left_out.items():
         print(f"{suite.name}: {n} cases {kind} are left out", file=sys.stderr)
     if n := sum(case.scoring in ("token", "pmi") for case in suite.cases):
-        print(f"{suite.name}: {n} cases are scored by token or pmi here, and by their sum in lm-eval", file=sys.stderr)
+        print(
+            f"{suite.name}: {n} cases are scored by token or pmi here, and by their sum in lm-eval",
+            file=sys.stderr,
+        )
     folder.mkdir(parents=True, exist_ok=True)
     names = {kind: f"{task_name(suite)}_{kind}" for kind in rows}
     for kind, name in names.items():
         data = folder.absolute() / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[kind]), encoding="utf-8")
-        task = {"task": name, "tag": task_name(suite), "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
-        task |= {"test_split": "test", "doc_to_target": "target", "target_delimiter": "", "num_fewshot": 0, **TASKS[kind]}
+        data.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[kind]),
+            encoding="utf-8",
+        )
+        task = {
+            "task": name,
+            "tag": task_name(suite),
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}},
+        }
+        task |= {
+            "test_split": "test",
+            "doc_to_target": "target",
+            "target_delimiter": "",
+            "num_fewshot": 0,
+            **TASKS[kind],
+        }
         task["metadata"] = {"version": 1.0, "suite": suite.name, "sha256": suite.sha256}
-        data.with_suffix(".yaml").write_text(yaml.safe_dump(task, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        data.with_suffix(".yaml").write_text(
+            yaml.safe_dump(task, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
     return list(names.values())
 
 
@@ -205,16 +288,26 @@ def run(args: argparse.Namespace) -> None:
 
     names, folder = args.tasks.split(","), args.include
     if folder and not Path(folder).is_dir():
-        raise UserError(f"--include {folder} is not a folder; make it with: python harness.py export --cases FILE --to {folder}")
+        raise UserError(
+            f"--include {folder} is not a folder; make it with: python harness.py export --cases FILE --to {folder}"
+        )
     included = manager = TaskManager(include_path=folder, include_defaults=False)
     if not manager.task_index.keys() >= set(names):
         manager = TaskManager(include_path=folder)
     if unknown := [name for name in names if name not in manager.task_index]:
         known = f"; in {folder} there are {', '.join(included.all_tasks)}" if folder else ""
         raise UserError(f"no task of lm-eval is called {', '.join(unknown)}{known}")
-    results = simple_evaluate(model=lm, tasks=names, task_manager=manager, limit=args.limit, log_samples=False)
+    results = simple_evaluate(
+        model=lm, tasks=names, task_manager=manager, limit=args.limit, log_samples=False
+    )
     if args.json:
-        kept = {key: results[key] for key in ("results", "groups", "n-samples", "versions", "config") if key in results}
+        kept = {
+            key: results[key]
+            for key in ("results", "groups", "n-samples", "versions", "config")
+            if key in results
+        }
         print(json.dumps(kept, indent=2, default=handle_non_serializable))
     else:
-        print("\n".join(make_table(results, key) for key in ("results", "groups") if key in results))
+        print(
+            "\n".join(make_table(results, key) for key in ("results", "groups") if key in results)
+        )

@@ -11,7 +11,7 @@ import numpy as np
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.evaluation import statistics as intervals
 from pocketlm.evaluation.cases import Suite
-from pocketlm.evaluation.scoring import Encoded, Score, encode_case, score_cases
+from pocketlm.evaluation.scoring import EncodedCase, Score, encode_case, score_cases
 from pocketlm.evaluation.statistics import Interval
 
 
@@ -47,7 +47,9 @@ class Result:
 
     @cached_property
     def resamples(self) -> intervals.Resamples:
-        return intervals.resamples(tuple(self.categories), tuple(score.case.group for score in self.graded))
+        return intervals.resamples(
+            tuple(self.categories), tuple(score.case.group for score in self.graded)
+        )
 
     @cached_property
     def macro(self) -> float:
@@ -57,7 +59,9 @@ class Result:
     @cached_property
     def macro_interval(self) -> Interval:
         of = np.array(self.categories)
-        return intervals.mean_of_proportions([self.share(of == category) for category in dict.fromkeys(self.categories)])
+        return intervals.mean_of_proportions(
+            [self.share(of == category) for category in dict.fromkeys(self.categories)]
+        )
 
     def share(self, of: np.ndarray) -> tuple[float, float]:
         """(right, n) of the graded cases `of`, for an interval: n is of independent cases."""
@@ -70,7 +74,7 @@ class Result:
         """Nats of the right continuations, where there are such."""
         return mean([score.logprob for score in self.scores])
 
-    def ahead_of(self, other: "Result") -> tuple[float, Interval]:
+    def difference_from(self, other: "Result") -> tuple[float, Interval]:
         """Difference of the two headlines, and its interval over the same cases, drawn in pairs."""
         apart = self.correct - other.correct
         return self.macro - other.macro, self.resamples.macro(apart)
@@ -102,8 +106,13 @@ def summarise(result: Result, category: str | None, top_k: int) -> Summary:
     """Of one category, or of all graded cases (the micro average)."""
     of = np.array([category in (None, each) for each in result.categories])
     scores = [score for score, inside in zip(result.graded, of, strict=True) if inside]
-    accuracy, chance = float(result.correct[of].mean()), mean([score.case.chance or 0.0 for score in scores])
-    p = np.array([math.nan if score.p_correct is None else score.p_correct for score in result.graded])
+    accuracy, chance = (
+        float(result.correct[of].mean()),
+        mean([score.case.chance or 0.0 for score in scores]),
+    )
+    p = np.array(
+        [math.nan if score.p_correct is None else score.p_correct for score in result.graded]
+    )
     chosen = np.flatnonzero(of & ~np.isnan(p))
     ranks = [score.first_token_rank for score in scores if score.first_token_rank]
     return Summary(
@@ -113,7 +122,11 @@ def summarise(result: Result, category: str | None, top_k: int) -> Summary:
         interval=intervals.wilson(*result.share(of)),
         chance=chance,
         centred=(accuracy - chance) / (1 - chance),
-        by={name: mean(values) for name in ("sum", "token", "byte", "pmi") if (values := correct_by(scores, name))},
+        by={
+            name: mean(values)
+            for name in ("sum", "token", "byte", "pmi")
+            if (values := correct_by(scores, name))
+        },
         p_correct=mean([score.p_correct for score in scores]),
         p_correct_interval=result.resamples.mean(p, chosen) if len(chosen) else None,
         margin=mean([score.margin for score in scores]),
@@ -135,7 +148,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(there) / len(there) if there else None
 
 
-def emerged(results: list[Result], category: str) -> int | None:
+def first_step_above_chance(results: list[Result], category: str) -> int | None:
     """The first step at which the interval of a category's accuracy lies above chance, and stays there."""
     first = None
     for result in sorted(results, key=lambda r: r.step):
@@ -145,22 +158,26 @@ def emerged(results: list[Result], category: str) -> int | None:
     return first
 
 
-def flips(before: Result, after: Result) -> tuple[list[str], list[str]]:
+def learned_and_forgotten(before: Result, after: Result) -> tuple[list[str], list[str]]:
     """Ids of the cases that were learned from one checkpoint to the next, and of those that were forgotten."""
     pairs = list(zip(before.graded, after.graded, strict=True))
-    return [b.case.id for a, b in pairs if a.correct < b.correct], [b.case.id for a, b in pairs if a.correct > b.correct]
+    return [b.case.id for a, b in pairs if a.correct < b.correct], [
+        b.case.id for a, b in pairs if a.correct > b.correct
+    ]
 
 
 # ---- checkpoints -> results ------------------------------------------------------------------------------------------
 
 
-def evaluate(paths: list[str], suite: Suite, tokenizer_name: str | None = None, top_k: int = 5) -> list[Result]:
+def evaluate(
+    paths: list[str], suite: Suite, tokenizer_name: str | None = None, top_k: int = 5
+) -> list[Result]:
     """A result for each set of weights, the best first and those with numbers that are not finite last.
 
     Files with the same weights and tokenizer share one; cases are encoded once for each tokenizer.
     """
     results: dict[tuple[str, str], Result] = {}
-    encoded: dict[tuple[str, int], list[Encoded]] = {}
+    encoded: dict[tuple[str, int], list[EncodedCase]] = {}
     for path in paths:
         checkpoint = load_checkpoint(path, tokenizer_name)
         identity = checkpoint.weights_sha256, checkpoint.tokenizer.fingerprint
@@ -172,11 +189,13 @@ def evaluate(paths: list[str], suite: Suite, tokenizer_name: str | None = None, 
         if (key := (tokenizer.fingerprint, context)) not in encoded:
             encoded[key] = [encode_case(tokenizer, case, context) for case in suite.cases]
         scores = score_cases(checkpoint.model, tokenizer, encoded[key], top_k)
-        results[identity] = Result([path], checkpoint.step, checkpoint.tokens, checkpoint.val_loss, *identity, scores)
-    return sorted(results.values(), key=standing)
+        results[identity] = Result(
+            [path], checkpoint.step, checkpoint.tokens, checkpoint.val_loss, *identity, scores
+        )
+    return sorted(results.values(), key=ranking_key)
 
 
-def standing(result: Result) -> tuple:
+def ranking_key(result: Result) -> tuple:
     """What results are sorted by: accuracy over categories, then the log-probability of what is right, then bits per byte."""
     if not result.finite:
         return (1,)

@@ -17,7 +17,7 @@ from model import Transformer
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import UserError
 from pocketlm.evaluation.cases import Case
-from pocketlm.evaluation.likelihood import Answer, Request, answer
+from pocketlm.evaluation.likelihood import Likelihood, Query, query_likelihoods
 from pocketlm.inference.generate import generate
 from pocketlm.tokenizer.base import Tokenizer
 
@@ -28,57 +28,83 @@ TIE = 1e-4  # nats: what rounding of float32 makes of two equal sums of some 20 
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedCase:
     """A case as requests: one for each candidate, and for each the same continuation by itself (for PMI)."""
 
     case: Case
-    requests: tuple[Request, ...]
-    alone: tuple[Request, ...] = ()
+    requests: tuple[Query, ...]
+    alone: tuple[Query, ...] = ()
     merged: bool = False  # the tokenizer joins the end of a context and the begin of its continuation in one token
 
 
-def encode_case(tokenizer: Tokenizer, case: Case, context: int) -> Encoded:
+def encode_case(tokenizer: Tokenizer, case: Case, context: int) -> EncodedCase:
     """Raises UserError for a case that does not fit the model's context, or with nothing before what is asked."""
     pairs = [encode_pair(tokenizer, *candidate) for candidate in case.candidates]
     alone = []
     if case.type == "text":
         requests = list(windows(tokenizer, text_of(case), context))
     elif case.type == "generate":
-        requests = [Request((*tokenizer.prefix, *tokenizer.encode(case.prompt)), ())]
+        requests = [Query((*tokenizer.prefix, *tokenizer.encode(case.prompt)), ())]
     elif case.type == "schema":
-        requests = [Request(ids[:start], ids[start:]) for ids, start, _ in pairs]
+        requests = [Query(ids[:start], ids[start:]) for ids, start, _ in pairs]
     else:
         requests = of_one_context(pairs)
-        if case.type != "minimal_pair" and case.distractors and (tokenizer.prefix or case.pmi_prompt):
-            alone = of_one_context([encode_pair(tokenizer, case.pmi_prompt, continuation) for _, continuation in case.candidates])
+        if (
+            case.type != "minimal_pair"
+            and case.distractors
+            and (tokenizer.prefix or case.pmi_prompt)
+        ):
+            alone = of_one_context(
+                [
+                    encode_pair(tokenizer, case.pmi_prompt, continuation)
+                    for _, continuation in case.candidates
+                ]
+            )
     for request in (*requests, *alone):
         if not request.context:
-            raise UserError(f"the case {case.id!r} has nothing before what is asked, and no token begins a document in {tokenizer.name!r}")
-        if (n := len(request.context) + len(request.continuation)) > context + bool(request.continuation):
-            raise UserError(f"the case {case.id!r} has {n} tokens and the model a context of {context}; shorten it")
-    if not requests or not (case.type == "generate" or all(request.continuation for request in (*requests, *alone))):
-        raise UserError(f"the case {case.id!r} asks for a text that has no token in {tokenizer.name!r}; change it")
-    return Encoded(case, tuple(requests), tuple(alone), any(merged for _, _, merged in pairs))
+            raise UserError(
+                f"the case {case.id!r} has nothing before what is asked, and no token begins a document in {tokenizer.name!r}"
+            )
+        if (n := len(request.context) + len(request.continuation)) > context + bool(
+            request.continuation
+        ):
+            raise UserError(
+                f"the case {case.id!r} has {n} tokens and the model a context of {context}; shorten it"
+            )
+    if not requests or not (
+        case.type == "generate" or all(request.continuation for request in (*requests, *alone))
+    ):
+        raise UserError(
+            f"the case {case.id!r} asks for a text that has no token in {tokenizer.name!r}; change it"
+        )
+    return EncodedCase(case, tuple(requests), tuple(alone), any(merged for _, _, merged in pairs))
 
 
-def of_one_context(pairs: list[tuple[tuple[int, ...], int, bool]]) -> list[Request]:
+def of_one_context(pairs: list[tuple[tuple[int, ...], int, bool]]) -> list[Query]:
     """Requests that begin together, where the first of them begins: a token that joins one to the context is asked of all.
 
     Without any context it is what they have in common in front, which decides nothing between them.
     """
     whole = [ids for ids, _, _ in pairs]
-    common = next((i for i, tokens in enumerate(zip(*whole, strict=False)) if len(set(tokens)) > 1), 0)
+    common = next(
+        (i for i, tokens in enumerate(zip(*whole, strict=False)) if len(set(tokens)) > 1), 0
+    )
     start = min(start for _, start, _ in pairs) or common
-    return [Request(ids[:start], ids[start:]) for ids in whole]
+    return [Query(ids[:start], ids[start:]) for ids in whole]
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[tuple[int, ...], int, bool]:
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str
+) -> tuple[tuple[int, ...], int, bool]:
     """Ids of prefix, context and continuation, encoded as one text; where the continuation begins; whether a token joins both.
 
     Where one does, the continuation begins with it.
     """
     both, alone = tokenizer.encode(context + continuation), tokenizer.encode(context)
-    shared = next((i for i, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), min(len(alone), len(both)))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b),
+        min(len(alone), len(both)),
+    )
     return (*tokenizer.prefix, *both), len(tokenizer.prefix) + shared, shared < len(alone)
 
 
@@ -89,12 +115,12 @@ def text_of(case: Case) -> str:
         raise UserError(f"the case {case.id!r} reads {case.file}: {error}") from None
 
 
-def windows(tokenizer: Tokenizer, text: str, context: int) -> Iterator[Request]:
+def windows(tokenizer: Tokenizer, text: str, context: int) -> Iterator[Query]:
     """The text in windows at the model's context: every token is asked once. The last one reaches back over tokens asked before."""
     ids = (*tokenizer.prefix, *tokenizer.encode(text))
     for start in range(1, len(ids), context):
         end = min(start + context, len(ids))
-        yield Request(ids[max(0, end - 1 - context) : start], ids[start:end])
+        yield Query(ids[max(0, end - 1 - context) : start], ids[start:end])
 
 
 # ---- answers -> scores -----------------------------------------------------------------------------------------------
@@ -106,10 +132,14 @@ class Score:
 
     case: Case
     correct: float | None  # 1 right, 0 wrong; 1/k of a tie between k; by the case's own scoring
-    correct_by: dict[str, float] = field(default_factory=dict)  # the same by sum, token, byte and pmi
+    correct_by: dict[str, float] = field(
+        default_factory=dict
+    )  # the same by sum, token, byte and pmi
     tie: bool = False
     merged: bool = False
-    logprob: float | None = None  # nats, of the right continuation; of all accepted answers together
+    logprob: float | None = (
+        None  # nats, of the right continuation; of all accepted answers together
+    )
     tokens: int = 0  # of the first right continuation
     bytes: int = 0
     greedy: bool | None = None  # greedy generation writes an accepted answer
@@ -118,28 +148,51 @@ class Score:
     rank: int | None = None  # of the best right candidate among the candidates
     p_correct: float | None = None  # softmax over the candidates' log-probabilities
     margin: float | None = None  # nats between the best right and the best wrong one
-    brier: float | None = None  # squared distance of the candidates' probabilities from the truth, 0 to 2
+    brier: float | None = (
+        None  # squared distance of the candidates' probabilities from the truth, 0 to 2
+    )
     generated: str = ""
     bits_per_byte: float | None = None
 
     @property
     def finite(self) -> bool:
-        return all(math.isfinite(x) for x in (self.logprob, self.p_correct, self.bits_per_byte) if x is not None)
+        return all(
+            math.isfinite(x)
+            for x in (self.logprob, self.p_correct, self.bits_per_byte)
+            if x is not None
+        )
 
 
-def score_cases(model: Transformer, tokenizer: Tokenizer, encoded: list[Encoded], top_k: int = 5) -> list[Score]:
+def score_cases(
+    model: Transformer, tokenizer: Tokenizer, encoded: list[EncodedCase], top_k: int = 5
+) -> list[Score]:
     """The score of each case."""
-    requests = [request for e in encoded if e.case.type != "generate" for request in (*e.requests, *e.alone)]
-    answers = answer(model, requests, top_k)
-    return [score_generated(model, tokenizer, e) if e.case.type == "generate" else score_case(tokenizer, e, answers) for e in encoded]
+    requests = [
+        request for e in encoded if e.case.type != "generate" for request in (*e.requests, *e.alone)
+    ]
+    answers = query_likelihoods(model, requests, top_k)
+    return [
+        score_generated(model, tokenizer, e)
+        if e.case.type == "generate"
+        else score_case(tokenizer, e, answers)
+        for e in encoded
+    ]
 
 
-def score_case(tokenizer: Tokenizer, encoded: Encoded, answers: dict[Request, Answer]) -> Score:
+def score_case(
+    tokenizer: Tokenizer, encoded: EncodedCase, answers: dict[Query, Likelihood]
+) -> Score:
     case = encoded.case
     found = [answers[request] for request in encoded.requests]
     if case.type == "text":
         nats, size = -math.fsum(a.logprob for a in found), len(text_of(case).encode())
-        return Score(case, None, tokens=sum(len(a.logprobs) for a in found), bytes=size, bits_per_byte=nats / math.log(2) / size)
+        return Score(
+            case,
+            None,
+            tokens=sum(len(a.logprobs) for a in found),
+            bytes=size,
+            bits_per_byte=nats / math.log(2) / size,
+        )
     right, n = found[: case.n_right], case.n_right
     sums = [a.logprob for a in found]
     sizes = [len(continuation.encode()) for _, continuation in case.candidates]
@@ -165,10 +218,14 @@ def score_case(tokenizer: Tokenizer, encoded: Encoded, answers: dict[Request, An
         "byte": [total / size for total, size in zip(sums, sizes, strict=True)],
     }
     if encoded.alone:
-        by["pmi"] = [total - answers[alone].logprob for total, alone in zip(sums, encoded.alone, strict=True)]
+        by["pmi"] = [
+            total - answers[alone].logprob for total, alone in zip(sums, encoded.alone, strict=True)
+        ]
     credits = {name: credit(values, n) for name, values in by.items()}
     if case.scoring not in by:
-        raise UserError(f"the case {case.id!r} is scored by pmi, for which {tokenizer.name!r} has no token that begins a document")
+        raise UserError(
+            f"the case {case.id!r} is scored by pmi, for which {tokenizer.name!r} has no token that begins a document"
+        )
     total = log_sum_exp(sums)
     p = [math.exp(value - total) for value in sums]
     p_correct = math.fsum(p[:n])
@@ -195,16 +252,20 @@ def credit(values: list[float], n_right: int) -> tuple[float, bool]:
     best = max(values)
     winners = [i for i, value in enumerate(values) if value >= best - TIE]
     right = sum(i < n_right for i in winners)
-    return right / max(1, len(winners)), 0 < right < len(winners)  # none wins where one is not a number
+    return right / max(1, len(winners)), 0 < right < len(
+        winners
+    )  # none wins where one is not a number
 
 
-def score_generated(model: Transformer, tokenizer: Tokenizer, encoded: Encoded) -> Score:
+def score_generated(model: Transformer, tokenizer: Tokenizer, encoded: EncodedCase) -> Score:
     """Greedy text against the case's patterns."""
     case, [request] = encoded.case, encoded.requests
     params = SamplingParams(max_new_tokens=case.max_new_tokens, temperature=0.0)
     rows = generate(model, torch.tensor([request.context]), params, tokenizer.eos_id)
     text = tokenizer.decode([token for [token] in rows if token is not None])
-    right = re.search(case.match, text) is not None and not (case.forbid and re.search(case.forbid, text))
+    right = re.search(case.match, text) is not None and not (
+        case.forbid and re.search(case.forbid, text)
+    )
     return Score(case, float(right), generated=text)
 
 
@@ -214,4 +275,8 @@ def log_sum_exp(values: list[float]) -> float:
     0.0
     """
     top = max(values)
-    return top + math.log(math.fsum(math.exp(value - top) for value in values)) if math.isfinite(top) else top
+    return (
+        top + math.log(math.fsum(math.exp(value - top) for value in values))
+        if math.isfinite(top)
+        else top
+    )

@@ -28,7 +28,9 @@ def wilson(correct: float, n: float) -> Interval:
     p, zz = correct / n, Z * Z / n
     q = 1 - p
     half = zz / 2 + math.sqrt(zz * p * q + zz * zz / 4)
-    return p * p / (p + half), 1 - q * q / (q + half)  # nothing cancels: of nothing right, the lower end is exactly 0
+    return p * p / (p + half), 1 - q * q / (
+        q + half
+    )  # nothing cancels: of nothing right, the lower end is exactly 0
 
 
 def independent(correct: np.ndarray, groups: Sequence[str]) -> float:
@@ -43,7 +45,9 @@ def independent(correct: np.ndarray, groups: Sequence[str]) -> float:
     _, of = np.unique(groups, return_inverse=True)
     apart = correct - correct.mean()
     together, sizes = np.bincount(of, apart), np.bincount(of)
-    return len(correct) / max(1.0, float((together @ together + sizes @ sizes / len(correct)) / (apart @ apart + 1)))
+    return len(correct) / max(
+        1.0, float((together @ together + sizes @ sizes / len(correct)) / (apart @ apart + 1))
+    )
 
 
 def mean_of_proportions(proportions: Sequence[tuple[float, float]]) -> Interval:
@@ -54,8 +58,13 @@ def mean_of_proportions(proportions: Sequence[tuple[float, float]]) -> Interval:
     means = [correct / n for correct, n in proportions]
     limits = [wilson(correct, n) for correct, n in proportions]
     middle, k = sum(means) / len(means), len(means)
-    below = math.sqrt(sum((mean - low) ** 2 for mean, (low, _) in zip(means, limits, strict=True))) / k
-    above = math.sqrt(sum((high - mean) ** 2 for mean, (_, high) in zip(means, limits, strict=True))) / k
+    below = (
+        math.sqrt(sum((mean - low) ** 2 for mean, (low, _) in zip(means, limits, strict=True))) / k
+    )
+    above = (
+        math.sqrt(sum((high - mean) ** 2 for mean, (_, high) in zip(means, limits, strict=True)))
+        / k
+    )
     return middle - below, middle + above
 
 
@@ -64,12 +73,21 @@ class Resamples:
 
     def __init__(self, categories: Sequence[str], groups: Sequence[str]):
         rng = np.random.default_rng(SEED)
-        self.drawn: list[tuple[np.ndarray, np.ndarray]] = []  # of each category: its cases, how often each is drawn (DRAWS, n)
+        self.drawn: list[
+            tuple[np.ndarray, np.ndarray]
+        ] = []  # of each category: its cases, how often each is drawn (DRAWS, n)
         for category in dict.fromkeys(categories):
             inside = np.flatnonzero(np.array(categories) == category)
             names, of = np.unique(np.array(groups)[inside], return_inverse=True)
-            drawn = rng.integers(len(names), size=(DRAWS, len(names))) + len(names) * np.arange(DRAWS)[:, None]
-            times = np.bincount(drawn.ravel(), minlength=drawn.size).astype(np.uint16).reshape(drawn.shape)  # each group is drawn
+            drawn = (
+                rng.integers(len(names), size=(DRAWS, len(names)))
+                + len(names) * np.arange(DRAWS)[:, None]
+            )
+            times = (
+                np.bincount(drawn.ravel(), minlength=drawn.size)
+                .astype(np.uint16)
+                .reshape(drawn.shape)
+            )  # each group is drawn
             self.drawn.append((inside, times[:, of]))
 
     def mean(self, values: np.ndarray, of: np.ndarray | None = None) -> Interval:
@@ -85,7 +103,9 @@ class Resamples:
 
     def macro(self, values: np.ndarray) -> Interval:
         """The interval of the mean over categories of the categories' means."""
-        return percentiles(np.mean([times @ values[inside] / times.sum(1) for inside, times in self.drawn], axis=0))
+        return percentiles(
+            np.mean([times @ values[inside] / times.sum(1) for inside, times in self.drawn], axis=0)
+        )
 
 
 @lru_cache(maxsize=1)

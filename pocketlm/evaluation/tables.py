@@ -9,7 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from pocketlm.evaluation.cases import Suite
-from pocketlm.evaluation.results import Result, Summary, emerged, flips, mean, summarise
+from pocketlm.evaluation.results import (
+    Result,
+    Summary,
+    first_step_above_chance,
+    learned_and_forgotten,
+    mean,
+    summarise,
+)
 from pocketlm.evaluation.statistics import Interval, mcnemar, spearman
 
 EXAMPLES = 6  # flipped cases named in a line
@@ -64,7 +71,9 @@ def print_tables(results: list[Result], suite: Suite, top_k: int, baseline: Resu
 
 def show(out: Console, made: Table) -> None:
     """Print a table; where the numbers do not fit the terminal its lines are too long, but no number is cut."""
-    out.width = max(out.width, out.measure(made, options=out.options.update(max_width=10_000)).minimum)
+    out.width = max(
+        out.width, out.measure(made, options=out.options.update(max_width=10_000)).minimum
+    )
     out.print(made)
 
 
@@ -85,7 +94,18 @@ def ranking_table(results: list[Result], suite: Suite) -> Table:
     first = results[0]
     ties = sum(score.tie for score in first.graded)
     counts = f"{len(first.graded)} right or wrong, in {len(set(first.categories))} categories; 0 skipped, {ties} ties"
-    columns = ["", "checkpoint", "step", "tokens", "val loss", "accuracy", "95 % interval", "p(correct)", "log-prob", "bits per byte"]
+    columns = [
+        "",
+        "checkpoint",
+        "step",
+        "tokens",
+        "val loss",
+        "accuracy",
+        "95 % interval",
+        "p(correct)",
+        "log-prob",
+        "bits per byte",
+    ]
     rows = [
         [
             str(place),
@@ -109,7 +129,7 @@ def verdict(results: list[Result]) -> str:
     first, others = results[0], results[1:]
     if not first.graded or not others:
         return "accuracy is the mean over categories; its interval is made of those of the categories, which are Wilson's\n"
-    tied = [(other, *first.ahead_of(other)) for other in others]
+    tied = [(other, *first.difference_from(other)) for other in others]
     close = [(other, apart, interval) for other, apart, interval in tied if interval[0] <= 0]
     if not close:
         other, apart, interval = tied[0]
@@ -118,7 +138,10 @@ def verdict(results: list[Result]) -> str:
             f"best: {first.names[0]}, ahead of {other.names[0]} by {apart:.1%} {between(interval)}; "
             f"{wins} cases won, {losses} lost, McNemar p = {p:.3g}\n"
         )
-    said = ", ".join(f"{other.names[0]} (behind by {apart:.1%} {between(interval)})" for other, apart, interval in close)
+    said = ", ".join(
+        f"{other.names[0]} (behind by {apart:.1%} {between(interval)})"
+        for other, apart, interval in close
+    )
     return f"{first.names[0]} is tied with {said}: the paired 95 % interval holds zero\n"
 
 
@@ -127,36 +150,108 @@ def category_tables(result: Result, top_k: int) -> list[Table]:
     scorings = ("sum", "token", "byte", "pmi")
     found = rows_by_category(result, top_k)
     right = [
-        [name, str(s.n), str(s.ties), f"{percent(s.accuracy)} {between(s.interval)}", percent(s.chance), f"{s.centred:+.2f}"]
+        [
+            name,
+            str(s.n),
+            str(s.ties),
+            f"{percent(s.accuracy)} {between(s.interval)}",
+            percent(s.chance),
+            f"{s.centred:+.2f}",
+        ]
         + [percent(s.by.get(scoring)) for scoring in scorings]
         for name, s in found.items()
     ]
-    right.append(["macro", str(len(result.graded)), "", f"{percent(result.macro)} {between(result.macro_interval)}", *[""] * 6])
+    right.append(
+        [
+            "macro",
+            str(len(result.graded)),
+            "",
+            f"{percent(result.macro)} {between(result.macro_interval)}",
+            *[""] * 6,
+        ]
+    )
     sure = [
-        [name, f"{number(s.p_correct)} {between(s.p_correct_interval, '.2f')}".strip(), number(s.margin, "+.2f"), number(s.brier)]
-        + [number(s.logprob, ".2f"), percent(s.greedy), percent(s.top1), percent(s.topk), number(s.mrr)]
+        [
+            name,
+            f"{number(s.p_correct)} {between(s.p_correct_interval, '.2f')}".strip(),
+            number(s.margin, "+.2f"),
+            number(s.brier),
+        ]
+        + [
+            number(s.logprob, ".2f"),
+            percent(s.greedy),
+            percent(s.top1),
+            percent(s.topk),
+            number(s.mrr),
+        ]
         for name, s in found.items()
     ]
-    columns = ["category", "n", "ties", "accuracy, 95 %", "chance", "centred", *(f"by {name}" for name in scorings)]
-    others = ["category", "p(correct), 95 %", "margin", "Brier", "log-prob", "greedy", "first token: top-1", f"top-{top_k}", "MRR"]
+    columns = [
+        "category",
+        "n",
+        "ties",
+        "accuracy, 95 %",
+        "chance",
+        "centred",
+        *(f"by {name}" for name in scorings),
+    ]
+    others = [
+        "category",
+        "p(correct), 95 %",
+        "margin",
+        "Brier",
+        "log-prob",
+        "greedy",
+        "first token: top-1",
+        f"top-{top_k}",
+        "MRR",
+    ]
     title = f"{result.names[0]}, by category"
     return [table(title, columns, right), table(f"{title}: probabilities", others, sure)]
 
 
 def case_table(result: Result, top_k: int) -> Table:
     merged = sum(score.merged for score in result.scores)
-    note = f"; in {merged} cases the tokenizer joins the prompt's end and the answer's begin in one token" if merged else ""
+    note = (
+        f"; in {merged} cases the tokenizer joins the prompt's end and the answer's begin in one token"
+        if merged
+        else ""
+    )
     rows = []
     for score in result.scores:
         case = score.case
-        right = case.answers[0] if case.answers else case.good or case.continuation or case.match or case.file or case.text[:40]
+        right = (
+            case.answers[0]
+            if case.answers
+            else case.good or case.continuation or case.match or case.file or case.text[:40]
+        )
         mark = {None: "", 0.0: "·", 1.0: "✓"}.get(score.correct, "=")
         rank = score.rank or score.first_token_rank
-        shown = repr(score.generated) if score.generated else "  ".join(f"{token!r} {p:.2f}" for token, p in score.top)
+        shown = (
+            repr(score.generated)
+            if score.generated
+            else "  ".join(f"{token!r} {p:.2f}" for token, p in score.top)
+        )
         if score.bits_per_byte is not None:
             shown = f"{score.bits_per_byte:.4f} bits per byte over {score.bytes:,} bytes"
-        rows.append([case.id, repr(right), mark, shown, number(score.logprob, ".2f"), f"{rank:,}" if rank else ""])
-    columns = ["case", "right", "", f"top {top_k} next tokens, or what was generated", "log-prob", "rank"]
+        rows.append(
+            [
+                case.id,
+                repr(right),
+                mark,
+                shown,
+                number(score.logprob, ".2f"),
+                f"{rank:,}" if rank else "",
+            ]
+        )
+    columns = [
+        "case",
+        "right",
+        "",
+        f"top {top_k} next tokens, or what was generated",
+        "log-prob",
+        "rank",
+    ]
     return table(f"{result.names[0]}, case by case{note}", columns, rows, left=4)
 
 
@@ -167,23 +262,41 @@ def steps_table(results: list[Result]) -> Table:
     steps = [r.step for r in ordered]
     accuracy = {c: [summarise(r, c, 1).accuracy for r in ordered] for c in categories}
     rows = [
-        [f"{r.step:,}", f"{r.tokens:,}", percent(r.macro), *(percent(accuracy[c][i]) for c in categories)] for i, r in enumerate(ordered)
+        [
+            f"{r.step:,}",
+            f"{r.tokens:,}",
+            percent(r.macro),
+            *(percent(accuracy[c][i]) for c in categories),
+        ]
+        for i, r in enumerate(ordered)
     ]
-    rising = [spearman(steps, values) for values in ([r.macro for r in ordered], *accuracy.values())]
+    rising = [
+        spearman(steps, values) for values in ([r.macro for r in ordered], *accuracy.values())
+    ]
     rows.append(["rank correlation", "with step", *(number(x, "+.2f") for x in rising)])
-    firsts = [emerged(results, c) for c in categories]
-    rows.append(["above chance", "from step", "", *("never" if step is None else f"{step:,}" for step in firsts)])
+    firsts = [first_step_above_chance(results, c) for c in categories]
+    rows.append(
+        [
+            "above chance",
+            "from step",
+            "",
+            *("never" if step is None else f"{step:,}" for step in firsts),
+        ]
+    )
     return table("over training", ["step", "tokens", "macro", *categories], rows)
 
 
 def flip_lines(results: list[Result]) -> list[str]:
     """What the last checkpoint learned and forgot since the one before it."""
     before, after = by_step(results)[-2:]
-    learned, forgotten = flips(before, after)
+    learned, forgotten = learned_and_forgotten(before, after)
     lines = []
     for word, ids in (("learned", learned), ("forgotten", forgotten)):
         named = ", ".join(ids[:EXAMPLES]) + (" and others" if len(ids) > EXAMPLES else "")
-        lines.append(f"{word} from step {before.step:,} to {after.step:,}: {len(ids)}" + (f" ({named})" if ids else ""))
+        lines.append(
+            f"{word} from step {before.step:,} to {after.step:,}: {len(ids)}"
+            + (f" ({named})" if ids else "")
+        )
     return lines
 
 
@@ -192,13 +305,26 @@ def baseline_table(results: list[Result], baseline: Result) -> Table:
     categories = categories_of(baseline)
     rows = []
     for r in results:
-        apart, interval = r.ahead_of(baseline)
+        apart, interval = r.difference_from(baseline)
         wins, losses, p = mcnemar(r.correct, baseline.correct)
         difference, of = r.correct - baseline.correct, np.array(r.categories)
         cells = []
         for category in categories:
             low, high = r.resamples.mean(difference, np.flatnonzero(of == category))
-            cells.append(f"{difference[of == category].mean():+.1%}{'*' if low > 0 or high < 0 else ''}")
-        rows.append([r.names[0], f"{apart:+.1%} {between(interval)}", str(wins), str(losses), f"{p:.3g}", *cells])
+            cells.append(
+                f"{difference[of == category].mean():+.1%}{'*' if low > 0 or high < 0 else ''}"
+            )
+        rows.append(
+            [
+                r.names[0],
+                f"{apart:+.1%} {between(interval)}",
+                str(wins),
+                str(losses),
+                f"{p:.3g}",
+                *cells,
+            ]
+        )
     columns = ["checkpoint", "macro, paired 95 %", "won", "lost", "McNemar p", *categories]
-    return table(f"against {baseline.names[0]}; * is a paired interval that excludes zero", columns, rows)
+    return table(
+        f"against {baseline.names[0]}; * is a paired interval that excludes zero", columns, rows
+    )

@@ -24,32 +24,52 @@ class Hardware:
 
 def available_accelerators() -> list[str]:
     """Best first."""
-    return [name for name, there in [("mps", torch.backends.mps.is_available()), ("cuda", torch.cuda.is_available())] if there] + ["cpu"]
+    return [
+        name
+        for name, there in [
+            ("mps", torch.backends.mps.is_available()),
+            ("cuda", torch.cuda.is_available()),
+        ]
+        if there
+    ] + ["cpu"]
 
 
 def choose_accelerator(asked: str) -> tuple[str, str]:
     """The device type and the reason. Raises UserError for one that is not there."""
     there = available_accelerators()
     if asked == "auto":
-        return there[0], "the best there is here" if len(there) > 1 else "no MPS and no CUDA device here"
+        return there[0], "the best there is here" if len(
+            there
+        ) > 1 else "no MPS and no CUDA device here"
     name = "cuda" if asked == "gpu" else asked
     if name not in there:
-        raise UserError(f"hardware.accelerator is {asked!r}, and this machine has {' and '.join(there)}; use one of them, or auto")
+        raise UserError(
+            f"hardware.accelerator is {asked!r}, and this machine has {' and '.join(there)}; use one of them, or auto"
+        )
     return name, "as asked"
 
 
 def choose_precision(asked: str, accelerator: str) -> tuple[str, str]:
     """Lightning's word for the precision and the reason. Raises UserError for a pair that cannot work."""
     if asked == "16-mixed" and accelerator != "cuda":
-        raise UserError(f"training.precision 16-mixed is for CUDA; on {accelerator} it is wrong or slow: use 32-true or bf16-mixed")
+        raise UserError(
+            f"training.precision 16-mixed is for CUDA; on {accelerator} it is wrong or slow: use 32-true or bf16-mixed"
+        )
     if asked != "auto":
         return asked, "as asked"
     if accelerator == "cuda":
-        return ("bf16-mixed", "the GPU has bfloat16") if torch.cuda.is_bf16_supported(False) else ("16-mixed", "the GPU has no bfloat16")
+        return (
+            ("bf16-mixed", "the GPU has bfloat16")
+            if torch.cuda.is_bf16_supported(False)
+            else ("16-mixed", "the GPU has no bfloat16")
+        )
     if accelerator == "mps":
         return "32-true", "half precision is not faster on MPS, and its kernels have been wrong"
     if has_bfloat16_cpu():
-        return "bf16-mixed", "the CPU multiplies bfloat16 twice as fast; attention and sums stay in float32"
+        return (
+            "bf16-mixed",
+            "the CPU multiplies bfloat16 twice as fast; attention and sums stay in float32",
+        )
     return "32-true", "the CPU has no bfloat16 instructions"
 
 
@@ -75,12 +95,22 @@ def choose_compile(asked: str, accelerator: str, seconds: float) -> tuple[bool, 
             False,
             f"it would save some {seconds * COMPILE_SAVES:.0f} s of this run and take up to {COMPILE_SECONDS}; hardware.compile=on to try",
         )
-    compilers = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "cl")
+    compilers = (
+        os.environ.get("CXX"),
+        os.environ.get("CC"),
+        "g++",
+        "gcc",
+        "clang++",
+        "clang",
+        "cl",
+    )
     if not any(shutil.which(name) for name in compilers if name):
         return False, "there is no C++ compiler on the PATH, which torch.compile needs"
     return (
         True,
-        "as asked" if asked == "on" else f"saves about {seconds * COMPILE_SAVES / 60:.0f} minutes; takes up to {COMPILE_SECONDS} s first",
+        "as asked"
+        if asked == "on"
+        else f"saves about {seconds * COMPILE_SAVES / 60:.0f} minutes; takes up to {COMPILE_SECONDS} s first",
     )
 
 
@@ -108,8 +138,12 @@ def choose_hardware(config: HardwareConfig, precision: str) -> Hardware:
     precision, why_precision = choose_precision(precision, accelerator)
     there = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}[accelerator]
     if config.devices > there:
-        raise UserError(f"hardware.devices is {config.devices}, and this machine has {there} of {accelerator}")
-    return Hardware(accelerator, precision, False, {"accelerator": why_accelerator, "precision": why_precision})
+        raise UserError(
+            f"hardware.devices is {config.devices}, and this machine has {there} of {accelerator}"
+        )
+    return Hardware(
+        accelerator, precision, False, {"accelerator": why_accelerator, "precision": why_precision}
+    )
 
 
 def with_compile(hardware: Hardware, asked: str, seconds: float) -> Hardware:

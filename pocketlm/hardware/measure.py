@@ -18,14 +18,24 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
         never = -1
-        for option, value in [(M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, never), (M_TOP_PAD, 2**26)]:
+        for option, value in [
+            (M_MMAP_THRESHOLD, 2**30),
+            (M_TRIM_THRESHOLD, never),
+            (M_TOP_PAD, 2**26),
+        ]:
             libc.mallopt(option, value)
 
 
 @cache
 def matmul_rate(accelerator: str, precision: str, size: int = 1024) -> float:
     """Measured floating-point operations a second of one square matmul, the best of five."""
-    dtype = torch.float32 if precision == "32-true" else torch.float16 if precision == "16-mixed" else torch.bfloat16
+    dtype = (
+        torch.float32
+        if precision == "32-true"
+        else torch.float16
+        if precision == "16-mixed"
+        else torch.bfloat16
+    )
     a = torch.zeros(size, size, dtype=dtype, device=accelerator)
     seconds = []
     for _ in range(6):
@@ -48,5 +58,7 @@ def device_name(accelerator: str) -> str:
     if accelerator == "cuda":
         return torch.cuda.get_device_name()
     return (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads" if accelerator == "cpu" else platform.machine()
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        if accelerator == "cpu"
+        else platform.machine()
     )

@@ -17,9 +17,11 @@ from pocketlm.checkpoint.loading import Checkpoint
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import UserError
 from pocketlm.inference.conversation import Conversation
-from pocketlm.inference.generate import continuations
+from pocketlm.inference.generate import stream_texts
 
-HELP = "/reset forgets the conversation, /seed N, /temp X, /save FILE, /quit; Ctrl-C stops an answer"
+HELP = (
+    "/reset forgets the conversation, /seed N, /temp X, /save FILE, /quit; Ctrl-C stops an answer"
+)
 
 
 class Chat:
@@ -34,18 +36,33 @@ class Chat:
 
     def answer(self, text: str) -> Generator[str]:
         """Pieces of the answer. However it ends, what there is of it is remembered."""
-        conversation, context, said = self.conversation, self.checkpoint.config.model.max_seq_len, ""
+        conversation, context, said = (
+            self.conversation,
+            self.checkpoint.config.model.max_seq_len,
+            "",
+        )
         conversation.say("user", text)
         try:
-            ids = conversation.prompt(max(1, context - min(self.params.max_new_tokens, context // 2)))
+            ids = conversation.prompt(
+                max(1, context - min(self.params.max_new_tokens, context // 2))
+            )
         except UserError:
             conversation.messages.pop()
             raise
         try:
-            seed = None if self.params.seed is None else self.params.seed + len(conversation.messages) // 2
-            stop, stop_ids = (*self.params.stop, *conversation.stops), (*self.params.stop_ids, *conversation.stop_ids)
+            seed = (
+                None
+                if self.params.seed is None
+                else self.params.seed + len(conversation.messages) // 2
+            )
+            stop, stop_ids = (
+                (*self.params.stop, *conversation.stops),
+                (*self.params.stop_ids, *conversation.stop_ids),
+            )
             params = replace(self.params, seed=seed, stop=stop, stop_ids=stop_ids, num_samples=1)
-            for _, piece in continuations(self.checkpoint.model, self.checkpoint.tokenizer, [ids], params):
+            for _, piece in stream_texts(
+                self.checkpoint.model, self.checkpoint.tokenizer, [ids], params
+            ):
                 piece = piece if said else piece.lstrip()
                 said += piece
                 yield piece
@@ -68,7 +85,10 @@ class Chat:
                 self.params = replace(self.params, temperature=number(float, line, "0.7"))
                 return f"temperature {self.params.temperature:g}"
             if name == "/save" and value:
-                Path(value).write_text(json.dumps(self.conversation.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+                Path(value).write_text(
+                    json.dumps(self.conversation.messages, ensure_ascii=False, indent=1) + "\n",
+                    encoding="utf-8",
+                )
                 return f"{value}: {len(self.conversation.messages)} messages"
         except (ValueError, OSError) as error:
             raise UserError(f"{line}: {error}") from None

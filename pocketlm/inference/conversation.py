@@ -47,11 +47,18 @@ def render(template: str, messages: list[Message], **values: Any) -> str:
     def tojson(x: Any, ensure_ascii: bool = False, **more: Any) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, **more)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
     environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
     try:
-        return environment.from_string(template).render(messages=messages, tools=None, documents=None, **values)
+        return environment.from_string(template).render(
+            messages=messages, tools=None, documents=None, **values
+        )
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template refuses this conversation: {error}") from None
 
@@ -77,17 +84,32 @@ class Conversation:
     def encode(self, messages: list[Message], answer: bool = True) -> list[int]:
         """Ids of the messages; with those that begin an answer."""
         if self.template is None:
-            text = "".join(f"{'AB'[m['role'] == 'assistant']}: {' '.join(m['content'].split())}\n" for m in messages)
+            text = "".join(
+                f"{'AB'[m['role'] == 'assistant']}: {' '.join(m['content'].split())}\n"
+                for m in messages
+            )
             return self.tokenizer.prefix + self.tokenizer.encode(text + "B:" * answer)
         used = set().union(*(message["content"] for message in messages))
         guard = next((letter for letter in PRIVATE if letter not in used), None)
         if guard is None:
-            raise UserError("the conversation has every private character of Unicode in it, and one is needed; leave some out")
-        split = [m | {"content": self.special.sub(lambda found: found[0][0] + guard + found[0][1:], m["content"])} for m in messages]
+            raise UserError(
+                "the conversation has every private character of Unicode in it, and one is needed; leave some out"
+            )
+        split = [
+            m
+            | {
+                "content": self.special.sub(
+                    lambda found: found[0][0] + guard + found[0][1:], m["content"]
+                )
+            }
+            for m in messages
+        ]
         text = render(self.template, split, add_generation_prompt=answer, **self.ends)
         if guard not in text:
             return encode_special(self.tokenizer, text)
-        parts = re.split(f"({self.special.pattern})", text)  # special tokens, by the template, at odd places
+        parts = re.split(
+            f"({self.special.pattern})", text
+        )  # special tokens, by the template, at odd places
         plain = (self.tokenizer.encode(part.replace(guard, "")) for part in parts[::2])
         pairs = zip(plain, [*map(self.ids_of, parts[1::2]), []], strict=True)
         return [i for ids in pairs for each in ids for i in each]
@@ -98,14 +120,22 @@ class Conversation:
     @cached_property
     def special(self) -> re.Pattern:
         """Any special token as a text spells it."""
-        tokens = [token.content for token in self.tokenizer.backend.get_added_tokens_decoder().values() if token.special]
+        tokens = [
+            token.content
+            for token in self.tokenizer.backend.get_added_tokens_decoder().values()
+            if token.special
+        ]
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
     @cached_property
     def ends(self) -> dict[str, str]:
         """What templates call the tokens around a text."""
         named = {"bos_token": self.tokenizer.bos_id, "eos_token": self.tokenizer.eos_id}
-        return {name: self.tokenizer.backend.id_to_token(i) for name, i in named.items() if i is not None}
+        return {
+            name: self.tokenizer.backend.id_to_token(i)
+            for name, i in named.items()
+            if i is not None
+        }
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -114,7 +144,9 @@ class Conversation:
             return ()
         answer = "\ue000"
         asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        behind = render(self.template, asked, add_generation_prompt=False, **self.ends).rpartition(answer)[2]
+        behind = render(self.template, asked, add_generation_prompt=False, **self.ends).rpartition(
+            answer
+        )[2]
         found = self.special.search(behind)
         return tuple(self.ids_of(found[0])) if found else ()
 

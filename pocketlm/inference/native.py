@@ -24,7 +24,15 @@ from pocketlm.config.sampling import SamplingParams
 SOURCE = Path(__file__).with_name("decode.c")
 
 
-FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast", "-std=gnu11", "-fPIC")
+FLAGS = (
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-ffp-contract=fast",
+    "-std=gnu11",
+    "-fPIC",
+)
 
 
 FLOAT, BFLOAT16, INT8, INT4 = range(4)
@@ -36,12 +44,14 @@ KINDS = {torch.float32: FLOAT, torch.bfloat16: BFLOAT16}
 POSITIONS, MLPS = ("rope", "learned"), ("swiglu", "gelu", "relu", "relu2")
 
 
-class CannotStep(Exception):
+class NativeUnavailable(Exception):
     """Why this model cannot be stepped in C, as the end of a sentence."""
 
 
 class Linear(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("kind", "n_in", "n_out")] + [(name, c_void_p) for name in ("weight", "scale", "bias")]
+    _fields_ = [(name, c_int64) for name in ("kind", "n_in", "n_out")] + [
+        (name, c_void_p) for name in ("weight", "scale", "bias")
+    ]
 
 
 class Norm(ctypes.Structure):
@@ -54,9 +64,26 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "mlp")]
-    _fields_ += [(name, c_int64) for name in ("position", "layernorm", "cache_kind", "weights")] + [("norm_eps", c_double)]
-    _fields_ += [(name, Linear) for name in ("embed", "places", "head")] + [("embed_norm", Norm), ("norm", Norm)]
+    _fields_ = [
+        (name, c_int64)
+        for name in (
+            "n_layers",
+            "d_model",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "d_ff",
+            "vocab_size",
+            "mlp",
+        )
+    ]
+    _fields_ += [(name, c_int64) for name in ("position", "layernorm", "cache_kind", "weights")] + [
+        ("norm_eps", c_double)
+    ]
+    _fields_ += [(name, Linear) for name in ("embed", "places", "head")] + [
+        ("embed_norm", Norm),
+        ("norm", Norm),
+    ]
     _fields_ += [("cos", c_void_p), ("sin", c_void_p), ("layers", POINTER(Layer))]
 
 
@@ -66,13 +93,19 @@ class NativeStep:
     def __init__(self, model: Transformer):
         """Raises CannotStep."""
         if model.device.type != "cpu" or model.dtype not in KINDS:
-            raise CannotStep(f"decode.c is for float32 and bfloat16 on a CPU, and this is {model.dtype} on {model.device.type}")
+            raise NativeUnavailable(
+                f"decode.c is for float32 and bfloat16 on a CPU, and this is {model.dtype} on {model.device.type}"
+            )
         self.kept: list[Any] = []  # the tensors that C points into
         c, self.weights = model.config, KINDS[model.dtype]
         of_layers = [self.layer(layer) for layer in model.layers]
         self.layers = (Layer * len(of_layers))(*of_layers)
         nothing = Linear()
-        rope = [self.floats(table) for table in (model.rope_cos, model.rope_sin)] if c.position == "rope" else [None, None]
+        rope = (
+            [self.floats(table) for table in (model.rope_cos, model.rope_sin)]
+            if c.position == "rope"
+            else [None, None]
+        )
         fields = dict(
             n_layers=c.n_layers, d_model=c.d_model, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads, head_dim=c.head_dim, d_ff=c.d_ff,
             vocab_size=c.vocab_size, mlp=MLPS.index(c.mlp), position=POSITIONS.index(c.position), layernorm=c.norm == "layernorm",
@@ -94,11 +127,22 @@ class NativeStep:
 
     def read(self, cache: Any, pieces: list[tuple[int, list[int]]]) -> None:
         """Take the ids of each piece into its row, behind what that has."""
-        tokens = [(i, b, int(cache.lengths[b]) + place) for b, ids in pieces for place, i in enumerate(ids)]
+        tokens = [
+            (i, b, int(cache.lengths[b]) + place)
+            for b, ids in pieces
+            for place, i in enumerate(ids)
+        ]
         if tokens:
             self.take(cache, *map(list, zip(*tokens, strict=True)), None)
 
-    def take(self, cache: Any, tokens: list[int], rows: list[int], positions: list[int], logits: Tensor | None) -> None:
+    def take(
+        self,
+        cache: Any,
+        tokens: list[int],
+        rows: list[int],
+        positions: list[int],
+        logits: Tensor | None,
+    ) -> None:
         many, out = c_int64 * len(tokens), None if logits is None else logits.data_ptr()
         self.library.step(
             ctypes.byref(self.model), len(tokens), many(*tokens), many(*rows), many(*positions),
@@ -110,7 +154,9 @@ class NativeStep:
         logits, chosen = logits.contiguous(), torch.empty(len(logits), dtype=torch.long)
         assert logits.dtype == torch.float32 and draws.dtype == torch.float64
         p, ends = params, (draws.data_ptr(), chosen.data_ptr())
-        self.library.choose(*logits.shape, logits.data_ptr(), p.temperature, p.top_k, p.top_p, p.min_p, *ends)
+        self.library.choose(
+            *logits.shape, logits.data_ptr(), p.temperature, p.top_k, p.top_p, p.min_p, *ends
+        )
         return chosen
 
     def pointer(self, tensor: Tensor | None) -> int | None:
@@ -137,7 +183,14 @@ class NativeStep:
         n_out, n_in = weight.size(0), weight.size(1) * (4 if kind == INT4 else 1)
         if kind in (INT8, INT4):
             self.weights = kind
-        return Linear(kind, n_in, n_out, self.pointer(weight), self.pointer(getattr(module, "scale", None)), bias)
+        return Linear(
+            kind,
+            n_in,
+            n_out,
+            self.pointer(weight),
+            self.pointer(getattr(module, "scale", None)),
+            bias,
+        )
 
     def layer(self, block: nn.Module) -> Layer:
         a, f = block.self_attn, block.mlp
@@ -147,24 +200,42 @@ class NativeStep:
         )  # fmt: skip
 
 
-def why_not(model: Transformer) -> str:
+def native_unavailable_reason(model: Transformer) -> str:
     """Why this model is not stepped in C; empty where it is."""
     try:
         NativeStep(model)
-    except CannotStep as reason:
+    except NativeUnavailable as reason:
         return str(reason)
     return ""
 
 
 def library() -> ctypes.CDLL:
     """decode.c, compiled for this machine the first time (a second or two) and kept. Raises CannotStep."""
-    compiler = next((path for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name and (path := shutil.which(name))), None)
+    compiler = next(
+        (
+            path
+            for name in (os.environ.get("CC"), "gcc", "clang", "cc")
+            if name and (path := shutil.which(name))
+        ),
+        None,
+    )
     if compiler is None:
-        raise CannotStep("there is no C compiler on the PATH (gcc or clang)")
-    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+        raise NativeUnavailable("there is no C compiler on the PATH (gcc or clang)")
+    native = (
+        "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    )
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "decode_c"
     try:
-        made_of = " ".join([SOURCE.read_text(), compiler, *FLAGS, torch.__version__, platform.processor(), platform.node()])
+        made_of = " ".join(
+            [
+                SOURCE.read_text(),
+                compiler,
+                *FLAGS,
+                torch.__version__,
+                platform.processor(),
+                platform.node(),
+            ]
+        )
         built = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
         if not built.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -173,9 +244,19 @@ def library() -> ctypes.CDLL:
                 os.replace(Path(work) / "decode.so", built)
         loaded = ctypes.CDLL(str(built))
     except OSError as error:
-        raise CannotStep(f"decode.c could not be compiled or loaded: {error}") from error
+        raise NativeUnavailable(f"decode.c could not be compiled or loaded: {error}") from error
     loaded.step.argtypes = [POINTER(Model), c_int64, *[c_void_p] * 5, c_int64, c_int64, c_void_p]
-    loaded.choose.argtypes = [c_int64, c_int64, c_void_p, c_double, c_int64, c_double, c_double, c_void_p, c_void_p]
+    loaded.choose.argtypes = [
+        c_int64,
+        c_int64,
+        c_void_p,
+        c_double,
+        c_int64,
+        c_double,
+        c_double,
+        c_void_p,
+        c_void_p,
+    ]
     loaded.step.restype = loaded.choose.restype = None
     return loaded
 
@@ -184,13 +265,34 @@ def compile_into(compiler: str, native: str, work: Path) -> None:
     """With threads where the compiler has OpenMP. It is not linked: torch has brought its own, and two would be in each other's way."""
     undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
     for threads in (["-fopenmp"], ["-Xclang", "-fopenmp"], []):
-        command = [compiler, *FLAGS, native, *threads, "-c", str(SOURCE), "-o", str(work / "decode.o")]
+        command = [
+            compiler,
+            *FLAGS,
+            native,
+            *threads,
+            "-c",
+            str(SOURCE),
+            "-o",
+            str(work / "decode.o"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             break
     else:
-        raise CannotStep(f"{compiler} does not compile decode.c: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
-    link = [compiler, "-shared", *undefined, str(work / "decode.o"), "-o", str(work / "decode.so"), "-lm"]
+        raise NativeUnavailable(
+            f"{compiler} does not compile decode.c: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+        )
+    link = [
+        compiler,
+        "-shared",
+        *undefined,
+        str(work / "decode.o"),
+        "-o",
+        str(work / "decode.so"),
+        "-lm",
+    ]
     done = subprocess.run(link, capture_output=True, text=True)
     if done.returncode:
-        raise CannotStep(f"{compiler} does not link decode.c: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        raise NativeUnavailable(
+            f"{compiler} does not link decode.c: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+        )

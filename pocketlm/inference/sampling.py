@@ -21,29 +21,37 @@ from torch import Tensor
 
 from pocketlm.config.sampling import SamplingParams
 
-Choose = Callable[[Tensor, SamplingParams, Tensor], Tensor]
+Sampler = Callable[[Tensor, SamplingParams, Tensor], Tensor]
 
 
 def sample(
-    logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]], draws: Tensor, choose: Choose | None = None
+    logits: Tensor,
+    params: SamplingParams,
+    contexts: Sequence[Sequence[int]],
+    draws: Tensor,
+    choose: Sampler | None = None,
 ) -> Tensor:
     """The next token (B,) out of logits (B, V) behind `contexts`, B lists of ids.
 
     Each row has a draw in [0, 1), which falls into one token's share of the row: the same draw, the same token, whatever
     the other rows are. Temperature 0 takes the likeliest, the first of equals. `choose` is for another `choose_in_torch`.
     """
-    logits = shift_logits(logits.float(), params, contexts)
+    logits = apply_biases_and_penalties(logits.float(), params, contexts)
     if params.temperature == 0:
         return logits.argmax(-1)
-    return (choose or choose_in_torch)(logits, params, draws.double())
+    return (choose or sample_in_torch)(logits, params, draws.double())
 
 
-def filter_logits(logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]]) -> Tensor:
+def filter_logits(
+    logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]]
+) -> Tensor:
     """Logits (B, V) with what the parameters rule out at -inf."""
-    return narrow_logits(shift_logits(logits, params, contexts), params)
+    return truncate_logits(apply_biases_and_penalties(logits, params, contexts), params)
 
 
-def shift_logits(logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]]) -> Tensor:
+def apply_biases_and_penalties(
+    logits: Tensor, params: SamplingParams, contexts: Sequence[Sequence[int]]
+) -> Tensor:
     """What holds for greedy text too: bias and penalties."""
     if not params.logit_bias and params.repetition_penalty == 1 and not params.no_repeat_ngram:
         return logits
@@ -52,35 +60,37 @@ def shift_logits(logits: Tensor, params: SamplingParams, contexts: Sequence[Sequ
         logits[:, token] += bias
     for row, context in zip(logits, contexts, strict=True):
         if params.repetition_penalty != 1:
-            penalise(row, context, params.repetition_penalty)
+            apply_repetition_penalty(row, context, params.repetition_penalty)
         if params.no_repeat_ngram:
-            row[repeating(context, params.no_repeat_ngram)] = -math.inf
+            row[banned_ngram_tokens(context, params.no_repeat_ngram)] = -math.inf
     return logits
 
 
-def narrow_logits(logits: Tensor, params: SamplingParams) -> Tensor:
+def truncate_logits(logits: Tensor, params: SamplingParams) -> Tensor:
     """Temperature, 0 apart, and then the likeliest tokens only: top-k, top-p, min-p (Nguyen et al. 2024)."""
     if params.temperature > 0:
         logits = logits / params.temperature
     if 0 < params.top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[:, -1:], -math.inf)
     if params.top_p < 1:
-        logits = logits.masked_fill(logits < least_of_nucleus(logits, params.top_p), -math.inf)
+        logits = logits.masked_fill(logits < top_p_threshold(logits, params.top_p), -math.inf)
     if params.min_p > 0:
-        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(params.min_p), -math.inf)
+        logits = logits.masked_fill(
+            logits < logits.amax(-1, keepdim=True) + math.log(params.min_p), -math.inf
+        )
     return logits
 
 
-def penalise(row: Tensor, context: Sequence[int], penalty: float) -> None:
+def apply_repetition_penalty(row: Tensor, context: Sequence[int], penalty: float) -> None:
     """Divide the logits (V,) of what has occurred by the penalty where above 0, else multiply (Keskar et al. 2019)."""
     seen = torch.tensor(sorted(set(context)), dtype=torch.long, device=row.device)
     row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
 
 
-def repeating(context: Sequence[int], n: int) -> list[int]:
+def banned_ngram_tokens(context: Sequence[int], n: int) -> list[int]:
     """The tokens that would end an n-gram which the context has already.
 
-    >>> repeating([1, 2, 3, 1, 2], 3), repeating([1, 2, 3, 1, 2], 1), repeating([1], 3)
+    >>> banned_ngram_tokens([1, 2, 3, 1, 2], 3), banned_ngram_tokens([1, 2, 3, 1, 2], 1), banned_ngram_tokens([1], 3)
     ([3], [1, 2, 3], [])
     """
     begin = tuple(context[len(context) - n + 1 :])
@@ -88,23 +98,29 @@ def repeating(context: Sequence[int], n: int) -> list[int]:
     return sorted({gram[-1] for gram in grams if gram[:-1] == begin})
 
 
-def least_of_nucleus(logits: Tensor, top_p: float) -> Tensor:
+def top_p_threshold(logits: Tensor, top_p: float) -> Tensor:
     """(B, 1) the least logit of the likeliest tokens that have probability top_p together (Holtzman et al. 2020)."""
     norm = logits.logsumexp(-1, keepdim=True)
     # All that are below the floor have half of 1 - top_p together at most: the nucleus is above, and few tokens have to be sorted
     floor = norm + math.log((1 - top_p) / (2 * logits.size(-1)))
     found = []
     for row, least, total in zip(logits.numpy(), floor.numpy(), norm, strict=True):
-        ordered = torch.from_numpy(-np.sort(-row[row >= least]))  # a third of the time of torch's sort
+        ordered = torch.from_numpy(
+            -np.sort(-row[row >= least])
+        )  # a third of the time of torch's sort
         p = (ordered - total).exp()
-        inside = p.cumsum(-1) - p < top_p  # what is before a token is not enough yet; the first is always inside
+        inside = (
+            p.cumsum(-1) - p < top_p
+        )  # what is before a token is not enough yet; the first is always inside
         found.append(ordered[inside.sum() - 1])
     return torch.stack(found)[:, None]
 
 
-def choose_in_torch(logits: Tensor, params: SamplingParams, draws: Tensor) -> Tensor:
+def sample_in_torch(logits: Tensor, params: SamplingParams, draws: Tensor) -> Tensor:
     """Of each row of logits (B, V), the token that is drawn among the likeliest."""
-    return torch.stack([pick(row, draw) for row, draw in zip(narrow_logits(logits, params), draws, strict=True)])
+    return torch.stack(
+        [pick(row, draw) for row, draw in zip(truncate_logits(logits, params), draws, strict=True)]
+    )
 
 
 def pick(row: Tensor, draw: Tensor) -> Tensor:
@@ -114,9 +130,14 @@ def pick(row: Tensor, draw: Tensor) -> Tensor:
     return left[torch.searchsorted(mass, draw * mass[-1], right=True)]
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> list[tuple[float, list[tuple[int, float]]]]:
+def log_probabilities(
+    logits: Tensor, tokens: Tensor, top: int
+) -> list[tuple[float, list[tuple[int, float]]]]:
     """For each row of the model's own logits (B, V): nats of its token (B,), and the `top` likeliest with theirs."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
     best = logprobs.topk(top)
-    return [(p, list(zip(i, v, strict=True))) for p, i, v in zip(chosen, best.indices.tolist(), best.values.tolist(), strict=True)]
+    return [
+        (p, list(zip(i, v, strict=True)))
+        for p, i, v in zip(chosen, best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

@@ -7,11 +7,11 @@ from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.streaming import TextStream
 
 
-class Text:
+class TextDecoder:
     """The text of one sample as its tokens come, up to the first stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
-        self.stream, self.until = TextStream(tokenizer), Until(stops)
+        self.stream, self.until = TextStream(tokenizer), StopStringBuffer(stops)
         self.length = 0  # characters of all tokens so far, those that are held back too
         self.ended = False
 
@@ -28,10 +28,10 @@ class Text:
         return self.until.push(self.stream.rest()) + self.until.rest()
 
 
-class Until:
+class StopStringBuffer:
     """Pieces in, pieces out, up to the first stop text; what may become the beginning of one is held back.
 
-    >>> until = Until(("two",))
+    >>> until = StopStringBuffer(("two",))
     >>> [until.push(piece) for piece in ("one", " tw", "o th", "ree")], until.reached
     (['o', 'ne ', '', ''], 'two')
     """
@@ -45,7 +45,9 @@ class Until:
         if self.reached is not None:
             return ""
         self.held += piece
-        if found := [(at + len(stop), at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0]:
+        if found := [
+            (at + len(stop), at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0
+        ]:
             _, end, self.reached = min(found)
         else:
             end = max(0, len(self.held) - (self.longest - 1))
@@ -59,7 +61,7 @@ class Until:
 
 def until_stop(pieces: Iterator[str], stops: tuple[str, ...]) -> Iterator[str]:
     """The pieces up to the first stop text; nothing is taken from `pieces` after it."""
-    until = Until(stops)
+    until = StopStringBuffer(stops)
     for piece in pieces:
         yield until.push(piece)
         if until.reached is not None:

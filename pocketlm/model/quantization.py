@@ -93,7 +93,9 @@ class Int8Linear(QuantizedLinear):
         # torch's packed matmul reads beyond the end of other widths, and with float32 it is ten times slower
         if rows > FEW or n_in % 32 or x.device.type != "cpu" or x.dtype != torch.bfloat16:
             return F.linear(x, self.matrix(), bias)
-        y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale.bfloat16()).view(*x.shape[:-1], -1)
+        y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale.bfloat16()).view(
+            *x.shape[:-1], -1
+        )
         return y if bias is None else y + bias
 
 
@@ -127,13 +129,25 @@ class Int8Embedding(Quantized):
 def quantize(model: Transformer, dtype: str) -> Transformer:
     """Put integer matrices in the place of the model's own; it is the same model then. Raises UserError."""
     assert dtype in QUANTIZED
-    if dtype == "int4" and all(module.in_features % 64 for module in model.layers.modules() if isinstance(module, nn.Linear)):
-        raise UserError(f"int4 needs widths that 64 divides, and this model's are {model.config.d_model} and {model.config.d_ff}; use int8")
+    if dtype == "int4" and all(
+        module.in_features % 64
+        for module in model.layers.modules()
+        if isinstance(module, nn.Linear)
+    ):
+        raise UserError(
+            f"int4 needs widths that 64 divides, and this model's are {model.config.d_model} and {model.config.d_ff}; use int8"
+        )
     for layer in model.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, module in list(part.named_children()):
                 if isinstance(module, nn.Linear):
-                    setattr(part, name, Int4Linear(module) if dtype == "int4" and module.in_features % 64 == 0 else Int8Linear(module))
+                    setattr(
+                        part,
+                        name,
+                        Int4Linear(module)
+                        if dtype == "int4" and module.in_features % 64 == 0
+                        else Int8Linear(module),
+                    )
     embedding = Int8Linear(as_linear(model.embed_tokens.weight))
     model.lm_head = embedding if model.lm_head is None else Int8Linear(model.lm_head)
     model.embed_tokens = Int8Embedding(embedding)
@@ -148,4 +162,6 @@ def as_linear(weight: Tensor) -> nn.Linear:
 
 def weight_bytes(model: Transformer) -> int:
     """What all weights take; a shared one counts once."""
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}.values())
+    return sum(
+        {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}.values()
+    )

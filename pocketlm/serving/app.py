@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from pocketlm.serving.batcher import Batcher, EngineFailed, TooBusy
-from pocketlm.serving.guard import Connection, Guard
+from pocketlm.serving.guard import AccessMiddleware, Connection
 from pocketlm.serving.limits import CONNECTIONS, IDLE_SECONDS, STOP_SECONDS
 from pocketlm.serving.requests import ApiError, ChatBody, CompletionBody, parse, to_json
 from pocketlm.serving.responses import as_api_error, json_response, respond
@@ -31,14 +31,24 @@ def build_app(service: Service) -> FastAPI:
         yield
         service.batcher.close()
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan, redirect_slashes=False
+    )
     page, policy = read_page()
 
     @app.get("/")
     async def index() -> Response:
         if page is None:
-            raise ApiError(404, "there is no page here (web/index.html is missing); the API is under /v1", code="not_found")
-        return Response(page, media_type="text/html", headers={"content-security-policy": policy, "referrer-policy": "no-referrer"})
+            raise ApiError(
+                404,
+                "there is no page here (web/index.html is missing); the API is under /v1",
+                code="not_found",
+            )
+        return Response(
+            page,
+            media_type="text/html",
+            headers={"content-security-policy": policy, "referrer-policy": "no-referrer"},
+        )
 
     @app.get("/health")
     async def health() -> Response:
@@ -46,7 +56,10 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(generate_latest(service.batcher.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        return Response(
+            generate_latest(service.batcher.metrics.registry),
+            headers={"content-type": CONTENT_TYPE_LATEST},
+        )
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -72,13 +85,20 @@ def build_app(service: Service) -> FastAPI:
         return json_response(error.status, error.body(), error.headers)
 
     async def refused(request: Request, refusal: HTTPException) -> Response:
-        said = {404: f"there is nothing at {request.url.path[:100]}", 405: f"{request.method} is no method of {request.url.path[:100]}"}
+        said = {
+            404: f"there is nothing at {request.url.path[:100]}",
+            405: f"{request.method} is no method of {request.url.path[:100]}",
+        }
         code = {404: "not_found", 405: "method_not_allowed"}.get(refusal.status_code)
-        error = ApiError(refusal.status_code, said.get(refusal.status_code, str(refusal.detail)), code=code)
+        error = ApiError(
+            refusal.status_code, said.get(refusal.status_code, str(refusal.detail)), code=code
+        )
         return json_response(error.status, error.body(), dict(refusal.headers or {}))
 
     async def broken(request: Request, failure: Exception) -> Response:
-        error = ApiError(500, "the server failed at this request; its own output says why", code="server_error")
+        error = ApiError(
+            500, "the server failed at this request; its own output says why", code="server_error"
+        )
         return json_response(500, error.body())
 
     for kind in (ApiError, TooBusy, EngineFailed):
@@ -96,10 +116,26 @@ def read_page() -> tuple[str | None, str]:
 
     def hashes(tag: str) -> str:
         inline = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", text, re.DOTALL | re.IGNORECASE)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'" for each in inline) or "'none'"
+        return (
+            " ".join(
+                f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'"
+                for each in inline
+            )
+            or "'none'"
+        )
 
-    rules = {"default-src": "'none'", "script-src": hashes("script"), "style-src": hashes("style"), "connect-src": "'self'"}
-    rules |= {"img-src": "data:", "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'"}
+    rules = {
+        "default-src": "'none'",
+        "script-src": hashes("script"),
+        "style-src": hashes("style"),
+        "connect-src": "'self'",
+    }
+    rules |= {
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
     return text, "; ".join(f"{name} {value}" for name, value in rules.items())
 
 
@@ -120,7 +156,7 @@ class Server(uvicorn.Server):
 
 def build_server(service: Service, hosts: set[str] | None, key: str | None) -> Server:
     """hosts: what a Host header may be; None: anything. key: what /v1 asks for; None: nothing."""
-    app = Guard(build_app(service), service.batcher.metrics, hosts, key)
+    app = AccessMiddleware(build_app(service), service.batcher.metrics, hosts, key)
     config = uvicorn.Config(
         app, http=Connection, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=STOP_SECONDS,

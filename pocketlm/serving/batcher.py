@@ -1,6 +1,6 @@
 """One thread steps the engine; an event loop asks it for texts and gets them in pieces, those of all requests side by side.
 
-    batcher = Batcher(model, tokenizer, threads=2, rows=16, most_waiting=128)
+    batcher = Batcher(model, tokenizer, threads=2, rows=16, max_queue=128)
     batcher.start(asyncio.get_running_loop())
     call = batcher.ask([Request(ids, params, eos_id)], seconds=300)
     async for pieces in batcher.read(call): ...
@@ -25,27 +25,27 @@ from typing import NamedTuple
 import torch
 
 from model import Transformer
-from pocketlm.inference.engine import Engine, Request, Token
-from pocketlm.inference.text import Text
-from pocketlm.serving.metrics import Metrics
+from pocketlm.inference.engine import Engine, GenerationRequest, Token
+from pocketlm.inference.text import TextDecoder
+from pocketlm.serving.metrics import ServerMetrics
 from pocketlm.tokenizer.base import Tokenizer
 
 TELL_SECONDS = 0.025  # as often is a stream told of what is new, since to tell of a token costs more than a small model's step
 
 
-class Told(NamedTuple):
+class TokenLogprob(NamedTuple):
     """A token of which log-probabilities were asked for."""
 
     offset: int  # characters of the text before it
     token: Token
 
 
-class Piece(NamedTuple):
+class TextDelta(NamedTuple):
     """What is new of one text."""
 
     index: int  # of the text within its call: prompt * num_samples + sample
     text: str
-    told: list[Told]
+    told: list[TokenLogprob]
     drawn: int  # tokens, an end token included
     end: str | None  # "stop" or "length" with the last piece
 
@@ -66,54 +66,56 @@ class EngineFailed(Exception):
 class Call:
     """Requests whose texts go to one reader."""
 
-    requests: list[Request]
+    requests: list[GenerationRequest]
     stream: bool  # pieces are wanted as they come
     begun: float
     open: int  # texts that have not ended
     waiting: set[int]  # numbers of the requests that no step has taken in
     deadline: asyncio.TimerHandle = field(init=False)
-    news: list[Piece | Exception] = field(default_factory=list)
+    news: list[TextDelta | Exception] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Growing:
+class TextInProgress:
     """A text as its tokens come, and what is told of them: a token is as soon as a character of it is."""
 
-    def __init__(self, call: Call, index: int, text: Text):
+    def __init__(self, call: Call, index: int, text: TextDecoder):
         self.call, self.index, self.text = call, index, text
-        self.held: deque[Told] = deque()
+        self.held: deque[TokenLogprob] = deque()
         self.shown = 0  # characters
         self.met = False  # has a token
 
-    def push(self, token: Token) -> Piece:
+    def push(self, token: Token) -> TextDelta:
         if token.logprob is not None and token.end != "stop":
-            self.held.append(Told(self.text.length, token))
+            self.held.append(TokenLogprob(self.text.length, token))
         new = self.text.push(token)
         return self._piece(new, 1, "stop" if self.text.until.reached is not None else token.end)
 
-    def cut(self) -> Piece:
+    def cut(self) -> TextDelta:
         """The last piece, where no token follows."""
         return self._piece(self.text.rest(), 0, "length")
 
-    def _piece(self, new: str, drawn: int, end: str | None) -> Piece:
+    def _piece(self, new: str, drawn: int, end: str | None) -> TextDelta:
         self.shown += len(new)
         told = []
         while self.held and self.held[0].offset < self.shown:
             told.append(self.held.popleft())
-        return Piece(self.index, new, told, drawn, end)
+        return TextDelta(self.index, new, told, drawn, end)
 
 
 class Batcher:
     """An engine of `rows` rows in a thread that computes with a team of `threads`. All but what begins with _ is for the event loop."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, threads: int, rows: int, most_waiting: int):
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, threads: int, rows: int, max_queue: int
+    ):
         self._fresh_engine = partial(Engine, model, rows)
         self._engine = self._fresh_engine()
-        self._growing: dict[tuple[Request, int], Growing] = {}
-        self._news: list[tuple[Call, Piece | Exception]] = []  # not told yet
+        self._growing: dict[tuple[GenerationRequest, int], TextInProgress] = {}
+        self._news: list[tuple[Call, TextDelta | Exception]] = []  # not told yet
         self._told, self._due = 0.0, math.inf  # when they were told last, and are to be told next
         self._closed, self._threads = False, threads
-        self.tokenizer, self.most_waiting, self.metrics = tokenizer, most_waiting, Metrics()
+        self.tokenizer, self.max_queue, self.metrics = tokenizer, max_queue, ServerMetrics()
         self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.waiting = 0  # requests that no step has taken in
         self.closing = False
@@ -134,10 +136,13 @@ class Batcher:
         """Raises TooBusy where n requests cannot wait."""
         if self.closing:
             raise TooBusy(503, "the server is about to stop")
-        if self.waiting + n > self.most_waiting:
-            raise TooBusy(429, f"{self.waiting} requests are waiting, of {self.most_waiting} that may; try again in a second")
+        if self.waiting + n > self.max_queue:
+            raise TooBusy(
+                429,
+                f"{self.waiting} requests are waiting, of {self.max_queue} that may; try again in a second",
+            )
 
-    def ask(self, requests: list[Request], seconds: float, stream: bool = True) -> Call:
+    def ask(self, requests: list[GenerationRequest], seconds: float, stream: bool = True) -> Call:
         """Begin the texts behind the prompts; they are cut after so many seconds. Raises TooBusy."""
         self.room_for(len(requests))
         texts = sum(request.params.num_samples for request in requests)
@@ -147,7 +152,7 @@ class Batcher:
         self.inbox.put(partial(self._begin, call))
         return call
 
-    async def read(self, call: Call) -> AsyncIterator[list[Piece]]:
+    async def read(self, call: Call) -> AsyncIterator[list[TextDelta]]:
         """What is new, until all texts have ended; a reader that leaves before cancels the call. Raises TooBusy and EngineFailed."""
         try:
             while call.open:
@@ -171,10 +176,12 @@ class Batcher:
         self.waiting -= len(numbers)
         call.waiting = call.waiting - numbers
 
-    def _deliver(self, news: list[tuple[Call, Piece | Exception]]) -> None:
+    def _deliver(self, news: list[tuple[Call, TextDelta | Exception]]) -> None:
         for call, piece in news:
-            if isinstance(piece, Piece) and call.waiting:
-                self._forget_waiting(call, call.waiting & {piece.index // call.requests[0].params.num_samples})
+            if isinstance(piece, TextDelta) and call.waiting:
+                self._forget_waiting(
+                    call, call.waiting & {piece.index // call.requests[0].params.num_samples}
+                )
             call.news.append(piece)
             call.arrived.set()
 
@@ -202,7 +209,7 @@ class Batcher:
                 self._engine = self._fresh_engine()
                 self._tell([(call, EngineFailed(type(error).__name__)) for call in calls])
 
-    def _tell(self, more: list[tuple[Call, Piece | Exception]] | None = None) -> None:
+    def _tell(self, more: list[tuple[Call, TextDelta | Exception]] | None = None) -> None:
         news, self._news = self._news + (more or []), []
         self._told, self._due = time.perf_counter(), math.inf
         with suppress(RuntimeError):  # the loop has ended, and with it whoever would read
@@ -212,8 +219,8 @@ class Batcher:
         n = call.requests[0].params.num_samples
         for number, request in enumerate(call.requests):
             for sample in range(n):
-                text = Text(self.tokenizer, request.params.stop)
-                self._growing[request, sample] = Growing(call, number * n + sample, text)
+                text = TextDecoder(self.tokenizer, request.params.stop)
+                self._growing[request, sample] = TextInProgress(call, number * n + sample, text)
             self._engine.add(request)
 
     def _push(self, token: Token) -> float:
@@ -228,13 +235,15 @@ class Batcher:
         piece = growing.push(token)
         if piece.end:
             del self._growing[token.request, token.sample]
-            self._engine.cancel(token.request, token.sample)  # of a stop text the engine does not know
+            self._engine.cancel(
+                token.request, token.sample
+            )  # of a stop text the engine does not know
         self._news.append((growing.call, piece))
         if first or piece.end:
             return 0.0
         return self._told + TELL_SECONDS if growing.call.stream else math.inf
 
-    def _take(self, call: Call) -> list[Growing]:
+    def _take(self, call: Call) -> list[TextInProgress]:
         """What is growing of the call, taken out of the engine."""
         found = [key for key, growing in self._growing.items() if growing.call is call]
         for request in call.requests:

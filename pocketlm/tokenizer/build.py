@@ -31,7 +31,11 @@ def is_trained(name: str) -> bool:
 
 
 def build_tokenizer(
-    name: str, data_dir: str | Path, train_texts: Iterable[str] = (), bos: bool | None = None, eos: bool | None = None
+    name: str,
+    data_dir: str | Path,
+    train_texts: Iterable[str] = (),
+    bos: bool | None = None,
+    eos: bool | None = None,
 ) -> Tokenizer:
     """`byte`, `seen-bytes`, `char`, `char:SIZE`, `bpe:SIZE`, `gpt2`, a path, or a name on the hub. Those that are trained read the texts.
 
@@ -42,7 +46,9 @@ def build_tokenizer(
     if sized and kind in ("char", "bpe"):
         least = sum(ends) + (2 if kind == "char" else 256)
         if not size.isdecimal() or int(size) < least:
-            raise UserError(f"data.tokenizer {name!r}: write {kind}:SIZE with a size of {least} or more, for example {kind}:4096")
+            raise UserError(
+                f"data.tokenizer {name!r}: write {kind}:SIZE with a size of {least} or more, for example {kind}:4096"
+            )
         if kind == "bpe":
             return JsonTokenizer.train_bpe(train_texts, int(size), *ends)
         return CharTokenizer.train(train_texts, *ends, int(size))
@@ -69,4 +75,6 @@ def from_hub(name: str) -> JsonTokenizer:
         raise UserError(
             f"{error} (without the hub there are byte, seen-bytes, char, char:SIZE, bpe:SIZE, gpt2 and the path of a tokenizer)"
         ) from error.__cause__
-    return JsonTokenizer(tokenizer.backend_tokenizer.to_str(), name, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return JsonTokenizer(
+        tokenizer.backend_tokenizer.to_str(), name, tokenizer.bos_token_id, tokenizer.eos_token_id
+    )

@@ -31,7 +31,12 @@ class ByteTokenizer(Tokenizer):
         return bytes([i]) if i < 256 else b""
 
     def state(self) -> dict:
-        return {"kind": self.kind, "name": self.name, "bos": self.bos_id is not None, "eos": self.eos_id is not None}
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "bos": self.bos_id is not None,
+            "eos": self.eos_id is not None,
+        }
 
 
 class SeenBytesTokenizer(Tokenizer):
@@ -51,7 +56,9 @@ class SeenBytesTokenizer(Tokenizer):
         self.ids[self.seen] = np.arange(len(seen))
 
     @classmethod
-    def train(cls, texts: Iterable[str], bos: bool = False, eos: bool = True) -> "SeenBytesTokenizer":
+    def train(
+        cls, texts: Iterable[str], bos: bool = False, eos: bool = True
+    ) -> "SeenBytesTokenizer":
         counts = np.zeros(256, np.int64)
         for text in texts:
             counts += np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)

@@ -21,7 +21,9 @@ class CharTokenizer(Tokenizer):
     kind = name = "char"
     unk_id = 0
 
-    def __init__(self, symbols: str, bos: bool = False, eos: bool = True, name: str = "char", note: str = ""):
+    def __init__(
+        self, symbols: str, bos: bool = False, eos: bool = True, name: str = "char", note: str = ""
+    ):
         self.symbols, self.name, self.note = symbols, name, note
         self.bos_id = 1 if bos else None
         self.eos_id = 1 + bos if eos else None
@@ -30,12 +32,16 @@ class CharTokenizer(Tokenizer):
         self.ids = {symbol: i for i, symbol in enumerate(symbols, self.first)}
 
     @classmethod
-    def train(cls, texts: Iterable[str], bos: bool = False, eos: bool = True, size: int | None = None) -> "CharTokenizer":
+    def train(
+        cls, texts: Iterable[str], bos: bool = False, eos: bool = True, size: int | None = None
+    ) -> "CharTokenizer":
         """Every character of `texts`, in code-point order; under a `size` the commonest, so that there are so many entries at most."""
         counts: Counter[str] = Counter()
         for text in texts:  # one at a time: the corpus may be larger than memory
             counts.update(text if size else set(text))
-        kept = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))[: size and size - 1 - bos - eos]
+        kept = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))[
+            : size and size - 1 - bos - eos
+        ]
         tokenizer = cls("".join(sorted(kept)), bos, eos, f"char:{size}" if size else "char")
         if lost := counts.keys() - set(kept):
             share = sum(counts[symbol] for symbol in lost) / counts.total()
@@ -60,7 +66,11 @@ class CharTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         around = {self.bos_id, self.eos_id}
-        return "".join(self.symbols[i - self.first] if self.first <= i < self.vocab_size else "\ufffd" for i in ids if i not in around)
+        return "".join(
+            self.symbols[i - self.first] if self.first <= i < self.vocab_size else "\ufffd"
+            for i in ids
+            if i not in around
+        )
 
     def state(self) -> dict:
         around = {"bos": self.bos_id is not None, "eos": self.eos_id is not None}

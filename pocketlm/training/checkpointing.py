@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from pocketlm.checkpoint.format import read_checkpoint, save_whole
+from pocketlm.checkpoint.format import read_checkpoint, save_checkpoint
 from pocketlm.checkpoint.runs import Run
 from pocketlm.config.sections import TrainingConfig
 from pocketlm.errors import UserError
@@ -20,7 +20,8 @@ from pocketlm.training.step_callback import StepCallback
 
 class Checkpoints(StepCallback):
     """step-N.ckpt every `save_every_steps`, the newest few kept; last.ckpt the newest, best.ckpt that of the lowest
-    validation loss, final.ckpt the one at max_steps. A step that is also validated is saved after its validation."""
+    validation loss, final.ckpt the one at max_steps. A step that is also validated is saved after its validation.
+    """
 
     def __init__(self, run: Run, training: TrainingConfig):
         self.run, self.training = run, training
@@ -84,7 +85,9 @@ class RandomState(L.Callback):
         self.restored = state
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_rank > 0:  # other processes drop other numbers, and after a resume new ones
+        if (
+            trainer.global_rank > 0
+        ):  # other processes drop other numbers, and after a resume new ones
             torch.manual_seed(self.seed + 1_000_003 * trainer.global_rank + trainer.global_step)
             return
         if not self.restored:
@@ -100,10 +103,14 @@ class RandomState(L.Callback):
 class DurableCheckpointIO(CheckpointIO):
     """Lightning's way to the disk: whole files, checked when read, plain types only."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        save_whole(checkpoint, Path(path))
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        save_checkpoint(checkpoint, Path(path))
 
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return read_checkpoint(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -34,11 +34,16 @@ CSV_COLUMNS = [
 ]
 
 
-class Metrics(StepCallback):
+class MetricsLogger(StepCallback):
     """Scalars to TensorBoard and to metrics.csv, and the progress of the run to stderr."""
 
     def __init__(self, run: Run, training: TrainingConfig, bytes_per_token: float, first_step: int):
-        self.run, self.training, self.bytes_per_token, self.first_step = run, training, bytes_per_token, first_step
+        self.run, self.training, self.bytes_per_token, self.first_step = (
+            run,
+            training,
+            bytes_per_token,
+            first_step,
+        )
         self.console = Console(stderr=True, highlight=False, emoji=False)
         self.bar: Progress | None = None
         self.task: TaskID | None = None
@@ -49,23 +54,38 @@ class Metrics(StepCallback):
         if not trainer.is_global_zero:
             self.console.quiet = True
             return
-        trainer.logger.experiment.add_text("config", "```yaml\n" + to_yaml(module.config) + "```", self.first_step)
+        trainer.logger.experiment.add_text(
+            "config", "```yaml\n" + to_yaml(module.config) + "```", self.first_step
+        )
         if self.console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(16), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(16),
+                TextColumn("{task.fields[text]}"),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.bar.start()
-            self.task = self.bar.add_task("", total=self.training.max_steps, completed=self.first_step, text="")
+            self.task = self.bar.add_task(
+                "", total=self.training.max_steps, completed=self.first_step, text=""
+            )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
-            self._cut_csv(self.first_step)  # not before: until here a resume may be refused, and nothing is to be lost
+            self._cut_csv(
+                self.first_step
+            )  # not before: until here a resume may be refused, and nothing is to be lost
         self.start = self.last = time.perf_counter()
         self.start_step = trainer.global_step
-        self.carried = module.resumed.get("targets", 0)  # of the interval in hand, by the process before this one
+        self.carried = module.resumed.get(
+            "targets", 0
+        )  # of the interval in hand, by the process before this one
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if self.validation_start is not None:  # all that surrounds a validation is over: the clock of training goes on
+        if (
+            self.validation_start is not None
+        ):  # all that surrounds a validation is over: the clock of training goes on
             self.paused += time.perf_counter() - self.validation_start
             self.validation_start = None
 
@@ -105,7 +125,12 @@ class Metrics(StepCallback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         values = module.validation
-        self.write(trainer, trainer.global_step, module.tokens_so_far(), {f"val/{name}": value for name, value in values.items()})
+        self.write(
+            trainer,
+            trainer.global_step,
+            module.tokens_so_far(),
+            {f"val/{name}": value for name, value in values.items()},
+        )
         self.say(
             trainer.global_step,
             f"validation loss {values['loss']:.4f}  bits per byte {values['bpb']:.4f}  perplexity {values['perplexity']:.1f}",
@@ -120,7 +145,10 @@ class Metrics(StepCallback):
             writer = csv.DictWriter(file, CSV_COLUMNS)
             if file.tell() == 0:
                 writer.writeheader()
-            writer.writerow({"step": step, "tokens": tokens} | {name: f"{value:.6g}" for name, value in scalars.items()})
+            writer.writerow(
+                {"step": step, "tokens": tokens}
+                | {name: f"{value:.6g}" for name, value in scalars.items()}
+            )
 
     def say(self, step: int, text: str, always: bool = False) -> None:
         """On a terminal the bar moves; elsewhere a line is printed."""
@@ -169,4 +197,10 @@ def as_clock(seconds: float) -> str:
 
 def tensorboard(run: Run, first_step: int) -> TensorBoardLogger:
     """TensorBoard's files straight in the run's log folder; points beyond `first_step` are taken back."""
-    return TensorBoardLogger(run.logs, name="", version="", purge_step=first_step + 1 if first_step else None, default_hp_metric=False)
+    return TensorBoardLogger(
+        run.logs,
+        name="",
+        version="",
+        purge_step=first_step + 1 if first_step else None,
+        default_hp_metric=False,
+    )

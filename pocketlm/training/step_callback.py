@@ -21,5 +21,7 @@ class StepCallback(L.Callback):
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         raise NotImplementedError
 
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
         self.teardown(trainer, module, "fit")  # Lightning calls it only where all went well

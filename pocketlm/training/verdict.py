@@ -14,7 +14,7 @@ from pocketlm.checkpoint.runs import Run
 from pocketlm.config.sections import Config
 from pocketlm.data.loaders import document_ends, rows_in_run, rows_of, training_order
 from pocketlm.data.prepare import Part, PreparedData
-from pocketlm.data.samplers import MixtureOrder
+from pocketlm.data.samplers import MixtureBatchSampler
 from pocketlm.data.shards import TokenShard
 
 COUNTED = 20_000_000  # training tokens that the baselines are counted on
@@ -39,10 +39,13 @@ def passes(config: Config, data: PreparedData) -> str:
         return f"a stream, of which the first {data.train.n_documents + data.val.n_documents:,} documents have been looked at"
     rows, train = rows_in_run(config), rows_of(data, config, validation=False)
     order = training_order(config, data)
-    if not isinstance(order, MixtureOrder):
+    if not isinstance(order, MixtureBatchSampler):
         return f"{rows / len(train):.2f} epochs"
-    drawn = zip(data.sources, order.realised(rows), train.parts, strict=True)
-    return "; ".join(f"{name} {count / rows:.1%} of the rows, {count / len(part):.2f} epochs" for name, count, part in drawn)
+    drawn = zip(data.sources, order.rows_per_dataset(rows), train.parts, strict=True)
+    return "; ".join(
+        f"{name} {count / rows:.1%} of the rows, {count / len(part):.2f} epochs"
+        for name, count, part in drawn
+    )
 
 
 def baselines(data: PreparedData) -> dict[str, float]:
@@ -70,12 +73,17 @@ def baselines(data: PreparedData) -> dict[str, float]:
         "unigram": -np.log2(unigram[target]),
         "bigram": -np.log2(discounted + backoff * unigram[target]),
     }
-    return {name: float(values.mean() * data.val.n_targets / data.val.n_bytes) for name, values in bits.items()}
+    return {
+        name: float(values.mean() * data.val.n_targets / data.val.n_bytes)
+        for name, values in bits.items()
+    }
 
 
 def first_tokens(part: Part) -> np.ndarray:
     """(n,) the first tokens of each shard, COUNTED of them in all at most."""
-    return np.concatenate([shard.tokens[: COUNTED // len(part.shards)] for shard in part.shards]).astype(np.int64)
+    return np.concatenate(
+        [shard.tokens[: COUNTED // len(part.shards)] for shard in part.shards]
+    ).astype(np.int64)
 
 
 def read_metrics(path: Path, name: str) -> tuple[list[int], list[float]]:
@@ -97,11 +105,29 @@ def draw_loss(run: Run, baseline_loss: dict[str, float]) -> Path:
     axes.plot(steps, losses, color="#9db8d2", linewidth=1.2, label="training")
     steps, losses = read_metrics(run.metrics_file, "val/loss")
     axes.plot(steps, losses, color="#1f4e79", marker="o", markersize=3.5, label="validation")
-    axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(0, 8), ha="right", color="#1f4e79")
+    axes.annotate(
+        f"{losses[-1]:.3f}",
+        (steps[-1], losses[-1]),
+        textcoords="offset points",
+        xytext=(0, 8),
+        ha="right",
+        color="#1f4e79",
+    )
     for name, loss in baseline_loss.items():
         axes.axhline(loss, color="#b0b0b0", linestyle=":", linewidth=1)
-        axes.text(0.995, loss, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", color="#808080", fontsize=8)
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats per token)", title=run.name or "default run")
+        axes.text(
+            0.995,
+            loss,
+            name,
+            transform=axes.get_yaxis_transform(),
+            ha="right",
+            va="bottom",
+            color="#808080",
+            fontsize=8,
+        )
+    axes.set(
+        xlabel="optimizer steps", ylabel="loss (nats per token)", title=run.name or "default run"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = run.checkpoints / "loss.png"
@@ -117,12 +143,20 @@ def fit_sentence(train_loss: float, val_loss: float, best_loss: float, epochs: f
     if val_loss > best_loss + 0.02:
         return f"Overfitting: {apart}, which was {best_loss:.3f} at its best. Use best.ckpt; more text, dropout or fewer steps would help."
     if val_loss - train_loss > 0.1 * val_loss:
-        return f"Beginning to overfit: {apart}. More text or dropout would help more than more steps."
+        return (
+            f"Beginning to overfit: {apart}. More text or dropout would help more than more steps."
+        )
     return f"Still underfitting: {apart}. More steps or a larger model would help."
 
 
 def print_verdict(
-    config: Config, data: PreparedData, run: Run, validation: dict[str, float], best: float, samples: list[tuple[str, str]], seconds: float
+    config: Config,
+    data: PreparedData,
+    run: Run,
+    validation: dict[str, float],
+    best: float,
+    samples: list[tuple[str, str]],
+    seconds: float,
 ) -> None:
     """The closing words of a run, on stdout. `validation` is that of the last step, `best` the lowest loss of all."""
     out = Console(highlight=False, soft_wrap=True, emoji=False)
@@ -130,7 +164,10 @@ def print_verdict(
     out.print(f"\nDone: {config.training.max_steps:,} steps in {took}.\n")
     counted = baselines(data)
     per_target = validation["loss"] / validation["bpb"]  # bits per byte -> nats per token
-    scores = {name: (bits * per_target, math.exp(bits * per_target), bits) for name, bits in counted.items()}
+    scores = {
+        name: (bits * per_target, math.exp(bits * per_target), bits)
+        for name, bits in counted.items()
+    }
     scores["[bold]this model"] = (validation["loss"], validation["perplexity"], validation["bpb"])
     kept = data.val
     title = f"Validation: {kept.n_documents:,} document{'s' * (kept.n_documents > 1)}, {kept.n_bytes:,} bytes, never trained on"
@@ -143,29 +180,47 @@ def print_verdict(
     if worse := [name for name, bits in counted.items() if bits <= validation["bpb"]]:
         out.print(f"\nCounting ({', '.join(worse)}) is still better than this model.")
     recent = float(np.mean(read_metrics(run.metrics_file, "train/loss")[1][-5:]))
-    epochs = None if data.stream else rows_in_run(config) / len(rows_of(data, config, validation=False))
+    epochs = (
+        None if data.stream else rows_in_run(config) / len(rows_of(data, config, validation=False))
+    )
     out.print("\n" + fit_sentence(recent, validation["loss"], best, epochs))
     print_samples(out, config, data, samples)
     folder = run.checkpoints
-    picture = draw_loss(run, {name: loss for name, (loss, _, _) in scores.items() if name in ("unigram", "bigram")})
+    picture = draw_loss(
+        run, {name: loss for name, (loss, _, _) in scores.items() if name in ("unigram", "bigram")}
+    )
     opening = " ".join(samples[0][0].split())
     how = f"--prompt {shlex.quote(opening)}" if opening else "--new-document --num-samples 20"
-    words = [f"\nLoss curve: {picture}", "Next:", f"  python infer.py --ckpt {folder / 'final.ckpt'} {how}"]
+    words = [
+        f"\nLoss curve: {picture}",
+        "Next:",
+        f"  python infer.py --ckpt {folder / 'final.ckpt'} {how}",
+    ]
     if data.sources == ("wiki",):  # the corpus that these cases ask for
-        words.append(f"  python evaluate_checkpoints.py --checkpoints '{folder / '*.ckpt'}' --cases cases/wiki_basics.yaml")
+        words.append(
+            f"  python evaluate_checkpoints.py --checkpoints '{folder / '*.ckpt'}' --cases cases/wiki_basics.yaml"
+        )
     words.append(f"  tensorboard --logdir {run.logs}")
     out.print("\n".join(words), markup=False)
 
 
-def print_samples(out: Console, config: Config, data: PreparedData, samples: list[tuple[str, str]]) -> None:
+def print_samples(
+    out: Console, config: Config, data: PreparedData, samples: list[tuple[str, str]]
+) -> None:
     """What the model writes, numbered; of whole documents, which ones it has only remembered."""
-    out.print("\nSamples:" if config.sampling.prompts else "\nHow validation documents go on, by the model:")
+    out.print(
+        "\nSamples:"
+        if config.sampling.prompts
+        else "\nHow validation documents go on, by the model:"
+    )
     known = [not prompt and not data.stream and is_known(data, text) for prompt, text in samples]
     for number, (prompt, text) in enumerate(samples, 1):
         mark = "  (a training document)" if known[number - 1] else ""
         out.print(f"sample {number:2d}: [bold]{one_line(prompt)}[/bold]{one_line(text)}{mark}")
     if whole := [is_old for is_old, (prompt, _) in zip(known, samples, strict=True) if not prompt]:
-        out.print(f"{len(whole) - sum(whole)} of {len(whole)} are new: not among the {data.train.n_documents:,} documents to train on.")
+        out.print(
+            f"{len(whole) - sum(whole)} of {len(whole)} are new: not among the {data.train.n_documents:,} documents to train on."
+        )
 
 
 def one_line(text: str) -> str:

@@ -13,7 +13,13 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from model import ModelConfig, Transformer
-from pocketlm.checkpoint.format import FORMAT, hash_weights, kit_entry, read_checkpoint, save_whole
+from pocketlm.checkpoint.format import (
+    FORMAT,
+    checkpoint_metadata,
+    hash_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
 from pocketlm.checkpoint.loading import best_checkpoint, load_checkpoint
 from pocketlm.config.sections import Config, TrainingConfig
 from pocketlm.errors import UserError
@@ -35,8 +41,12 @@ def build(seed: int = 0, **sizes: object) -> tuple[Transformer, dict]:
     sizes = dict(vocab_size=16, max_seq_len=12, n_layers=1, d_model=8, n_heads=2, d_ff=8) | sizes
     config = Config(model=ModelConfig(**sizes), training=TrainingConfig(seq_len=10))
     model = Transformer(config.model).eval()
-    kit = kit_entry(config, CharTokenizer("abc é😀").state(), tokens=5, val_loss=1.25)
-    return model, {"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}, "global_step": 7, "kit": kit}
+    kit = checkpoint_metadata(config, CharTokenizer("abc é😀").state(), tokens=5, val_loss=1.25)
+    return model, {
+        "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()},
+        "global_step": 7,
+        "kit": kit,
+    }
 
 
 def leftovers() -> list[str]:
@@ -46,10 +56,14 @@ def leftovers() -> list[str]:
 # ---- what is loaded --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [{}, dict(tie_embeddings=False, n_kv_heads=1, rope_theta=500.0)], ids=["tied", "grouped"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, dict(tie_embeddings=False, n_kv_heads=1, rope_theta=500.0)],
+    ids=["tied", "grouped"],
+)
 def test_what_is_loaded_is_what_was_saved(sizes):
     model, state = build(**sizes)
-    save_whole(state, Path("x.ckpt"))
+    save_checkpoint(state, Path("x.ckpt"))
     torch.manual_seed(99)
     loaded = load_checkpoint("x.ckpt")
     ids = torch.randint(16, (3, 12))
@@ -65,16 +79,18 @@ def test_the_rotary_tables_are_computed_again():
     """They are in no checkpoint, and a model that was built without memory has none."""
     _, state = build(rope_theta=50.0)
     assert not [name for name in state["state_dict"] if "rope" in name]
-    save_whole(state, Path("x.ckpt"))
+    save_checkpoint(state, Path("x.ckpt"))
     model = load_checkpoint("x.ckpt").model
-    angles = [[position * 50.0 ** (-2 * (i % 2) / 4) for i in range(4)] for position in range(12)]  # head_dim 4: two wavelengths
+    angles = [
+        [position * 50.0 ** (-2 * (i % 2) / 4) for i in range(4)] for position in range(12)
+    ]  # head_dim 4: two wavelengths
     for table, function in ((model.rope_cos, math.cos), (model.rope_sin, math.sin)):
         expected = torch.tensor([[function(angle) for angle in row] for row in angles])
         torch.testing.assert_close(table, expected, rtol=0, atol=2e-6)  # angles up to 11 in float32
 
 
 def test_a_checkpoint_holds_plain_types_only():
-    save_whole(build()[1], Path("x.ckpt"))
+    save_checkpoint(build()[1], Path("x.ckpt"))
     assert get_unsafe_globals_in_checkpoint("x.ckpt") == []
     assert torch.load("x.ckpt", weights_only=True)["kit"]["format"] == FORMAT
 
@@ -82,8 +98,14 @@ def test_a_checkpoint_holds_plain_types_only():
 def test_the_weights_hash_is_of_names_shapes_and_numbers():
     weights = {name: p.clone() for name, p in build()[0].state_dict().items()}
     name = "layers.0.mlp.up_proj.weight"
-    same = {name: weights[name].T.contiguous().T for name in reversed(weights) if weights[name].dim() == 2}  # another layout in memory
-    assert hash_weights({**same, **{k: v for k, v in weights.items() if k not in same}}) == hash_weights(weights)
+    same = {
+        name: weights[name].T.contiguous().T
+        for name in reversed(weights)
+        if weights[name].dim() == 2
+    }  # another layout in memory
+    assert hash_weights(
+        {**same, **{k: v for k, v in weights.items() if k not in same}}
+    ) == hash_weights(weights)
     changed = weights[name].clone()
     changed[1, 2] = torch.nextafter(changed[1, 2], torch.tensor(1.0))
     others = [
@@ -97,7 +119,9 @@ def test_the_weights_hash_is_of_names_shapes_and_numbers():
 
 def test_weights_of_half_precision_hash_too():
     half = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(3, dtype=torch.float16)}
-    assert hash_weights(half) != hash_weights({**half, "a": torch.tensor([1, 1, 1.0078125], dtype=torch.bfloat16)})  # the next number
+    assert hash_weights(half) != hash_weights(
+        {**half, "a": torch.tensor([1, 1, 1.0078125], dtype=torch.bfloat16)}
+    )  # the next number
 
 
 # ---- whole or not there ----------------------------------------------------------------------------------------------
@@ -105,7 +129,9 @@ def test_weights_of_half_precision_hash_too():
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("existing", [True, False], ids=["over an old one", "new"])
-def test_a_save_that_the_disk_refuses_leaves_the_old_file_and_nothing_else(monkeypatch, number, existing):
+def test_a_save_that_the_disk_refuses_leaves_the_old_file_and_nothing_else(
+    monkeypatch, number, existing
+):
     if existing:
         Path("x.ckpt").write_bytes(b"old")
 
@@ -115,7 +141,7 @@ def test_a_save_that_the_disk_refuses_leaves_the_old_file_and_nothing_else(monke
 
     monkeypatch.setattr(torch, "save", refuse)
     with pytest.raises(UserError, match=f"x.ckpt.*{os.strerror(number)}"):
-        save_whole({}, Path("x.ckpt"))
+        save_checkpoint({}, Path("x.ckpt"))
     assert [path.read_bytes() for path in Path().iterdir()] == [b"old"] * existing
 
 
@@ -128,20 +154,20 @@ def test_a_save_that_is_interrupted_leaves_the_old_file_and_nothing_else(monkeyp
 
     monkeypatch.setattr(torch, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        save_whole({}, Path("x.ckpt"))
+        save_checkpoint({}, Path("x.ckpt"))
     assert [path.read_bytes() for path in Path().iterdir()] == [b"old"]
 
 
 def test_a_save_into_a_folder_that_is_not_there_says_so():
     with pytest.raises(UserError, match="cannot write the checkpoint gone/x.ckpt"):
-        save_whole({}, Path("gone/x.ckpt"))
+        save_checkpoint({}, Path("gone/x.ckpt"))
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from pocketlm.checkpoint.format import read_checkpoint, save_whole
+from pocketlm.checkpoint.format import read_checkpoint, save_checkpoint
 
 path, events = Path("x.ckpt"), 0
 
@@ -179,7 +205,7 @@ for last in range(1, 1000):
     if (child := os.fork()) == 0:
         os.fsync, os.replace = around(os.fsync, last), around(os.replace, last)
         torch.save = lambda state, file: save_in_pieces(state, file, last)
-        save_whole({"state_dict": {"w": torch.ones(3)}, "kit": {"format": 1}}, path)
+        save_checkpoint({"state_dict": {"w": torch.ones(3)}, "kit": {"format": 1}}, path)
         os._exit(0)
     killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     print(int(read_checkpoint(path)["state_dict"]["w"].sum()))
@@ -192,7 +218,9 @@ for last in range(1, 1000):
 def test_a_kill_at_any_point_of_a_save_leaves_the_old_file_or_the_new_one():
     """Before, within and after every write, the flush to the disk and the renaming. 0 is the old file, 3 the new one."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", KILLED], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     seen = [int(line) for line in done.stdout.split()]
     assert len(seen) > 20
@@ -201,10 +229,12 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_file_or_the_new_one():
 
 
 def test_what_a_killed_save_left_does_not_trouble_the_next_one():
-    save_whole(build()[1], Path("x.ckpt"))
+    save_checkpoint(build()[1], Path("x.ckpt"))
     Path(f".x.ckpt.{os.getpid()}.unfinished").write_bytes(b"half of it")
-    save_whole(build(seed=1)[1], Path("x.ckpt"))
-    assert load_checkpoint("x.ckpt").weights_sha256 == hash_weights(dict(build(seed=1)[0].state_dict()))
+    save_checkpoint(build(seed=1)[1], Path("x.ckpt"))
+    assert load_checkpoint("x.ckpt").weights_sha256 == hash_weights(
+        dict(build(seed=1)[0].state_dict())
+    )
     assert leftovers() == []
 
 
@@ -218,7 +248,7 @@ def content(path: Path) -> tuple:
 
 @pytest.fixture
 def raw():
-    save_whole(build()[1], Path("x.ckpt"))
+    save_checkpoint(build()[1], Path("x.ckpt"))
     return Path("x.ckpt").read_bytes()
 
 
@@ -235,7 +265,9 @@ def test_a_flipped_bit_is_refused_or_harmless(raw, seed):
     good, generator, refused = content(Path("x.ckpt")), random.Random(seed), 0
     for _ in range(50):
         place, bit = generator.randrange(len(raw)), generator.randrange(8)
-        Path("flipped.ckpt").write_bytes(raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :])
+        Path("flipped.ckpt").write_bytes(
+            raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :]
+        )
         try:
             read = content(Path("flipped.ckpt"))
         except UserError:
@@ -250,7 +282,9 @@ def test_a_flipped_bit_in_a_records_header_is_refused_or_harmless(raw):
     good, first = content(Path("x.ckpt")), raw.index(b"PK\x03\x04")
     for place in range(first, first + 46):
         for bit in range(8):
-            Path("flipped.ckpt").write_bytes(raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :])
+            Path("flipped.ckpt").write_bytes(
+                raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1 :]
+            )
             try:
                 read = content(Path("flipped.ckpt"))
             except UserError:
@@ -299,7 +333,7 @@ def test_a_pickle_is_never_run(tmp_path):
 def test_a_checkpoint_of_a_newer_format_says_so():
     state = build()[1]
     state["kit"]["format"] = FORMAT + 1
-    save_whole(state, Path("x.ckpt"))
+    save_checkpoint(state, Path("x.ckpt"))
     with pytest.raises(UserError, match=f"x.ckpt has format {FORMAT + 1}.*update"):
         read_checkpoint("x.ckpt")
 
@@ -307,7 +341,7 @@ def test_a_checkpoint_of_a_newer_format_says_so():
 def test_a_checkpoint_with_a_setting_that_is_not_known_here_says_which():
     state = build()[1]
     state["kit"]["config"]["model"]["n_experts"] = 2
-    save_whole(state, Path("x.ckpt"))
+    save_checkpoint(state, Path("x.ckpt"))
     with pytest.raises(UserError, match="x.ckpt: model has no key 'n_experts'"):
         load_checkpoint("x.ckpt")
 
@@ -315,10 +349,10 @@ def test_a_checkpoint_with_a_setting_that_is_not_known_here_says_which():
 def test_weights_that_do_not_fit_the_config_are_refused_by_name():
     state = build()[1]
     state["kit"]["config"]["model"]["d_ff"] = 24
-    save_whole(state, Path("shape.ckpt"))
+    save_checkpoint(state, Path("shape.ckpt"))
     state = build()[1]
     del state["state_dict"]["model.norm.weight"]
-    save_whole(state, Path("missing.ckpt"))
+    save_checkpoint(state, Path("missing.ckpt"))
     for name in ("shape", "missing"):
         with pytest.raises(UserError, match=f"{name}.ckpt"):
             load_checkpoint(f"{name}.ckpt")
@@ -327,7 +361,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name():
 def test_the_tokenizer_named_must_be_the_one_it_was_trained_with():
     state = build(vocab_size=257)[1]
     state["kit"]["tokenizer"] = ByteTokenizer().state()
-    save_whole(state, Path("x.ckpt"))
+    save_checkpoint(state, Path("x.ckpt"))
     assert load_checkpoint("x.ckpt", "byte").tokenizer.name == "byte"
     with pytest.raises(UserError, match="trained with the tokenizer 'byte', not 'bpe:300'"):
         load_checkpoint("x.ckpt", "bpe:300")
@@ -341,7 +375,7 @@ def put(name: str, val_loss: float) -> None:
     state["kit"]["val_loss"] = val_loss
     path = Path("checkpoints", name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(state, path)
+    save_checkpoint(state, path)
 
 
 def test_a_missing_checkpoint_names_the_ones_there_are():
@@ -351,7 +385,10 @@ def test_a_missing_checkpoint_names_the_ones_there_are():
         put(name, 1.0)
     with pytest.raises(UserError) as error:
         read_checkpoint("gone.ckpt")
-    assert all(f"checkpoints/{name}" in str(error.value) for name in ("final.ckpt", "owl/best.ckpt", "b/last.ckpt"))
+    assert all(
+        f"checkpoints/{name}" in str(error.value)
+        for name in ("final.ckpt", "owl/best.ckpt", "b/last.ckpt")
+    )
     assert "old-1" not in str(error.value)
 
 

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from model import ModelConfig
 from pocketlm.config.loading import config_from_dict, load_config, to_yaml
-from pocketlm.config.sections import SECTIONS, Config, DataConfig, HardwareConfig, RunConfig, TrainingConfig
+from pocketlm.config.sections import (
+    SECTIONS,
+    Config,
+    DataConfig,
+    HardwareConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from pocketlm.errors import UserError
 from pocketlm.hardware import devices, measure
 from pocketlm.training import plan
@@ -62,7 +69,9 @@ def test_integers_are_decimal_whatever_they_begin_with(text, value):
     assert load("", f"training.seed={text}").training.seed == value
 
 
-@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "12:30", "1_000", "2024-01-01", "0x10", "1e", "True story"])
+@pytest.mark.parametrize(
+    "text", ["no", "yes", "on", "off", "12:30", "1_000", "2024-01-01", "0x10", "1e", "True story"]
+)
 def test_what_only_looks_like_another_type_stays_text(text):
     assert load(f"data: {{path: {text}}}").data.path == text
     for key in ("model.tie_embeddings", "training.seed"):
@@ -80,7 +89,11 @@ def test_the_context_is_a_training_row_unless_given():
 def test_the_vocabulary_is_the_tokenizers_unless_a_larger_one_is_given():
     assert Config().with_vocab_size(257).model.vocab_size == 257
     padded = Config(model=ModelConfig(vocab_size=320))
-    assert padded.with_vocab_size(257).model.vocab_size == padded.with_vocab_size(320).model.vocab_size == 320
+    assert (
+        padded.with_vocab_size(257).model.vocab_size
+        == padded.with_vocab_size(320).model.vocab_size
+        == 320
+    )
     with pytest.raises(UserError, match="320.*'gpt2'.*321"):
         padded.with_vocab_size(321)
 
@@ -99,35 +112,80 @@ MISTAKES = {
     "list at the top": ("- training", ["c.yaml", "['training']", "mapping of sections"]),
     "text at the top": ("training", ["c.yaml", "'training'", "mapping of sections"]),
     "two documents": ("--- {}\n--- {}", ["c.yaml:2"]),
-    "unknown section": ("run: {}\ntrainin: {lr: 1}", ["c.yaml:2", "'trainin'", "did you mean training?"]),
-    "far from any section": ("zzz: {}", ["c.yaml:1", "'zzz'", "run, model, data, training, sampling, hardware"]),
+    "unknown section": (
+        "run: {}\ntrainin: {lr: 1}",
+        ["c.yaml:2", "'trainin'", "did you mean training?"],
+    ),
+    "far from any section": (
+        "zzz: {}",
+        ["c.yaml:1", "'zzz'", "run, model, data, training, sampling, hardware"],
+    ),
     "number for a section": ("12: {}", ["c.yaml:1", "12"]),
     "section that is a number": ("training: 5", ["c.yaml:1", "training", "5"]),
-    "unknown key": ("training:\n  lr: 1\n  max_step: 1", ["c.yaml:3", "'max_step'", "did you mean max_steps?"]),
+    "unknown key": (
+        "training:\n  lr: 1\n  max_step: 1",
+        ["c.yaml:3", "'max_step'", "did you mean max_steps?"],
+    ),
     "text for a number": ("training:\n  lr: fast", ["c.yaml:2", "training.lr", "'fast'", "number"]),
     "number for text": ("run:\n  name: 3", ["c.yaml:2", "run.name", "3", "string"]),
-    "fraction for a count": ("training: {seed: 1.5}", ["c.yaml:1", "training.seed", "1.5", "integer"]),
+    "fraction for a count": (
+        "training: {seed: 1.5}",
+        ["c.yaml:1", "training.seed", "1.5", "integer"],
+    ),
     "bool for a count": ("training: {seed: true}", ["training.seed", "True", "integer"]),
     "null for a count": ("training: {seed: }", ["training.seed", "None", "integer"]),
     "one beta": ("training: {betas: [0.9]}", ["c.yaml:1", "training.betas", "[0.9]"]),
     "beta of 1": ("training: {betas: [0.9, 1.0]}", ["c.yaml:1", "training.betas", "1.0"]),
-    "no such choice": ("training: {optimizer: lion}", ["c.yaml:1", "training.optimizer", "'lion'", "'adamw', 'muon' or 'sgd'"]),
-    "another program's key": ("training:\n  learning_rate: 1", ["c.yaml:2", "'learning_rate'", "training.lr"]),
-    "a key that nothing here is": ("training:\n  early_stopping: {}", ["c.yaml:2", "'early_stopping'", "best.ckpt"]),
+    "no such choice": (
+        "training: {optimizer: lion}",
+        ["c.yaml:1", "training.optimizer", "'lion'", "'adamw', 'muon' or 'sgd'"],
+    ),
+    "another program's key": (
+        "training:\n  learning_rate: 1",
+        ["c.yaml:2", "'learning_rate'", "training.lr"],
+    ),
+    "a key that nothing here is": (
+        "training:\n  early_stopping: {}",
+        ["c.yaml:2", "'early_stopping'", "best.ckpt"],
+    ),
     "no epochs": ("training: {max_epochs: 0}", ["c.yaml:1", "training.max_epochs", "0", "above 0"]),
-    "prompt that is no list": ("sampling: {prompts: hello}", ["c.yaml:1", "sampling.prompts", "'hello'"]),
-    "cold": ("sampling:\n  temperature: -1", ["c.yaml:2", "sampling.temperature", "-1", "0 or more"]),
-    "duplicate key": ("training:\n  seed: 1\n  lr: 1\n  seed: 2", ["c.yaml:4", "training.seed", "c.yaml:2"]),
-    "duplicate section": ("training: {seed: 1}\ntraining: {lr: 2}", ["c.yaml:2", "training", "c.yaml:1"]),
+    "prompt that is no list": (
+        "sampling: {prompts: hello}",
+        ["c.yaml:1", "sampling.prompts", "'hello'"],
+    ),
+    "cold": (
+        "sampling:\n  temperature: -1",
+        ["c.yaml:2", "sampling.temperature", "-1", "0 or more"],
+    ),
+    "duplicate key": (
+        "training:\n  seed: 1\n  lr: 1\n  seed: 2",
+        ["c.yaml:4", "training.seed", "c.yaml:2"],
+    ),
+    "duplicate section": (
+        "training: {seed: 1}\ntraining: {lr: 2}",
+        ["c.yaml:2", "training", "c.yaml:1"],
+    ),
     "alias": (BOMB, ["c.yaml:2", "aliases", "write the value out"]),
-    "python tag": ("training:\n  seed: !!python/object/apply:os.getpid []", ["c.yaml:2", "os.getpid"]),
+    "python tag": (
+        "training:\n  seed: !!python/object/apply:os.getpid []",
+        ["c.yaml:2", "os.getpid"],
+    ),
     "nan": ("training:\n  lr: .nan", ["c.yaml:2", "lr nan"]),
     "inf": ("training:\n  lr: .inf", ["c.yaml:2", "lr inf"]),
-    "negative": ("training:\n  warmup_steps: -1", ["c.yaml:2", "training.warmup_steps", "-1", "0 or more"]),
+    "negative": (
+        "training:\n  warmup_steps: -1",
+        ["c.yaml:2", "training.warmup_steps", "-1", "0 or more"],
+    ),
     "zero": ("training:\n  max_steps: 0", ["c.yaml:2", "training.max_steps", "0", "1 or more"]),
     "share of 1": ("data:\n  val_share: 1", ["c.yaml:2", "data.val_share", "1.0", "0.05"]),
-    "heads do not divide": ("model:\n  d_model: 100\n  n_heads: 8", ["c.yaml:2", "d_model 100", "n_heads 8", "96"]),
-    "groups do not divide": ("model:\n  n_heads: 8\n  n_kv_heads: 3", ["c.yaml:2", "n_heads 8", "n_kv_heads 3", "[1, 2, 4, 8]"]),
+    "heads do not divide": (
+        "model:\n  d_model: 100\n  n_heads: 8",
+        ["c.yaml:2", "d_model 100", "n_heads 8", "96"],
+    ),
+    "groups do not divide": (
+        "model:\n  n_heads: 8\n  n_kv_heads: 3",
+        ["c.yaml:2", "n_heads 8", "n_kv_heads 3", "[1, 2, 4, 8]"],
+    ),
     "odd head": ("model: {d_model: 24, n_heads: 8}", ["c.yaml:1", "is 3", "even"]),
     "dropout of 1": ("model: {dropout: 1}", ["c.yaml:1", "model.dropout", "1.0"]),
     "slash in a name": ("run:\n  name: a/b", ["c.yaml:2", "run.name", "'a/b'", "letters"]),
@@ -192,9 +250,14 @@ def test_a_preset_that_is_not_there_lists_those_that_are():
     Path("presets").mkdir()
     for name in ("microgpt", "nnzig"):
         Path(f"presets/{name}.yaml").write_text("")
-    with pytest.raises(UserError, match="presets/micro_gpt.yaml; did you mean presets/microgpt.yaml.*microgpt.yaml, presets/nnzig.yaml"):
+    with pytest.raises(
+        UserError,
+        match="presets/micro_gpt.yaml; did you mean presets/microgpt.yaml.*microgpt.yaml, presets/nnzig.yaml",
+    ):
         load_config("presets/micro_gpt.yaml")
-    with pytest.raises(UserError, match="no config zzz.yaml; here are presets/microgpt.yaml, presets/nnzig.yaml"):
+    with pytest.raises(
+        UserError, match="no config zzz.yaml; here are presets/microgpt.yaml, presets/nnzig.yaml"
+    ):
         load_config("zzz.yaml")
 
 
@@ -210,7 +273,10 @@ def test_a_file_that_cannot_be_read_is_named():
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text() | st.text(alphabet="training:modelrunsd {}[],-.0189e\n\t !&*'\"#?|>%@~<=", max_size=60))
+@given(
+    st.text()
+    | st.text(alphabet="training:modelrunsd {}[],-.0189e\n\t !&*'\"#?|>%@~<=", max_size=60)
+)
 @example("training: {seed: 08}")
 @example("\x00")
 @example("? {a: 1}\n: 2")
@@ -230,7 +296,9 @@ def test_any_text_loads_or_is_a_user_error(text):
 
 CHANGED = Config(
     run=RunConfig("a-1.b"),
-    model=ModelConfig(vocab_size=300, n_kv_heads=2, rope_theta=5e5, norm_eps=1e-6, tie_embeddings=False),
+    model=ModelConfig(
+        vocab_size=300, n_kv_heads=2, rope_theta=5e5, norm_eps=1e-6, tie_embeddings=False
+    ),
     data=DataConfig(path="é 😀: #.txt", val_share=1e-3),
     training=TrainingConfig(lr=3e-4, eps=1e-12, betas=(0.0, 0.999), precision="32-true"),
     hardware=HardwareConfig(compile="off"),
@@ -246,7 +314,11 @@ def test_yaml_and_plain_dicts_lead_back_to_the_same_config(config):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(alphabet="0123456789eE.xobn_-tru", min_size=1, max_size=6).filter(lambda name: name[0] != "."))
+@given(
+    st.text(alphabet="0123456789eE.xobn_-tru", min_size=1, max_size=6).filter(
+        lambda name: name[0] != "."
+    )
+)
 @example("1e3")
 @example("08")
 @example("true")
@@ -270,7 +342,11 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in names)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * ("cuda" in names))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in names)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True: bf16 or including_emulation,
+        )
         monkeypatch.setattr(devices, "has_bfloat16_cpu", lambda: False)
 
     has()
@@ -279,8 +355,12 @@ def machine(monkeypatch):
 
 def choose(precision: str = "auto", **section: str) -> tuple[str, str, bool]:
     config = HardwareConfig(**section)
-    chosen = devices.with_compile(devices.choose_hardware(config, precision), config.compile, seconds=60)
-    assert set(chosen.reasons) == {"accelerator", "precision", "compile"} and all(chosen.reasons.values())
+    chosen = devices.with_compile(
+        devices.choose_hardware(config, precision), config.compile, seconds=60
+    )
+    assert set(chosen.reasons) == {"accelerator", "precision", "compile"} and all(
+        chosen.reasons.values()
+    )
     return chosen.accelerator, chosen.precision, chosen.compile
 
 
@@ -314,7 +394,11 @@ def test_what_is_asked_for_is_done(machine):
     assert choose("bf16-mixed", accelerator="mps") == ("mps", "bf16-mixed", False)
     assert choose("16-mixed", accelerator="cuda", compile="off") == ("cuda", "16-mixed", False)
     assert choose(accelerator="cpu", compile="on") == ("cpu", "32-true", True)
-    assert choose(accelerator="mps", compile="on") == ("mps", "32-true", False)  # and reasons["compile"] says why not
+    assert choose(accelerator="mps", compile="on") == (
+        "mps",
+        "32-true",
+        False,
+    )  # and reasons["compile"] says why not
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "mps"])
@@ -347,7 +431,9 @@ def test_compile_needs_a_compiler_and_says_so(machine, monkeypatch, tmp_path, ac
 
 
 def test_a_cpu_compiles_where_a_fifth_of_the_time_is_worth_two_compilations(machine):
-    assert devices.choose_compile("auto", "cpu", seconds=249)[0] is False  # 49.8 s saved, 25 s spent
+    assert (
+        devices.choose_compile("auto", "cpu", seconds=249)[0] is False
+    )  # 49.8 s saved, 25 s spent
     compiles, why = devices.choose_compile("auto", "cpu", seconds=3000)
     assert compiles and why == "saves about 10 minutes; takes up to 25 s first"
     assert devices.choose_compile("on", "cpu", seconds=1) == (True, "as asked")
@@ -359,7 +445,11 @@ def test_auto_compiles_from_where_twice_the_seconds_of_compiling_are_saved(monke
     monkeypatch.setattr(devices, "COMPILE_SAVES", 0.5)
     monkeypatch.setattr(devices, "COMPILE_SECONDS", 75)
     compiles, why = devices.choose_compile("auto", "cpu", 299.9)
-    assert not compiles and why == "it would save some 150 s of this run and take up to 75; hardware.compile=on to try"
+    assert (
+        not compiles
+        and why
+        == "it would save some 150 s of this run and take up to 75; hardware.compile=on to try"
+    )
     compiles, why = devices.choose_compile("auto", "cpu", 300.0)
     assert compiles and "takes up to 75 s" in why
 
@@ -384,18 +474,31 @@ def test_whether_to_compile_changes_nothing_else_of_the_hardware(machine):
     assert decided == dataclasses.replace(chosen, reasons=chosen.reasons | {"compile": "as asked"})
 
 
-@pytest.mark.parametrize("preset, compiles", [("config.yaml", False), ("presets/microgpt.yaml", False), ("presets/nnzig.yaml", True)])
-def test_long_runs_outside_the_head_are_compiled_on_a_cpu_and_the_default_run_is_not(machine, monkeypatch, preset, compiles):
+@pytest.mark.parametrize(
+    "preset, compiles",
+    [("config.yaml", False), ("presets/microgpt.yaml", False), ("presets/nnzig.yaml", True)],
+)
+def test_long_runs_outside_the_head_are_compiled_on_a_cpu_and_the_default_run_is_not(
+    machine, monkeypatch, preset, compiles
+):
     monkeypatch.setattr(plan, "matmul_rate", lambda *_: 440e9)  # of two Zen 4 cores in bfloat16
-    config = load_config(Path(__file__).parents[2] / preset).with_vocab_size({"config.yaml": 50_257}.get(preset, 256))
+    config = load_config(Path(__file__).parents[2] / preset).with_vocab_size(
+        {"config.yaml": 50_257}.get(preset, 256)
+    )
     chosen = devices.choose_hardware(config.hardware, config.training.precision)
-    assert devices.with_compile(chosen, "auto", plan.seconds_outside_head(config, chosen)).compile is compiles
+    assert (
+        devices.with_compile(chosen, "auto", plan.seconds_outside_head(config, chosen)).compile
+        is compiles
+    )
 
 
 @pytest.mark.parametrize("accelerator, count, there", [("cuda", 3, 2), ("mps", 2, 1)])
 def test_more_devices_than_there_are_is_a_mistake(machine, accelerator, count, there):
     machine(accelerator)
-    with pytest.raises(UserError, match=f"hardware.devices is {count}, and this machine has {there} of {accelerator}"):
+    with pytest.raises(
+        UserError,
+        match=f"hardware.devices is {count}, and this machine has {there} of {accelerator}",
+    ):
         devices.choose_hardware(HardwareConfig(accelerator=accelerator, devices=count), "32-true")
 
 

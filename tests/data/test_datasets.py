@@ -40,11 +40,21 @@ def test_every_token_but_the_first_is_a_target_once(n, seq_len):
     tokens = np.arange(100, 100 + n)
     dataset = PackedLMDataset(tokens, seq_len)
     items = [dataset[i] for i in range(len(dataset))]
-    pairs = [(int(x), int(y)) for item in items for x, y in zip(item["input_ids"], item["targets"], strict=True) if y != -100]
-    assert pairs == list(zip(tokens.tolist(), tokens.tolist()[1:], strict=False))  # each predicted from the one before it
+    pairs = [
+        (int(x), int(y))
+        for item in items
+        for x, y in zip(item["input_ids"], item["targets"], strict=True)
+        if y != -100
+    ]
+    assert pairs == list(
+        zip(tokens.tolist(), tokens.tolist()[1:], strict=False)
+    )  # each predicted from the one before it
     for item in items:
         assert item["input_ids"].shape == item["targets"].shape == (seq_len,)
-        assert torch.equal(item["input_ids"][1:][item["targets"][1:] != -100], item["targets"][:-1][item["targets"][1:] != -100])
+        assert torch.equal(
+            item["input_ids"][1:][item["targets"][1:] != -100],
+            item["targets"][:-1][item["targets"][1:] != -100],
+        )
         assert (item["input_ids"][item["targets"] == -100] == 0).all()
     assert all((item["targets"] != -100).all() for item in items[:-1])
 
@@ -60,14 +70,26 @@ def plain_row(window: list[int], seq_len: int) -> tuple[list[int], list[int]]:
 def test_a_batch_of_an_array_is_what_a_plain_loop_makes(tokens, seq_len, data):
     dataset = PackedLMDataset(np.array(tokens, "<u2"), seq_len)
     indices = data.draw(st.lists(st.integers(-1, len(dataset) - 1), min_size=1, max_size=8))
-    expected = [plain_row(tokens[i * seq_len : i * seq_len + seq_len + 1] if i >= 0 else [], seq_len) for i in indices]
+    expected = [
+        plain_row(tokens[i * seq_len : i * seq_len + seq_len + 1] if i >= 0 else [], seq_len)
+        for i in indices
+    ]
     batch = dataset.__getitems__(indices)
-    assert lists(batch) == {"input_ids": [x for x, _ in expected], "targets": [y for _, y in expected]}
+    assert lists(batch) == {
+        "input_ids": [x for x, _ in expected],
+        "targets": [y for _, y in expected],
+    }
     assert {rows.dtype for rows in batch.values()} == {torch.int64}
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(texts, min_size=1, max_size=6), st.integers(1, 9), st.booleans(), st.booleans(), st.data())
+@given(
+    st.lists(texts, min_size=1, max_size=6),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
+)
 def test_a_batch_of_a_shard_is_what_a_plain_loop_makes(documents, seq_len, bos, eos, data):
     """The document of each input, too: they are counted here by the loop that joins them."""
     tokenizer = ByteTokenizer(bos, eos)
@@ -77,12 +99,20 @@ def test_a_batch_of_a_shard_is_what_a_plain_loop_makes(documents, seq_len, bos, 
         owners += [number] * (len(tokens) - len(owners))
     tokens += tokenizer.final
     with tempfile.TemporaryDirectory() as folder:
-        dataset = PackedLMDataset(write_shard(Path(folder) / "x.bin", tokenizer, documents), seq_len, document_mask=True)
+        dataset = PackedLMDataset(
+            write_shard(Path(folder) / "x.bin", tokenizer, documents), seq_len, document_mask=True
+        )
         assert len(dataset) == len(range(0, len(tokens) - 1, seq_len))
         indices = data.draw(st.lists(st.integers(-1, len(dataset) - 1), min_size=1, max_size=8))
         batch = dataset.__getitems__(indices)
-    expected = [plain_row(tokens[i * seq_len : i * seq_len + seq_len + 1] if i >= 0 else [], seq_len) for i in indices]
-    assert (batch["input_ids"].tolist(), batch["targets"].tolist()) == ([x for x, _ in expected], [y for _, y in expected])
+    expected = [
+        plain_row(tokens[i * seq_len : i * seq_len + seq_len + 1] if i >= 0 else [], seq_len)
+        for i in indices
+    ]
+    assert (batch["input_ids"].tolist(), batch["targets"].tolist()) == (
+        [x for x, _ in expected],
+        [y for _, y in expected],
+    )
     assert batch["doc_ids"].dtype == torch.int64
     for index, ids, targets in zip(indices, batch["doc_ids"], batch["targets"], strict=True):
         kept = ids[targets != -100].tolist()
@@ -99,7 +129,16 @@ def test_document_ids_change_where_a_document_begins(shard):
     dataset = PackedLMDataset(shard, 4, document_mask=True)
     batch = dataset.__getitems__(range(len(dataset)))
     kept = batch["targets"].flatten() != -100
-    assert batch["input_ids"].flatten()[kept].tolist() == [256, *b"abc", 256, *b"d", 256, *b"efghijk", 256, *b"lm"]
+    assert batch["input_ids"].flatten()[kept].tolist() == [
+        256,
+        *b"abc",
+        256,
+        *b"d",
+        256,
+        *b"efghijk",
+        256,
+        *b"lm",
+    ]
     ids = batch["doc_ids"].flatten()[kept].tolist()
     assert [sorted(set(ids)).index(i) for i in ids] == [0] * 4 + [1] * 2 + [2] * 8 + [3] * 3
     assert "doc_ids" not in PackedLMDataset(shard, 4)[0]
@@ -129,10 +168,17 @@ def test_an_index_of_minus_one_is_a_row_without_targets(shard):
 def test_a_padded_row_is_one_document_with_what_stands_around_it(documents, seq_len, bos, eos):
     """Wherever bos and eos stand: each document is whole up to T + 1 tokens, and no token of another has a loss."""
     tokenizer = ByteTokenizer(bos, eos)
-    before, behind = [256] * bos or [256] * eos, [256 + bos] * eos  # an eos leads in where there is no bos
+    before, behind = (
+        [256] * bos or [256] * eos,
+        [256 + bos] * eos,
+    )  # an eos leads in where there is no bos
     windows = [[*before, *document.encode(), *behind][: seq_len + 1] for document in documents]
     with tempfile.TemporaryDirectory() as folder:
-        dataset = PaddedLMDataset(write_shard(Path(folder) / "x.bin", tokenizer, documents), seq_len, bool(tokenizer.final))
+        dataset = PaddedLMDataset(
+            write_shard(Path(folder) / "x.bin", tokenizer, documents),
+            seq_len,
+            bool(tokenizer.final),
+        )
         assert len(dataset) == len(documents)
         batch = lists(dataset.__getitems__([*range(len(documents)), -1]))
     expected = [plain_row(window, seq_len) for window in [*windows, []]]
@@ -147,7 +193,9 @@ def test_a_padded_row_is_one_document_with_what_stands_around_it(documents, seq_
 ])  # fmt: skip
 def test_a_padded_document_spelled_out(tmp_path, bos, eos, inputs, targets):
     tokenizer = ByteTokenizer(bos, eos)
-    dataset = PaddedLMDataset(write_shard(tmp_path / "x.bin", tokenizer, ["abc", "de"]), 6, bool(tokenizer.final))
+    dataset = PaddedLMDataset(
+        write_shard(tmp_path / "x.bin", tokenizer, ["abc", "de"]), 6, bool(tokenizer.final)
+    )
     row, missing = lists(dataset[0]), 6 - len(inputs)
     assert row == {"input_ids": inputs + [0] * missing, "targets": targets + [-100] * missing}
 
@@ -158,23 +206,36 @@ def test_a_padded_document_spelled_out(tmp_path, bos, eos, inputs, targets):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=4), st.integers(1, 7), st.data())
 def test_joined_rows_are_those_of_the_parts_in_any_order(sizes, seq_len, data):
-    parts = [PackedLMDataset(np.arange(1000 * number, 1000 * number + size), seq_len) for number, size in enumerate(sizes)]
+    parts = [
+        PackedLMDataset(np.arange(1000 * number, 1000 * number + size), seq_len)
+        for number, size in enumerate(sizes)
+    ]
     joined = JoinedDataset(parts)
     every = [part[i] for part in parts for i in range(len(part))]
     assert len(joined) == len(every)
     indices = data.draw(st.lists(st.integers(-1, len(every) - 1), min_size=1, max_size=10))
     batch = joined.__getitems__(indices)
-    blank = {"input_ids": torch.zeros(seq_len, dtype=torch.long), "targets": torch.full((seq_len,), -100)}
+    blank = {
+        "input_ids": torch.zeros(seq_len, dtype=torch.long),
+        "targets": torch.full((seq_len,), -100),
+    }
     for name in ("input_ids", "targets"):
-        assert torch.equal(batch[name], torch.stack([every[i][name] if i >= 0 else blank[name] for i in indices]))
+        assert torch.equal(
+            batch[name], torch.stack([every[i][name] if i >= 0 else blank[name] for i in indices])
+        )
 
 
 def test_joined_rows_keep_their_document_ids(tmp_path):
     sources = {"one": ["ab", "cdef"], "two": ["g", "h", "i"]}
-    shards = (write_shard(tmp_path / name, ByteTokenizer(), documents) for name, documents in sources.items())
+    shards = (
+        write_shard(tmp_path / name, ByteTokenizer(), documents)
+        for name, documents in sources.items()
+    )
     parts = [PackedLMDataset(shard, 5, document_mask=True) for shard in shards]
     batch = JoinedDataset(parts).__getitems__([3, 0, 2])
-    assert batch["doc_ids"].tolist() == [parts[i][j]["doc_ids"].tolist() for i, j in ((1, 1), (0, 0), (1, 0))]
+    assert batch["doc_ids"].tolist() == [
+        parts[i][j]["doc_ids"].tolist() for i, j in ((1, 1), (0, 0), (1, 0))
+    ]
 
 
 # ---- what the model sees ---------------------------------------------------------------------------------------------
@@ -183,7 +244,9 @@ def test_joined_rows_keep_their_document_ids(tmp_path):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=257, max_seq_len=32, n_layers=2, d_model=16, n_heads=2, n_kv_heads=1)
+    config = ModelConfig(
+        vocab_size=257, max_seq_len=32, n_layers=2, d_model=16, n_heads=2, n_kv_heads=1
+    )
     model = Transformer(config).eval()
     for p in model.parameters():  # the first weights are so small that attention hardly shows
         p.data.mul_(10)
@@ -201,10 +264,24 @@ def test_under_document_mask_no_document_sees_another(model, tmp_path):
     documents = ["abcdefgh", "ijklmnop", "qrstuvwx"]
     places = [slice(0, 9), slice(9, 18), slice(18, 27)]  # each led in by its eos
     for mask in (True, False):
-        before = model(**{name: rows for name, rows in row_of(tmp_path, documents, mask).items() if name != "targets"})
+        before = model(
+            **{
+                name: rows
+                for name, rows in row_of(tmp_path, documents, mask).items()
+                if name != "targets"
+            }
+        )
         for changed in range(3):
-            others = [text.upper() if number == changed else text for number, text in enumerate(documents)]
-            after = model(**{name: rows for name, rows in row_of(tmp_path, others, mask).items() if name != "targets"})
+            others = [
+                text.upper() if number == changed else text for number, text in enumerate(documents)
+            ]
+            after = model(
+                **{
+                    name: rows
+                    for name, rows in row_of(tmp_path, others, mask).items()
+                    if name != "targets"
+                }
+            )
             same = [torch.equal(before[:, place], after[:, place]) for place in places]
             assert same == [number != changed if mask else number < changed for number in range(3)]
 
@@ -226,5 +303,9 @@ def test_under_document_mask_positions_restart(model, tmp_path):
     row = row_of(tmp_path, ["abcde", "fghijklm"], True)
     restarting, going_on = torch.tensor([[*range(6), *range(26)]]), torch.arange(32)[None]
     logits = model(row["input_ids"], doc_ids=row["doc_ids"])[0, :15]
-    assert torch.equal(logits, model(row["input_ids"], doc_ids=row["doc_ids"], positions=restarting)[0, :15])
-    assert not torch.equal(logits, model(row["input_ids"], doc_ids=row["doc_ids"], positions=going_on)[0, :15])
+    assert torch.equal(
+        logits, model(row["input_ids"], doc_ids=row["doc_ids"], positions=restarting)[0, :15]
+    )
+    assert not torch.equal(
+        logits, model(row["input_ids"], doc_ids=row["doc_ids"], positions=going_on)[0, :15]
+    )

@@ -99,7 +99,10 @@ def test_the_validation_documents_of_wiki_never_change():
     assert all(chunk.begins and chunk.ends for chunk in chunks)
     assert (len(chunks) - len(val), len(val)) == (9_281, 496)
     digests = sorted(hashlib.sha256(document.encode()).hexdigest() for document in val)
-    assert hashlib.sha256("".join(digests).encode()).hexdigest() == "eb64931d8848540b8d4defd8ef6dc7b7b7b51285ca2f75001f87e5c39be21417"
+    assert (
+        hashlib.sha256("".join(digests).encode()).hexdigest()
+        == "eb64931d8848540b8d4defd8ef6dc7b7b7b51285ca2f75001f87e5c39be21417"
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -107,22 +110,33 @@ def test_the_validation_documents_of_wiki_never_change():
 def test_every_document_is_in_one_part_and_equal_ones_in_the_same(documents, share):
     chunks = list(split(whole(documents * 2), share, None))
     assert [chunk.text for chunk in chunks] == documents * 2
-    train, val = ({chunk.text for chunk in chunks if chunk.validation == which} for which in (False, True))
+    train, val = (
+        {chunk.text for chunk in chunks if chunk.validation == which} for which in (False, True)
+    )
     assert not train & val
 
 
 def test_the_share_is_the_share_and_a_larger_one_contains_it():
     documents = [str(i) for i in range(4000)]
-    few, many = ({document for document in documents if is_validation(document, share)} for share in (0.05, 0.2))
+    few, many = (
+        {document for document in documents if is_validation(document, share)}
+        for share in (0.05, 0.2)
+    )
     assert few < many
-    assert 0.2 * 4000 - 100 < len(many) < 0.2 * 4000 + 100  # four standard deviations of a fair draw
+    assert (
+        0.2 * 4000 - 100 < len(many) < 0.2 * 4000 + 100
+    )  # four standard deviations of a fair draw
 
 
 def test_the_pieces_of_a_document_stay_together():
     """Its first piece decides."""
     first = next(str(i) for i in range(100) if is_validation(str(i), 0.3))
     other = next(str(i) for i in range(100) if not is_validation(str(i), 0.3))
-    chunks = list(split([(first, False), (other, True), (other, False), (first, False), ("", True)], 0.3, None))
+    chunks = list(
+        split(
+            [(first, False), (other, True), (other, False), (first, False), ("", True)], 0.3, None
+        )
+    )
     assert [chunk.validation for chunk in chunks] == [True, True, False, False, False]
     assert [chunk.begins for chunk in chunks] == [True, False, True, False, False]
     assert [chunk.ends for chunk in chunks] == [False, True, False, False, True]
@@ -131,7 +145,12 @@ def test_the_pieces_of_a_document_stay_together():
 def test_a_tenth_of_tiny_shakespeares_bytes():
     """nanoGPT's char run keeps 1,003,854 of 1,115,394 characters for training."""
     train, val = split([("a" * 1_115_394, True)], 0.1, 1_115_394)
-    assert (train.validation, len(train.text), val.validation, len(val.text)) == (False, 1_003_854, True, 111_540)
+    assert (train.validation, len(train.text), val.validation, len(val.text)) == (
+        False,
+        1_003_854,
+        True,
+        111_540,
+    )
 
 
 LONE = "aé€😀\nb€€a😀"
@@ -149,7 +168,9 @@ def test_a_single_document_gives_its_end_and_is_cut_between_characters(pieces, s
     text, last = "".join(pieces), len(pieces) - 1
     raw = text.encode()
     chunks = list(split([(piece, i == last) for i, piece in enumerate(pieces)], share, len(raw)))
-    train, val = ([chunk for chunk in chunks if chunk.validation == which] for which in (False, True))
+    train, val = (
+        [chunk for chunk in chunks if chunk.validation == which] for which in (False, True)
+    )
     assert chunks == train + val
     ideal = int(len(raw) * (1 - share))
     border = next(i for i in range(ideal, -1, -1) if i == len(raw) or raw[i] & 0xC0 != 0x80)
@@ -157,7 +178,11 @@ def test_a_single_document_gives_its_end_and_is_cut_between_characters(pieces, s
     assert "".join(chunk.text for chunk in val) == raw[border:].decode()
     for part in (train, val):
         assert [chunk.begins for chunk in part] == [True, *[False] * (len(part) - 1)][: len(part)]
-        assert [chunk.ends for chunk in part] == [*[False] * (len(part) - 1), True][-len(part) :] if part else True
+        assert (
+            [chunk.ends for chunk in part] == [*[False] * (len(part) - 1), True][-len(part) :]
+            if part
+            else True
+        )
     assert bool(train) == (border > 0)
 
 
@@ -187,7 +212,9 @@ def test_a_trained_tokenizer_sees_the_training_part_only(kind, tmp_path):
         assert 0 in only(data.val).tokens
         assert 0 not in only(data.train).tokens
     else:
-        assert len(data.tokenizer.encode("ß")) == 2  # no merge of its two bytes, which 30 documents would have made the first
+        assert (
+            len(data.tokenizer.encode("ß")) == 2
+        )  # no merge of its two bytes, which 30 documents would have made the first
         assert len(data.tokenizer.encode(" and more")) < len(" and more")
 
 
@@ -221,7 +248,13 @@ DOCUMENTS = st.lists(st.text(alphabet="ab é😀\n", max_size=12), max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
-@given(documents=DOCUMENTS, bos=st.booleans(), eos=st.booleans(), piece=st.integers(1, 9), batch=st.integers(1, 30))
+@given(
+    documents=DOCUMENTS,
+    bos=st.booleans(),
+    eos=st.booleans(),
+    piece=st.integers(1, 9),
+    batch=st.integers(1, 30),
+)
 @example(documents=[" ", "\n"], bos=False, eos=True, piece=4, batch=9)
 def test_shards_are_what_a_plain_loop_makes(tmp_path_factory, documents, bos, eos, piece, batch):
     folder = tmp_path_factory.mktemp("plain")
@@ -254,17 +287,23 @@ def test_shards_are_what_a_plain_loop_makes(tmp_path_factory, documents, bos, eo
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe:300", "gpt2"])
 @pytest.mark.parametrize("piece, batch", [(150, 100), (997, 4000), (2**20, 2**20)])
-def test_documents_in_pieces_have_the_ids_that_they_have_whole(tmp_path, small, wiki, kind, piece, batch):
+def test_documents_in_pieces_have_the_ids_that_they_have_whole(
+    tmp_path, small, wiki, kind, piece, batch
+):
     small(piece, batch)
     odd = "Spaces   and\n\n\ttabs, 12 345,  naïve café 中文字 😀😀 end   " * 40
     documents = ["\n\n".join(wiki[:15]), odd, "short", "\n\n".join(wiki[15:30])]
     val = jsonl(tmp_path / "val.jsonl", ["x"])
-    config = byte_config(tmp_path, path=jsonl(tmp_path / "x.jsonl", documents), val_path=val, tokenizer=kind)
+    config = byte_config(
+        tmp_path, path=jsonl(tmp_path / "x.jsonl", documents), val_path=val, tokenizer=kind
+    )
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "wheels").symlink_to(DATA / "wheels")
     data = prepare(config)
     assert max(map(len, documents)) > 4 * piece or piece == 2**20
-    assert read(only(data.train)) == plain(documents, data.tokenizer.encode, None, data.tokenizer.eos_id)
+    assert read(only(data.train)) == plain(
+        documents, data.tokenizer.encode, None, data.tokenizer.eos_id
+    )
 
 
 def test_a_lone_text_in_pieces_has_the_ids_of_its_two_parts(tmp_path, small, wiki):
@@ -272,7 +311,11 @@ def test_a_lone_text_in_pieces_has_the_ids_of_its_two_parts(tmp_path, small, wik
     text = "\n\n".join(wiki[:40])
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "wheels").symlink_to(DATA / "wheels")
-    data = prepare(byte_config(tmp_path, path=text_file(tmp_path / "x.txt", text), tokenizer="gpt2", val_share=0.3))
+    data = prepare(
+        byte_config(
+            tmp_path, path=text_file(tmp_path / "x.txt", text), tokenizer="gpt2", val_share=0.3
+        )
+    )
     gpt2, raw = build_tokenizer("gpt2", DATA), text.encode()
     train = raw[: int(len(raw) * 0.7)].decode(errors="ignore")
     assert read(only(data.train)) == plain([train], gpt2.encode, None, 50_256)
@@ -282,7 +325,10 @@ def test_a_lone_text_in_pieces_has_the_ids_of_its_two_parts(tmp_path, small, wik
 def test_a_text_file_is_its_bytes(tmp_path):
     """Windows' line ends too: what a file counts as bytes, bits per byte must count as well."""
     path = text_file(tmp_path / "text.txt", b"one\r\ntwo\rthree\n")
-    assert "".join(texts(prepare(byte_config(tmp_path, path=path, val_share=0.4)))).encode() == b"one\r\ntwo\rthree\n"
+    assert (
+        "".join(texts(prepare(byte_config(tmp_path, path=path, val_share=0.4)))).encode()
+        == b"one\r\ntwo\rthree\n"
+    )
 
 
 def test_a_word_of_megabytes_is_cut_all_the_same(tmp_path, small):
@@ -295,7 +341,10 @@ def test_a_word_of_megabytes_is_cut_all_the_same(tmp_path, small):
 
 def test_a_corpus_shorter_than_a_row_is_a_row(tmp_path):
     data = prepare(byte_config(tmp_path, path=text_file(tmp_path / "x.txt", "ab"), val_share=0.5))
-    assert [read(only(part)) for part in (data.train, data.val)] == [([256, 97, 256], [0], 1), ([256, 98, 256], [0], 1)]
+    assert [read(only(part)) for part in (data.train, data.val)] == [
+        ([256, 97, 256], [0], 1),
+        ([256, 98, 256], [0], 1),
+    ]
     config = SimpleNamespace(data=byte_config(tmp_path), training=SimpleNamespace(seq_len=256))
     assert [len(rows_of(data, config, validation)) for validation in (False, True)] == [1, 1]
 
@@ -306,15 +355,22 @@ def test_a_corpus_shorter_than_a_row_is_a_row(tmp_path):
 def test_with_val_path_all_of_it_is_validation_and_val_share_says_nothing(tmp_path):
     one, two = [f"one {i}" for i in range(30)], [f"two {i}" for i in range(20)]
     paths = {"path": jsonl(tmp_path / "1.jsonl", one), "val_path": jsonl(tmp_path / "2.jsonl", two)}
-    data, again = (prepare(byte_config(tmp_path, **paths, val_share=share)) for share in (0.05, 0.9))
+    data, again = (
+        prepare(byte_config(tmp_path, **paths, val_share=share)) for share in (0.05, 0.9)
+    )
     assert read(only(data.train)) == plain(one, str.encode, None, 256)
     assert read(only(data.val)) == plain(two, str.encode, None, 256)
-    assert [only(part).path for part in (again.train, again.val)] == [only(part).path for part in (data.train, data.val)]
+    assert [only(part).path for part in (again.train, again.val)] == [
+        only(part).path for part in (data.train, data.val)
+    ]
     assert only(data.train).path.parent != only(data.val).path.parent
 
 
 def test_a_trained_tokenizer_does_not_see_val_path(tmp_path):
-    paths = {"path": text_file(tmp_path / "1.txt", "abc"), "val_path": text_file(tmp_path / "2.txt", "abcd")}
+    paths = {
+        "path": text_file(tmp_path / "1.txt", "abc"),
+        "val_path": text_file(tmp_path / "2.txt", "abcd"),
+    }
     assert prepare(byte_config(tmp_path, **paths, tokenizer="char")).tokenizer.symbols == "abc"
 
 
@@ -323,22 +379,37 @@ def test_seen_bytes_are_those_of_all_documents_since_it_knows_no_other(tmp_path)
     documents = [f"{letter}x" for letter in "abcdefghijklmnopqrstuvw"]
     path, other = jsonl(tmp_path / "a.jsonl", documents), jsonl(tmp_path / "b.jsonl", ["zx"])
     assert {is_validation(document, 0.3) for document in documents} == {True, False}
-    for val_path, letters in ((None, "abcdefghijklmnopqrstuvwx"), (other, "abcdefghijklmnopqrstuvwxz")):
-        data = prepare(byte_config(tmp_path, tokenizer="seen-bytes", path=path, val_path=val_path, val_share=0.3))
+    for val_path, letters in (
+        (None, "abcdefghijklmnopqrstuvwx"),
+        (other, "abcdefghijklmnopqrstuvwxz"),
+    ):
+        data = prepare(
+            byte_config(
+                tmp_path, tokenizer="seen-bytes", path=path, val_path=val_path, val_share=0.3
+            )
+        )
         assert bytes(data.tokenizer.seen) == letters.encode()
 
 
 def test_what_a_vocabulary_leaves_out_is_told_again_when_it_is_read_back(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [f"{letter}xyz" for letter in "abcdefghijklmnopqrstuvw"])
-    notes = [prepare(byte_config(tmp_path, tokenizer="char:5", path=path)).tokenizer.note for _ in range(2)]
+    notes = [
+        prepare(byte_config(tmp_path, tokenizer="char:5", path=path)).tokenizer.note
+        for _ in range(2)
+    ]
     assert notes[0] == notes[1] and "char:5 keeps the 3 commonest" in notes[0]
 
 
 def test_the_same_text_for_both_parts_has_a_shard_of_each(tmp_path):
-    paths = {"path": text_file(tmp_path / "1.txt", "abc"), "val_path": text_file(tmp_path / "2.txt", "abc")}
+    paths = {
+        "path": text_file(tmp_path / "1.txt", "abc"),
+        "val_path": text_file(tmp_path / "2.txt", "abc"),
+    }
     data = prepare(byte_config(tmp_path, **paths))
     assert [only(part).path.name for part in (data.train, data.val)] == ["train.bin", "val.bin"]
-    assert [read(only(part)) for part in (data.train, data.val)] == [plain(["abc"], str.encode, None, 256)] * 2
+    assert [read(only(part)) for part in (data.train, data.val)] == [
+        plain(["abc"], str.encode, None, 256)
+    ] * 2
 
 
 def test_a_mixture_has_a_shard_of_each_source_and_one_tokenizer_of_all(tmp_path):
@@ -346,30 +417,56 @@ def test_a_mixture_has_a_shard_of_each_source_and_one_tokenizer_of_all(tmp_path)
     parts = (
         MixtureConfig(path=jsonl(tmp_path / "1.jsonl", one), weight=3.0),
         MixtureConfig(path=jsonl(tmp_path / "2.jsonl", two)),
-        MixtureConfig(path=text_file(tmp_path / "3.txt", "xyz"), val_path=text_file(tmp_path / "4.txt", "qqq"), weight=0.5),
+        MixtureConfig(
+            path=text_file(tmp_path / "3.txt", "xyz"),
+            val_path=text_file(tmp_path / "4.txt", "qqq"),
+            weight=0.5,
+        ),
     )
-    data = prepare(DataConfig(mixture=parts, tokenizer="char", cache_dir=str(tmp_path / "cache"), val_share=0.3))
+    data = prepare(
+        DataConfig(
+            mixture=parts, tokenizer="char", cache_dir=str(tmp_path / "cache"), val_share=0.3
+        )
+    )
     assert data.sources == tuple(part.path for part in parts)
     assert data.name == " + ".join(part.path for part in parts)
     assert data.weights == (3.0, 1.0, 0.5)
-    expected = [[[d for d in documents if is_validation(d, 0.3) == which] for documents in (one, two)] for which in (False, True)]
+    expected = [
+        [[d for d in documents if is_validation(d, 0.3) == which] for documents in (one, two)]
+        for which in (False, True)
+    ]
     expected[0].append(["xyz"])
     expected[1].append(["qqq"])
     tokenizer = data.tokenizer
     assert set(tokenizer.symbols) == set("".join("".join(documents) for documents in expected[0]))
     for part, of_sources in zip((data.train, data.val), expected, strict=True):
-        assert [read(shard) for shard in part.shards] == [plain(d, tokenizer.encode, None, tokenizer.eos_id) for d in of_sources]
+        assert [read(shard) for shard in part.shards] == [
+            plain(d, tokenizer.encode, None, tokenizer.eos_id) for d in of_sources
+        ]
         assert part.n_documents == sum(map(len, of_sources))
-        assert part.n_bytes == sum(len(document.encode()) for documents in of_sources for document in documents)
+        assert part.n_bytes == sum(
+            len(document.encode()) for documents in of_sources for document in documents
+        )
         assert part.n_targets == part.n_tokens - 3
     swapped = dataclasses.replace(parts[0], weight=2.0), *parts[1:]
-    other = prepare(DataConfig(mixture=swapped, tokenizer="char", cache_dir=str(tmp_path / "cache"), val_share=0.3))
-    assert [shard.path for shard in other.train.shards] == [shard.path for shard in data.train.shards]
+    other = prepare(
+        DataConfig(
+            mixture=swapped, tokenizer="char", cache_dir=str(tmp_path / "cache"), val_share=0.3
+        )
+    )
+    assert [shard.path for shard in other.train.shards] == [
+        shard.path for shard in data.train.shards
+    ]
     assert other.sha256 != data.sha256
 
 
 def streamed(folder: Path, documents: list[str], **changes: object) -> PreparedData:
-    config = {"path": jsonl(folder / "x.jsonl", documents), "streaming": True, "val_share": 0.3, **changes}
+    config = {
+        "path": jsonl(folder / "x.jsonl", documents),
+        "streaming": True,
+        "val_share": 0.3,
+        **changes,
+    }
     return prepare(byte_config(folder, **config))
 
 
@@ -378,25 +475,35 @@ def test_a_stream_prepares_its_first_documents_only(tmp_path, monkeypatch):
     documents = [f"document {i}" for i in range(100)]
     data = streamed(tmp_path, documents, tokenizer="char")
     for part, which in ((data.train, False), (data.val, True)):
-        expected = [document for document in documents[:25] if is_validation(document, 0.3) == which]
-        assert read(only(part)) == plain(expected, data.tokenizer.encode, None, data.tokenizer.eos_id)
+        expected = [
+            document for document in documents[:25] if is_validation(document, 0.3) == which
+        ]
+        assert read(only(part)) == plain(
+            expected, data.tokenizer.encode, None, data.tokenizer.eos_id
+        )
     assert [text for text, _ in data.stream.pieces()] == documents
     assert data.sources == (data.stream.name,) == (str(tmp_path / "x.jsonl"),)
 
 
 @pytest.mark.parametrize("size, kept", [(35, 4), (40, 4), (41, 5), (1, 2)])
-def test_the_first_documents_are_few_where_they_are_long_but_two_at_least(tmp_path, monkeypatch, small, size, kept):
+def test_the_first_documents_are_few_where_they_are_long_but_two_at_least(
+    tmp_path, monkeypatch, small, size, kept
+):
     monkeypatch.setattr(pieces, "HEAD_CHARACTERS", size)
     documents = [f"document {i}" for i in range(9)]
     head = pieces.Head(open_source(DataConfig(path=jsonl(tmp_path / "x.jsonl", documents)), ""))
     assert list(head.pieces()) == list(head.pieces()) == whole(documents[:kept])
     small(7, 100)
     head = pieces.Head(head.source)
-    assert "".join(text + "|" * ends for text, ends in head.pieces()) == "".join(document + "|" for document in documents[:kept])
+    assert "".join(text + "|" * ends for text, ends in head.pieces()) == "".join(
+        document + "|" for document in documents[:kept]
+    )
 
 
 def test_what_cannot_be_streamed_is_named(tmp_path):
-    with pytest.raises(UserError, match="data.streaming deals out documents, and .*x.jsonl is a single one"):
+    with pytest.raises(
+        UserError, match="data.streaming deals out documents, and .*x.jsonl is a single one"
+    ):
         streamed(tmp_path, ["one document"])
     np.arange(8, dtype="<u2").tofile(tmp_path / "x.bin")
     with pytest.raises(UserError, match="x.bin is tokens already; set data.streaming to false"):
@@ -514,9 +621,18 @@ print(json.dumps(found))
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, wiki, form):
     """A process of its own each time, so that nothing but the disk remembers."""
     if form == "documents":
-        settings = {"path": jsonl(tmp_path / "x.jsonl", wiki[:2000]), "tokenizer": "byte", "val_share": 0.3}
+        settings = {
+            "path": jsonl(tmp_path / "x.jsonl", wiki[:2000]),
+            "tokenizer": "byte",
+            "val_share": 0.3,
+        }
     else:
-        settings = {"path": text_file(tmp_path / "x.txt", "\n".join(wiki[:700])), "tokenizer": "byte", "val_share": 0.3, "bos": True}
+        settings = {
+            "path": text_file(tmp_path / "x.txt", "\n".join(wiki[:700])),
+            "tokenizer": "byte",
+            "val_share": 0.3,
+            "bos": True,
+        }
     ran = forks(KILLED, json.dumps(settings), tmp_path, json.dumps(KILLS))
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
@@ -528,7 +644,9 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, wiki,
         assert run["status"] == (0 if what == "the folder is there" else -9), what
         assert run["files"] == once["files"], what
         assert run["folders"] == once["folders"], what
-        assert run["calls"] == (0 if what == "the folder is there" else once["calls"] - run["batches"]), what
+        assert run["calls"] == (
+            0 if what == "the folder is there" else once["calls"] - run["batches"]
+        ), what
     assert found["a written journal"]["batches"] == 12
     assert found["closing val"]["batches"] == once["calls"]
     assert found["the journal is gone"]["batches"] == 0
@@ -556,8 +674,12 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on_later(tmp_path
     status, once, full = json.loads(ran.stdout)
     assert status == 2
     (line,) = ran.stderr.splitlines()
-    assert line.startswith(f"error: cannot write token shards to {tmp_path / 'full' / 'shards'}: File too large, with ")
-    assert line.endswith(" MB free; make room, or set data.cache_dir, and run the same command again")
+    assert line.startswith(
+        f"error: cannot write token shards to {tmp_path / 'full' / 'shards'}: File too large, with "
+    )
+    assert line.endswith(
+        " MB free; make room, or set data.cache_dir, and run the same command again"
+    )
     assert full["files"] == once["files"]
     assert 0 < full["calls"] < once["calls"]
 
@@ -618,7 +740,11 @@ def interrupted(tmp_path, corpus, small, monkeypatch):
     """A preparation that was interrupted after 5 of 40 batches, of which the journal has 4; its config, and its unfinished folder."""
     small(2**20, 30)
     monkeypatch.setattr(shard_builder, "JOURNAL_SECONDS", -1)
-    config, write, writes = byte_config(tmp_path, path=corpus, val_path=text_file(tmp_path / "val.txt", "x")), ShardWriter.write, []
+    config, write, writes = (
+        byte_config(tmp_path, path=corpus, val_path=text_file(tmp_path / "val.txt", "x")),
+        ShardWriter.write,
+        [],
+    )
 
     def interrupt(self: ShardWriter, *arguments: object) -> None:
         write(self, *arguments)
@@ -675,7 +801,9 @@ def test_without_a_journal_that_fits_a_preparation_begins_anew(interrupted, monk
 
 @pytest.mark.parametrize("file", ["train.bin", "train.offsets"])
 @pytest.mark.parametrize("how", ["gone", "shorter"])
-def test_without_the_files_of_the_journal_a_preparation_begins_anew(interrupted, monkeypatch, file, how):
+def test_without_the_files_of_the_journal_a_preparation_begins_anew(
+    interrupted, monkeypatch, file, how
+):
     config, unfinished = interrupted
     path = unfinished / file
     raw = path.read_bytes()
@@ -702,7 +830,9 @@ def test_ctrl_c_ends_a_preparation_at_once(tmp_path, corpus, small, monkeypatch)
 
     monkeypatch.setattr(shard_builder, "encode", slow)
     monkeypatch.setattr(prepare_module.os, "cpu_count", lambda: 8)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background with it ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts what is in the background with it ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             prepare(byte_config(tmp_path, path=corpus))
@@ -731,7 +861,9 @@ def test_an_error_in_the_text_leaves_nothing_behind(tmp_path, small, monkeypatch
     monkeypatch.setattr(shard_builder, "JOURNAL_SECONDS", -1)
     journalled, state = [], ShardWriter.state
     monkeypatch.setattr(ShardWriter, "state", lambda self: journalled.append(1) or state(self))
-    path = text_file(tmp_path / "text.txt", b"line of text\n" * 100 + b"\xff" + b"line of text\n" * 100)
+    path = text_file(
+        tmp_path / "text.txt", b"line of text\n" * 100 + b"\xff" + b"line of text\n" * 100
+    )
     with pytest.raises(UserError, match="text.txt is not UTF-8: byte 1300 is 0xff"):
         prepare(byte_config(tmp_path, path=path, separator="line"))
     assert len(journalled) > 1
@@ -746,7 +878,9 @@ def test_an_error_in_the_text_leaves_nothing_behind(tmp_path, small, monkeypatch
 
 def test_whatever_decides_the_tokens_is_in_the_key(tmp_path):
     text = "".join(f"line {i}\n\n" for i in range(40))
-    config = byte_config(tmp_path, path=text_file(tmp_path / "x.txt", text), separator="line", val_share=0.3)
+    config = byte_config(
+        tmp_path, path=text_file(tmp_path / "x.txt", text), separator="line", val_share=0.3
+    )
     changed = text_file(tmp_path / "y.txt", text.replace("line 7", "line_7"))
     configs = [
         config,
@@ -768,22 +902,39 @@ def test_whatever_decides_the_tokens_is_in_the_key(tmp_path):
         ),
     ]
     made = [prepare(config) for config in configs]
-    assert len({only(data.train).path for data in made}) == len(configs) == len(shard_folders(tmp_path / "cache"))
+    assert (
+        len({only(data.train).path for data in made})
+        == len(configs)
+        == len(shard_folders(tmp_path / "cache"))
+    )
     assert len({data.tokenizer.fingerprint for data in made}) == 6
-    assert [only(prepare(config).train).path for config in configs] == [only(data.train).path for data in made]
+    assert [only(prepare(config).train).path for config in configs] == [
+        only(data.train).path for data in made
+    ]
 
 
 def test_the_same_content_elsewhere_and_at_another_time_shares_the_shards(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     text = "".join(f"line {i}\n" for i in range(40))
-    first, second = (text_file(tmp_path / folder / name, text) for folder, name in (("a", "x.txt"), ("b", "y.txt")))
+    first, second = (
+        text_file(tmp_path / folder / name, text)
+        for folder, name in (("a", "x.txt"), ("b", "y.txt"))
+    )
     os.utime(second, (0, 0))
     kinds = ["byte", "char", "bpe:260"]
-    made = [prepare(byte_config(tmp_path, path=first, separator="line", tokenizer=kind, val_share=0.3)) for kind in kinds]
+    made = [
+        prepare(byte_config(tmp_path, path=first, separator="line", tokenizer=kind, val_share=0.3))
+        for kind in kinds
+    ]
     monkeypatch.setattr(shard_builder, "ShardWriter", None)  # the second time nothing is written
-    monkeypatch.setattr(prepare_module, "build_tokenizer", lambda name, *_, **__: {"byte": made[0].tokenizer}[name])  # or trained
-    again = [prepare(byte_config(tmp_path, path=second, separator="line", tokenizer=kind, val_share=0.3)) for kind in kinds]
+    monkeypatch.setattr(
+        prepare_module, "build_tokenizer", lambda name, *_, **__: {"byte": made[0].tokenizer}[name]
+    )  # or trained
+    again = [
+        prepare(byte_config(tmp_path, path=second, separator="line", tokenizer=kind, val_share=0.3))
+        for kind in kinds
+    ]
     for one, other in zip(made, again, strict=True):
         assert only(one.train).path == only(other.train).path
         assert one.tokenizer.fingerprint == other.tokenizer.fingerprint
@@ -819,7 +970,9 @@ def test_of_two_that_train_the_same_tokenizer_at_once_one_does(tmp_path, corpus,
         return build(*arguments)
 
     monkeypatch.setattr(prepare_module, "build_tokenizer", slow)
-    monkeypatch.setattr(shard_builder, "print", lambda *_, **__: waits.set(), raising=False)  # that another is waited for
+    monkeypatch.setattr(
+        shard_builder, "print", lambda *_, **__: waits.set(), raising=False
+    )  # that another is waited for
     with ThreadPoolExecutor(2) as both:
         config = byte_config(tmp_path, path=corpus, tokenizer="char", val_share=0.3)
         one, other = both.map(prepare, [config] * 2)
@@ -833,11 +986,17 @@ def test_a_damaged_tokenizer_is_named(tmp_path, corpus, kind):
     first = prepare(config)
     (path,) = (tmp_path / "cache" / "tokenizers").glob("*.json")
     raw = path.read_text()
-    changed = raw.replace('"symbols": " ', '"symbols": "!') if kind == "char" else raw.replace('"eos_id": 0', '"eos_id": 1')
+    changed = (
+        raw.replace('"symbols": " ', '"symbols": "!')
+        if kind == "char"
+        else raw.replace('"eos_id": 0', '"eos_id": 1')
+    )
     assert changed != raw
     for damaged in ("", raw[:-9], "[]", "{}", raw.replace('"kind": "', '"kind": "x'), changed):
         path.write_text(damaged)
-        with pytest.raises(UserError, match=f"the tokenizer {path} is damaged; delete it to train it again"):
+        with pytest.raises(
+            UserError, match=f"the tokenizer {path} is damaged; delete it to train it again"
+        ):
             prepare(config)
     path.unlink()
     assert prepare(config).tokenizer.fingerprint == first.tokenizer.fingerprint
@@ -873,7 +1032,10 @@ def test_documents_that_all_fall_into_one_part_say_so(tmp_path, which, name):
 
 @pytest.mark.parametrize("kind", ["byte", "char"])
 def test_an_empty_val_path_is_named(tmp_path, kind):
-    paths = {"path": text_file(tmp_path / "x.txt", "text"), "val_path": text_file(tmp_path / "y.txt", "\n")}
+    paths = {
+        "path": text_file(tmp_path / "x.txt", "text"),
+        "val_path": text_file(tmp_path / "y.txt", "\n"),
+    }
     with pytest.raises(UserError, match="y.txt holds no text"):
         prepare(byte_config(tmp_path, **paths, tokenizer=kind))
 
@@ -884,7 +1046,10 @@ def test_a_shard_that_is_gone_or_another_tokenizers_is_named(tmp_path, corpus, n
     other = prepare(dataclasses.replace(config, bos=True))
     shard = only(prepare(config).train).path.with_name(name)
     shard.write_bytes(only(other.train).path.with_name(name).read_bytes())
-    with pytest.raises(UserError, match=f"the token shard {shard} was made with another tokenizer; delete its folder"):
+    with pytest.raises(
+        UserError,
+        match=f"the token shard {shard} was made with another tokenizer; delete its folder",
+    ):
         prepare(config)
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"the token shard {shard} is damaged or truncated"):
@@ -913,17 +1078,25 @@ def peak(config: DataConfig) -> int:
     return size
 
 
-@pytest.mark.parametrize("form", [{"separator": "line"}, {}, {"tokenizer": "bpe:300"}], ids=["lines", "lone", "bpe"])
+@pytest.mark.parametrize(
+    "form", [{"separator": "line"}, {}, {"tokenizer": "bpe:300"}], ids=["lines", "lone", "bpe"]
+)
 def test_eight_times_the_text_takes_no_more_memory(tmp_path, small, monkeypatch, form):
     small(2**14, 2**14)
     monkeypatch.setattr(prepare_module.os, "cpu_count", lambda: 1)
 
     def text(lines: int) -> str:
-        return text_file(tmp_path / f"{lines}.txt", "".join(f"a line of text, which is number {i:07}\n" for i in range(lines)))
+        return text_file(
+            tmp_path / f"{lines}.txt",
+            "".join(f"a line of text, which is number {i:07}\n" for i in range(lines)),
+        )
 
     one, eight = text(10_000), text(80_000)  # 25 and 200 batches
     prepare(byte_config(tmp_path / "warm", path=text(1000), **form))
-    few, many = (peak(byte_config(tmp_path / name, path=path, **form)) for name, path in (("1", one), ("8", eight)))
+    few, many = (
+        peak(byte_config(tmp_path / name, path=path, **form))
+        for name, path in (("1", one), ("8", eight))
+    )
     more = Path(eight).stat().st_size - Path(one).stat().st_size
     assert many - few < more / 5  # what is in flight when is left to chance
 
@@ -945,5 +1118,9 @@ def test_progress_names_the_source_as_it_is_spelt(monkeypatch, capsys, terminal)
         assert "tokenising [/x] [red].txt" in said
     else:
         first, second = said.splitlines()
-        assert first.startswith("tokenising [/x] [red].txt: going on after 3 batches, 1 MB, 0.5 M tokens, ")
-        assert second.startswith("tokenising [/x] [red].txt: 25%, going on after 3 batches, 2 MB, 1.0 M tokens, ")
+        assert first.startswith(
+            "tokenising [/x] [red].txt: going on after 3 batches, 1 MB, 0.5 M tokens, "
+        )
+        assert second.startswith(
+            "tokenising [/x] [red].txt: 25%, going on after 3 batches, 2 MB, 1.0 M tokens, "
+        )

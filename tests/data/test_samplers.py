@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 from pocketlm.config.sections import TrainingConfig
 from pocketlm.data.datasets import JoinedDataset, PackedLMDataset
-from pocketlm.data.samplers import MixtureOrder, ResumableLoader, TrainingOrder, ValidationOrder, proportions
+from pocketlm.data.samplers import (
+    MixtureBatchSampler,
+    ResumableLoader,
+    ShuffledBatchSampler,
+    ValidationBatchSampler,
+    proportions,
+)
 from pocketlm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -24,42 +30,64 @@ ROOT = Path(__file__).parents[2]
 # ---- one dataset -----------------------------------------------------------------------------------------------------
 
 
-def epoch(order: TrainingOrder, number: int) -> list[int]:
+def epoch(order: ShuffledBatchSampler, number: int) -> list[int]:
     return order.indices(number * order.size, order.size)
 
 
 def test_each_epoch_is_a_permutation_of_its_own():
-    orders = {(seed, number): epoch(TrainingOrder(50, 4, seed), number) for seed in (0, 1, 42) for number in range(3)}
+    orders = {
+        (seed, number): epoch(ShuffledBatchSampler(50, 4, seed), number)
+        for seed in (0, 1, 42)
+        for number in range(3)
+    }
     assert all(sorted(order) == list(range(50)) for order in orders.values())
-    assert len({tuple(order) for order in orders.values()}) == 9  # two of 50! permutations are never equal by chance
+    assert (
+        len({tuple(order) for order in orders.values()}) == 9
+    )  # two of 50! permutations are never equal by chance
 
 
 def test_the_order_never_changes():
     """A run of an older version goes on only while these stay as they are."""
-    assert list(islice(TrainingOrder(7, 4, seed=42), 3)) == [[2, 1, 4, 3], [5, 6, 0, 2], [0, 6, 5, 4]]
+    assert list(islice(ShuffledBatchSampler(7, 4, seed=42), 3)) == [
+        [2, 1, 4, 3],
+        [5, 6, 0, 2],
+        [0, 6, 5, 4],
+    ]
 
 
 def test_the_order_is_a_pure_function_of_seed_and_position():
-    order = TrainingOrder(7, 3, seed=5)
+    order = ShuffledBatchSampler(7, 3, seed=5)
     forwards = order.indices(0, 30)
     torch.manual_seed(0)
-    assert [TrainingOrder(7, 99, seed=5).indices(position, 1) for position in reversed(range(30))] == [[i] for i in forwards[::-1]]
+    assert [
+        ShuffledBatchSampler(7, 99, seed=5).indices(position, 1) for position in reversed(range(30))
+    ] == [[i] for i in forwards[::-1]]
     assert list(islice(order, 10)) == [forwards[i : i + 3] for i in range(0, 30, 3)]
 
 
 def defined(size: int, seed: int, position: int) -> int:
     """The index at a position by the order's definition: a permutation for each epoch, of a generator with a seed of its own."""
     epoch, place = divmod(position, size)
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))[place].item()
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))[
+        place
+    ].item()
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 9), st.integers(0, 2**32 - 1), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 30)), min_size=1, max_size=4))
-def test_indices_are_those_of_the_definition_one_at_a_time_over_any_number_of_epochs(size, seed, asked):
+@given(
+    st.integers(1, 9),
+    st.integers(0, 2**32 - 1),
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 30)), min_size=1, max_size=4),
+)
+def test_indices_are_those_of_the_definition_one_at_a_time_over_any_number_of_epochs(
+    size, seed, asked
+):
     """Whatever was asked for before; a batch may be longer than an epoch."""
-    order = TrainingOrder(size, 4, seed)
+    order = ShuffledBatchSampler(size, 4, seed)
     for first, count in asked:
-        assert order.indices(first, count) == [defined(size, seed, position) for position in range(first, first + count)]
+        assert order.indices(first, count) == [
+            defined(size, seed, position) for position in range(first, first + count)
+        ]
 
 
 @pytest.mark.parametrize("seed", [0, 2**32, 2**44, 2**62])
@@ -68,13 +96,13 @@ def test_every_seed_that_a_config_takes_gives_an_order(seed):
         TrainingConfig(seed=seed)
     except ValueError:
         return
-    assert sorted(epoch(TrainingOrder(5, 1, seed), 3)) == list(range(5))
+    assert sorted(epoch(ShuffledBatchSampler(5, 1, seed), 3)) == list(range(5))
 
 
 @pytest.mark.parametrize("batch_size, size", [(4, 30), (3, 7), (5, 3)])
 def test_two_ranks_together_see_what_one_sees_with_double_batches(batch_size, size):
-    first, second = (TrainingOrder(size, batch_size, 1, rank, 2) for rank in (0, 1))
-    one = TrainingOrder(size, 2 * batch_size, 1)
+    first, second = (ShuffledBatchSampler(size, batch_size, 1, rank, 2) for rank in (0, 1))
+    one = ShuffledBatchSampler(size, 2 * batch_size, 1)
     together = [a + b for a, b in zip(islice(first, 12), islice(second, 12), strict=True)]
     assert together == list(islice(one, 12))
 
@@ -82,10 +110,17 @@ def test_two_ranks_together_see_what_one_sees_with_double_batches(batch_size, si
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 4))
 def test_validation_covers_every_window_once_in_batches_of_one_shape(size, batch_size, world_size):
-    ranks = [list(ValidationOrder(size, batch_size, rank, world_size)) for rank in range(world_size)]
-    assert {len(batches) for batches in ranks} == {len(ValidationOrder(size, batch_size, 0, world_size))}
+    ranks = [
+        list(ValidationBatchSampler(size, batch_size, rank, world_size))
+        for rank in range(world_size)
+    ]
+    assert {len(batches) for batches in ranks} == {
+        len(ValidationBatchSampler(size, batch_size, 0, world_size))
+    }
     assert all(len(batch) == batch_size for batches in ranks for batch in batches)
-    assert sorted(i for batches in ranks for batch in batches for i in batch if i >= 0) == list(range(size))
+    assert sorted(i for batches in ranks for batch in batches for i in batch if i >= 0) == list(
+        range(size)
+    )
 
 
 # ---- a mixture -------------------------------------------------------------------------------------------------------
@@ -98,12 +133,12 @@ def drawn_from(indices: list[int]) -> list[int]:
     return [0 if i < 17 else 1 if i < 1017 else 2 for i in indices]
 
 
-def indices(order: TrainingOrder, count: int) -> list[int]:
+def indices(order: ShuffledBatchSampler, count: int) -> list[int]:
     return order.indices(0, count)
 
 
 def test_every_thousand_rows_hold_the_proportions_exactly():
-    drawn = drawn_from(indices(MixtureOrder(SIZES, WEIGHTS, 4, seed=1), 5000))
+    drawn = drawn_from(indices(MixtureBatchSampler(SIZES, WEIGHTS, 4, seed=1), 5000))
     for begin in range(0, 5000, 1000):
         assert [drawn[begin : begin + 1000].count(part) for part in range(3)] == [100, 600, 300]
 
@@ -112,22 +147,27 @@ def test_a_mixture_is_the_one_it_is_defined_to_be():
     """Of each block a permutation of the parts' numbers in their proportions; each part goes on where its last row was."""
     expected, taken = [], [0, 0, 0]
     for block in range(3):
-        for number in np.random.default_rng([9, block]).permutation(np.repeat([0, 1, 2], [100, 600, 300])):
-            expected.append([0, 17, 1017][number] + defined(SIZES[number], 9 + 7919 * int(number), taken[number]))
+        for number in np.random.default_rng([9, block]).permutation(
+            np.repeat([0, 1, 2], [100, 600, 300])
+        ):
+            expected.append(
+                [0, 17, 1017][number]
+                + defined(SIZES[number], 9 + 7919 * int(number), taken[number])
+            )
             taken[number] += 1
-    order = MixtureOrder(SIZES, WEIGHTS, 4, seed=9)
+    order = MixtureBatchSampler(SIZES, WEIGHTS, 4, seed=9)
     assert order.indices(0, 2500) == expected[:2500]
     assert order.indices(990, 1020) == expected[990:2010]  # back, and over two borders of blocks
 
 
 def test_a_mixture_is_mixed_anew_in_every_block():
-    drawn = drawn_from(indices(MixtureOrder(SIZES, WEIGHTS, 4, seed=1), 3000))
+    drawn = drawn_from(indices(MixtureBatchSampler(SIZES, WEIGHTS, 4, seed=1), 3000))
     assert len({tuple(drawn[begin : begin + 1000]) for begin in range(0, 3000, 1000)}) == 3
     assert all(len(set(drawn[begin : begin + 100])) == 3 for begin in range(0, 3000, 100))
 
 
 def test_each_part_goes_through_a_whole_permutation_before_it_repeats():
-    order = indices(MixtureOrder(SIZES, WEIGHTS, 4, seed=1), 5000)
+    order = indices(MixtureBatchSampler(SIZES, WEIGHTS, 4, seed=1), 5000)
     for part, (first, size) in enumerate(zip([0, 17, 1017], SIZES, strict=True)):
         own = [i for i, of in zip(order, drawn_from(order), strict=True) if of == part]
         epochs = [own[begin : begin + size] for begin in range(0, len(own), size)]
@@ -136,36 +176,44 @@ def test_each_part_goes_through_a_whole_permutation_before_it_repeats():
 
 
 def test_parts_of_one_size_have_orders_of_their_own():
-    order = indices(MixtureOrder([50, 50], [1, 1], 4, seed=1), 100)
+    order = indices(MixtureBatchSampler([50, 50], [1, 1], 4, seed=1), 100)
     first, second = ([i % 50 for i in order if i // 50 == part] for part in (0, 1))
     assert len(first) + len(second) == 100 and first[:40] != second[:40]
 
 
 def test_a_mixture_is_a_pure_function_of_seed_and_position():
-    forwards = indices(MixtureOrder(SIZES, WEIGHTS, 4, seed=9), 2500)
-    order = MixtureOrder(SIZES, WEIGHTS, 99, seed=9)
+    forwards = indices(MixtureBatchSampler(SIZES, WEIGHTS, 4, seed=9), 2500)
+    order = MixtureBatchSampler(SIZES, WEIGHTS, 99, seed=9)
     torch.manual_seed(0)
-    assert [order.indices(position, 1) for position in reversed(range(2500))] == [[i] for i in forwards[::-1]]
-    assert list(islice(MixtureOrder(SIZES, WEIGHTS, 50, seed=9), 50)) == [forwards[i : i + 50] for i in range(0, 2500, 50)]
-    assert indices(MixtureOrder(SIZES, WEIGHTS, 4, seed=10), 100) != forwards[:100]
+    assert [order.indices(position, 1) for position in reversed(range(2500))] == [
+        [i] for i in forwards[::-1]
+    ]
+    assert list(islice(MixtureBatchSampler(SIZES, WEIGHTS, 50, seed=9), 50)) == [
+        forwards[i : i + 50] for i in range(0, 2500, 50)
+    ]
+    assert indices(MixtureBatchSampler(SIZES, WEIGHTS, 4, seed=10), 100) != forwards[:100]
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 300), st.floats(0.1, 10)), min_size=2, max_size=5), st.integers(0, 3500), st.integers(0, 2**32 - 1)
+    st.lists(st.tuples(st.integers(1, 300), st.floats(0.1, 10)), min_size=2, max_size=5),
+    st.integers(0, 3500),
+    st.integers(0, 2**32 - 1),
 )
 def test_realised_is_what_counting_gives(parts, count, seed):
     sizes, weights = map(list, zip(*parts, strict=True))
-    order = MixtureOrder(sizes, weights, 4, seed)
+    order = MixtureBatchSampler(sizes, weights, 4, seed)
     borders = np.cumsum(sizes)
-    counted = np.bincount(np.searchsorted(borders, indices(order, count), side="right"), minlength=len(sizes)).tolist()
-    assert order.realised(count) == counted
+    counted = np.bincount(
+        np.searchsorted(borders, indices(order, count), side="right"), minlength=len(sizes)
+    ).tolist()
+    assert order.rows_per_dataset(count) == counted
 
 
 def test_two_ranks_of_a_mixture_together_see_what_one_sees():
-    first, second = (MixtureOrder(SIZES, WEIGHTS, 8, 1, rank, 2) for rank in (0, 1))
+    first, second = (MixtureBatchSampler(SIZES, WEIGHTS, 8, 1, rank, 2) for rank in (0, 1))
     together = [a + b for a, b in zip(islice(first, 150), islice(second, 150), strict=True)]
-    assert together == list(islice(MixtureOrder(SIZES, WEIGHTS, 16, 1), 150))
+    assert together == list(islice(MixtureBatchSampler(SIZES, WEIGHTS, 16, 1), 150))
 
 
 @settings(max_examples=100, deadline=None)
@@ -189,13 +237,15 @@ def loader(tokens: np.ndarray, num_workers: int) -> ResumableLoader:
     """9 windows in batches of 4: an epoch ends within the third batch, and the next within the fifth."""
     dataset = PackedLMDataset(tokens, 5)
     assert len(dataset) == 9
-    return ResumableLoader(dataset, TrainingOrder(9, 4, seed=3), num_workers)
+    return ResumableLoader(dataset, ShuffledBatchSampler(9, 4, seed=3), num_workers)
 
 
 def mixture_loader(num_workers: int) -> ResumableLoader:
     """A mixture of 9 and 4 windows, 2 to 1: 300 rows a batch, so that a block of 1,000 ends within the fourth."""
     parts = [PackedLMDataset(np.arange(44), 5), PackedLMDataset(np.arange(100, 120), 5)]
-    return ResumableLoader(JoinedDataset(parts), MixtureOrder([9, 4], [2, 1], 300, seed=3), num_workers)
+    return ResumableLoader(
+        JoinedDataset(parts), MixtureBatchSampler([9, 4], [2, 1], 300, seed=3), num_workers
+    )
 
 
 def rows(batches: Iterator[dict[str, torch.Tensor]]) -> list[list]:
@@ -206,7 +256,7 @@ def rows(batches: Iterator[dict[str, torch.Tensor]]) -> list[list]:
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_a_restored_loader_goes_on_with_the_very_next_batch(num_workers):
     tokens = np.arange(44)
-    order = islice(TrainingOrder(9, 4, seed=3), 8)
+    order = islice(ShuffledBatchSampler(9, 4, seed=3), 8)
     expected = rows(PackedLMDataset(tokens, 5).__getitems__(indices) for indices in order)
     first = loader(tokens, num_workers)
     before = rows(islice(iter(first), 3))
@@ -236,7 +286,10 @@ for kind, workers, state in json.load(sys.stdin):
 def test_a_loader_goes_on_in_a_new_process(tmp_path):
     """After each of several batches, across the ends of epochs and of a mixture's block, with 0, 1 and 3 workers."""
     cases, expected = [], []
-    for kind, make in (("one", lambda workers: loader(np.arange(44), workers)), ("mixture", mixture_loader)):
+    for kind, make in (
+        ("one", lambda workers: loader(np.arange(44), workers)),
+        ("mixture", mixture_loader),
+    ):
         whole = rows(islice(iter(make(0)), 10))
         for workers in (0, 1, 3):
             one = make(workers)
@@ -244,7 +297,11 @@ def test_a_loader_goes_on_in_a_new_process(tmp_path):
                 cases.append([kind, workers, one.state_dict()])
                 expected.append(whole[k : k + 3])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", NEW_PROCESS], input=json.dumps(cases), capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-W", "ignore", "-c", NEW_PROCESS],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
@@ -252,7 +309,9 @@ def test_a_loader_goes_on_in_a_new_process(tmp_path):
 
 def test_a_new_iterator_of_the_same_loader_goes_on_too():
     one = loader(np.arange(44), 0)
-    assert rows(islice(iter(one), 2)) + rows(islice(iter(one), 2)) == rows(islice(iter(loader(np.arange(44), 0)), 4))
+    assert rows(islice(iter(one), 2)) + rows(islice(iter(one), 2)) == rows(
+        islice(iter(loader(np.arange(44), 0)), 4)
+    )
 
 
 def test_a_loader_leaves_the_global_generator_alone():
@@ -266,7 +325,7 @@ def test_a_loader_leaves_the_global_generator_alone():
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_validation_loader_begins_again_every_time(num_workers):
     dataset = PackedLMDataset(np.arange(44), 5)
-    validation = ResumableLoader(dataset, ValidationOrder(len(dataset), 4), num_workers)
+    validation = ResumableLoader(dataset, ValidationBatchSampler(len(dataset), 4), num_workers)
     for _ in range(2):
         targets = torch.cat([batch["targets"].flatten() for batch in validation])
         assert targets[targets != -100].tolist() == list(range(1, 44))

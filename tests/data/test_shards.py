@@ -19,7 +19,7 @@ from pocketlm.data import prepare as prepare_module
 from pocketlm.data.bin_files import read_bin, write_bin
 from pocketlm.data.prepare import prepare
 from pocketlm.data.shard_builder import encode
-from pocketlm.data.shards import Encoded, ShardWriter, TokenShard
+from pocketlm.data.shards import EncodedBatch, ShardWriter, TokenShard
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import JsonTokenizer
@@ -33,7 +33,9 @@ class Odd(Tokenizer):
 
     kind = name = "odd"
 
-    def __init__(self, vocab_size: int = 2**16, bos_id: int | None = None, eos_id: int | None = None):
+    def __init__(
+        self, vocab_size: int = 2**16, bos_id: int | None = None, eos_id: int | None = None
+    ):
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
 
     def encode(self, text: str) -> list[int]:
@@ -69,7 +71,9 @@ def test_a_shard_holds_the_documents_and_where_each_begins(tmp_path, bos, eos, t
     assert (shard.header.tokens, shard.header.documents, shard.header.bytes) == (len(tokens), 3, 4)
 
 
-@pytest.mark.parametrize("tokenizer, eos", [(ByteTokenizer(), 256), ("gpt2", 50_256)], ids=["byte", "gpt2"])
+@pytest.mark.parametrize(
+    "tokenizer, eos", [(ByteTokenizer(), 256), ("gpt2", 50_256)], ids=["byte", "gpt2"]
+)
 def test_the_text_between_the_offsets_is_the_documents(tmp_path, tokenizer, eos):
     tokenizer = JsonTokenizer.gpt2(DATA) if tokenizer == "gpt2" else tokenizer
     documents = ["Once upon a time", "naïve 😀", " \n中文"]
@@ -143,7 +147,10 @@ def test_a_shard_of_a_newer_version_is_refused_by_name(tmp_path):
     path = tmp_path / "x.bin"
     header = dataclasses.asdict(write_shard(path, ByteTokenizer(), ["abc"]).header)
     text = json.dumps({**header, "version": 99, "something": "new"}).encode()
-    path.write_bytes((b"TOKSHARD" + len(text).to_bytes(4, "little") + text).ljust(1024, b"\0") + path.read_bytes()[1024:])
+    path.write_bytes(
+        (b"TOKSHARD" + len(text).to_bytes(4, "little") + text).ljust(1024, b"\0")
+        + path.read_bytes()[1024:]
+    )
     with pytest.raises(UserError, match="x.bin.*version 99"):
         TokenShard(path)
 
@@ -151,7 +158,7 @@ def test_a_shard_of_a_newer_version_is_refused_by_name(tmp_path):
 # ---- a writer that goes on -------------------------------------------------------------------------------------------
 
 
-BATCHES = [Encoded(np.arange(n, n + 5) % 7, np.array([0, 2]), n) for n in range(6)]
+BATCHES = [EncodedBatch(np.arange(n, n + 5) % 7, np.array([0, 2]), n) for n in range(6)]
 
 
 def continued(path: Path, before: int, after: int, close: bool = False) -> dict[str, int]:
@@ -167,7 +174,10 @@ def continued(path: Path, before: int, after: int, close: bool = False) -> dict[
     return state
 
 
-@pytest.mark.parametrize("before, after, close", [(0, 0, False), (2, 2, False), (2, 5, False), (6, 6, True), (1, 6, True)])
+@pytest.mark.parametrize(
+    "before, after, close",
+    [(0, 0, False), (2, 2, False), (2, 5, False), (6, 6, True), (1, 6, True)],
+)
 def test_a_writer_goes_on_from_a_state_as_if_nothing_had_happened(tmp_path, before, after, close):
     continued(tmp_path / "once.bin", 6, 6, close=True)
     path = tmp_path / "twice.bin"
@@ -227,7 +237,14 @@ WRITERS = {"nanogpt": nanogpt, "llmc": llmc, "llmc32": lambda path, ids: llmc(pa
 
 
 def config(folder: Path, **changes: object) -> DataConfig:
-    return DataConfig(**{"path": str(folder / "train.bin"), "tokenizer": "byte", "cache_dir": str(folder / "cache"), **changes})
+    return DataConfig(
+        **{
+            "path": str(folder / "train.bin"),
+            "tokenizer": "byte",
+            "cache_dir": str(folder / "cache"),
+            **changes,
+        }
+    )
 
 
 def with_val(folder: Path, **changes: object) -> DataConfig:
@@ -297,8 +314,12 @@ def test_batches_of_a_token_file_are_seen_nowhere(tmp_path_factory, texts, batch
     for shard, part in ((data.train.shards[0], ids[:border]), (data.val.shards[0], ids[border:])):
         inner = part[:-1] if part[-1] == 256 else part
         assert shard.tokens.tolist() == [*inner, 256]
-        assert shard.offsets.tolist() == sorted({0} | {i for i, token in enumerate(inner) if token == 256})
-        assert shard.header.bytes == len(bytes(i for i in inner if i < 256).decode(errors="replace").encode())
+        assert shard.offsets.tolist() == sorted(
+            {0} | {i for i, token in enumerate(inner) if token == 256}
+        )
+        assert shard.header.bytes == len(
+            bytes(i for i in inner if i < 256).decode(errors="replace").encode()
+        )
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -306,7 +327,10 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path, monkeypat
     monkeypatch.setattr(shard_builder, "BATCH", 4)
     monkeypatch.setattr(chunks, "UNCUT", 4 * 4)
     WRITERS[write](tmp_path / "train.bin", [*b"one two", 256, 257, 3])
-    with pytest.raises(UserError, match=r"train.bin holds the id 257 as its token 8, but the tokenizer 'byte' has 257 entries"):
+    with pytest.raises(
+        UserError,
+        match=r"train.bin holds the id 257 as its token 8, but the tokenizer 'byte' has 257 entries",
+    ):
         prepare(config(tmp_path))
     assert [path for path in (tmp_path / "cache" / "shards").iterdir() if path.is_dir()] == []
 
@@ -362,8 +386,12 @@ def test_a_shard_of_ours_is_read_with_its_own_tokenizer_only(tmp_path):
 def test_no_tokenizer_is_trained_on_tokens(tmp_path, kind, val):
     nanogpt(tmp_path / "train.bin", [*b"one", 256])
     (tmp_path / "text.txt").write_text("some text")
-    paths = {"path": str(tmp_path / "text.txt"), "val_path": str(tmp_path / "train.bin")} if val else {}
-    with pytest.raises(UserError, match=f"train.bin holds tokens, from which no tokenizer '{kind}' can be trained"):
+    paths = (
+        {"path": str(tmp_path / "text.txt"), "val_path": str(tmp_path / "train.bin")} if val else {}
+    )
+    with pytest.raises(
+        UserError, match=f"train.bin holds tokens, from which no tokenizer '{kind}' can be trained"
+    ):
         prepare(config(tmp_path, tokenizer=kind, **paths))
 
 
@@ -374,7 +402,9 @@ def nanogpt_loads(path: Path) -> np.ndarray:
     return np.memmap(path, dtype=np.uint16, mode="r")
 
 
-def llmc_loads(path: Path, magic: int = 20240520, version: int = 1, dtype: type = np.uint16) -> np.ndarray:
+def llmc_loads(
+    path: Path, magic: int = 20240520, version: int = 1, dtype: type = np.uint16
+) -> np.ndarray:
     with open(path, "rb") as file:
         header = np.frombuffer(file.read(256 * 4), dtype=np.int32)
         assert (header[0], header[1]) == (magic, version)
@@ -404,7 +434,9 @@ def test_a_larger_vocabulary_is_written_in_32_bits_and_refused_for_nanogpt(tmp_p
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_ids_of_32_bits_go_into_a_shard_as_wide_as_the_vocabulary_asks(tmp_path, dtype, monkeypatch):
+def test_ids_of_32_bits_go_into_a_shard_as_wide_as_the_vocabulary_asks(
+    tmp_path, dtype, monkeypatch
+):
     monkeypatch.setattr(prepare_module, "build_tokenizer", lambda *_, **__: Odd(2**17, eos_id=2))
     ids = [97, 2, 98, 2] if dtype is np.uint16 else [97, 2, 2**17 - 1, 2]
     llmc(tmp_path / "train.bin", ids, dtype)
@@ -416,7 +448,9 @@ def test_ids_of_32_bits_go_into_a_shard_as_wide_as_the_vocabulary_asks(tmp_path,
 def test_more_tokens_than_llmc_can_count_are_refused(tmp_path):
     shard = write_shard(tmp_path / "x.bin", ByteTokenizer(), ["a"])
     shard.header = dataclasses.replace(shard.header, tokens=2**31)
-    with pytest.raises(UserError, match="llm.c's header counts up to 2,147,483,647 tokens; train has 2,147,483,648"):
+    with pytest.raises(
+        UserError, match="llm.c's header counts up to 2,147,483,647 tokens; train has 2,147,483,648"
+    ):
         write_bin(tmp_path / "train.bin", shard, "llmc")
     assert not (tmp_path / "train.bin").exists()
 
@@ -432,16 +466,22 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypat
     monkeypatch.setattr(shards.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         write_bin(tmp_path / "out" / "train.bin", shard, "llmc")
-    assert [(path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir()] == [("train.bin", b"old")]
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir()] == [
+        ("train.bin", b"old")
+    ]
 
 
 @pytest.mark.parametrize("form", ["nanogpt", "llmc"])
 @pytest.mark.parametrize("ends", [{}, {"bos": True}, {"bos": True, "eos": False}])
 def test_a_text_that_went_through_another_programs_file_has_the_same_shard(tmp_path, form, ends):
     texts = ["naïve 😀", "two", "the third one"]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     (tmp_path / "val.txt").write_text("x")
-    text = config(tmp_path, path=str(tmp_path / "text.jsonl"), val_path=str(tmp_path / "val.txt"), **ends)
+    text = config(
+        tmp_path, path=str(tmp_path / "text.jsonl"), val_path=str(tmp_path / "val.txt"), **ends
+    )
     (first,) = prepare(text).train.shards
     write_bin(tmp_path / "train.bin", first, form)
     (second,) = prepare(dataclasses.replace(text, path=str(tmp_path / "train.bin"))).train.shards

@@ -23,7 +23,7 @@ from pocketlm.corpus.pieces import Source
 from pocketlm.corpus.sources import open_source
 from pocketlm.data import streaming
 from pocketlm.data.datasets import PackedLMDataset, PaddedLMDataset
-from pocketlm.data.streaming import Place, StreamingPackedLMDataset, StreamLoader
+from pocketlm.data.streaming import StreamingPackedLMDataset, StreamLoader, StreamPosition
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import JsonTokenizer
@@ -32,9 +32,13 @@ from pocketlm.tokenizer.characters import CharTokenizer
 from tests.data.test_datasets import write_shard
 
 ROOT = Path(__file__).parents[2]
-Row = tuple[list[int], list[int]]  # tokens that count, and for each input the number of its document within the row
+Row = tuple[
+    list[int], list[int]
+]  # tokens that count, and for each input the number of its document within the row
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more workers than cores
 
 
 class Texts(Source):
@@ -62,7 +66,11 @@ def plain_rows(
     shard: int = 0, shards: int = 1, val_share: float = 0.0, epoch: int = 0,
 ) -> list[Row]:  # fmt: skip
     """All rows of an epoch of one worker: encode every document, join, cut, and shuffle block by block."""
-    mine = [text for number, text in enumerate(documents) if number % shards == shard and not is_validation(text, val_share)]
+    mine = [
+        text
+        for number, text in enumerate(documents)
+        if number % shards == shard and not is_validation(text, val_share)
+    ]
     encoded = [[*tokenizer.prefix, *tokenizer.encode(text), *tokenizer.closing] for text in mine]
     if padded:
         rows = [([*ids, *tokenizer.final][: seq_len + 1], [0] * seq_len) for ids in encoded]
@@ -70,11 +78,17 @@ def plain_rows(
         tokens = [i for ids in encoded for i in ids] + tokenizer.final
         owners = [number for number, ids in enumerate(encoded) for _ in ids]
         starts = range(0, len(tokens) - 1, seq_len)
-        rows = [(tokens[start : start + seq_len + 1], numbered(owners[start : start + seq_len])) for start in starts]
+        rows = [
+            (tokens[start : start + seq_len + 1], numbered(owners[start : start + seq_len]))
+            for start in starts
+        ]
     shuffled = []
     for number, begin in enumerate(range(0, len(rows), shuffle_buffer)):
         block = rows[begin : begin + shuffle_buffer]
-        shuffled += [block[i] for i in np.random.default_rng([seed, shard, epoch, number]).permutation(len(block))]
+        shuffled += [
+            block[i]
+            for i in np.random.default_rng([seed, shard, epoch, number]).permutation(len(block))
+        ]
     return [(tokens, owners[: len(tokens) - 1]) for tokens, owners in shuffled]
 
 
@@ -91,12 +105,14 @@ def as_rows(batch: dict[str, torch.Tensor]) -> list[Row]:
     return rows
 
 
-def rows_from(dataset: StreamingPackedLMDataset, place: Place) -> list[Row]:
+def rows_from(dataset: StreamingPackedLMDataset, place: StreamPosition) -> list[Row]:
     dataset.places = [place]
     return [row for _, _, batch in dataset for row in as_rows(batch)]
 
 
-documents_of_a_source = st.lists(st.text(alphabet="abé😀\n ", min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=8)
+documents_of_a_source = st.lists(
+    st.text(alphabet="abé😀\n ", min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=8
+)
 
 
 @pytest.fixture
@@ -107,9 +123,18 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(streaming, "STREAM_BATCH", 30)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    documents_of_a_source, st.integers(1, 9), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans(), st.booleans(), st.data()
+    documents_of_a_source,
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
 )
 def test_rows_are_those_of_the_plain_way_and_go_on_from_every_place(
     small_pieces, documents, seq_len, batch_size, shuffle_buffer, padded, bos, eos, data
@@ -117,21 +142,34 @@ def test_rows_are_those_of_the_plain_way_and_go_on_from_every_place(
     """Two epochs, documents longer than pieces, batches and blocks; whatever stands around them."""
     tokenizer, seed = ByteTokenizer(bos, eos), data.draw(st.integers(0, 2**32 - 1))
     settings = {"seed": seed, "shuffle_buffer": shuffle_buffer, "padded": padded}
-    dataset = StreamingPackedLMDataset(Texts(documents), tokenizer, seq_len, batch_size, epochs=2, document_mask=True, **settings)
-    plain = [row for epoch in (0, 1) for row in plain_rows(documents, tokenizer, seq_len, epoch=epoch, **settings)]
+    dataset = StreamingPackedLMDataset(
+        Texts(documents), tokenizer, seq_len, batch_size, epochs=2, document_mask=True, **settings
+    )
+    plain = [
+        row
+        for epoch in (0, 1)
+        for row in plain_rows(documents, tokenizer, seq_len, epoch=epoch, **settings)
+    ]
     if not plain:
         with pytest.raises(UserError, match="too few documents"):
-            rows_from(dataset, Place())
+            rows_from(dataset, StreamPosition())
         return
     steps = list(iter(dataset))  # not list(dataset), which would ask for its length
     counts = [len(batch["targets"]) for _, _, batch in steps]
-    assert counts == [batch_size] * (len(plain) // batch_size) + [len(plain) % batch_size] * (len(plain) % batch_size > 0)
-    plain = [row for row in plain if len(row[0]) > 1]  # a padded document of one token has no target
+    assert counts == [batch_size] * (len(plain) // batch_size) + [len(plain) % batch_size] * (
+        len(plain) % batch_size > 0
+    )
+    plain = [
+        row for row in plain if len(row[0]) > 1
+    ]  # a padded document of one token has no target
     assert [row for _, _, batch in steps for row in as_rows(batch)] == plain
     after = 0
     for _, place, batch in steps:
         after += len(as_rows(batch))
-        assert rows_from(dataset, Place(**json.loads(json.dumps(place.__dict__)))) == plain[after:]
+        assert (
+            rows_from(dataset, StreamPosition(**json.loads(json.dumps(place.__dict__))))
+            == plain[after:]
+        )
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe:300", "gpt2"])
@@ -140,10 +178,18 @@ def test_rows_of_any_tokenizer_are_those_of_the_plain_way(kind):
     if kind == "gpt2":
         tokenizer = JsonTokenizer.gpt2(ROOT / "data")
     else:
-        tokenizer = CharTokenizer.train(documents) if kind == "char" else JsonTokenizer.train_bpe(documents, 300)
+        tokenizer = (
+            CharTokenizer.train(documents)
+            if kind == "char"
+            else JsonTokenizer.train_bpe(documents, 300)
+        )
     settings = {"seed": 3, "shuffle_buffer": 7, "val_share": 0.2}
-    dataset = StreamingPackedLMDataset(Texts(documents), tokenizer, 16, 4, epochs=1, document_mask=True, **settings)
-    assert [row for _, _, batch in dataset for row in as_rows(batch)] == plain_rows(documents, tokenizer, 16, **settings)
+    dataset = StreamingPackedLMDataset(
+        Texts(documents), tokenizer, 16, 4, epochs=1, document_mask=True, **settings
+    )
+    assert [row for _, _, batch in dataset for row in as_rows(batch)] == plain_rows(
+        documents, tokenizer, 16, **settings
+    )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -152,11 +198,24 @@ def test_a_workers_rows_are_the_rows_of_a_shard_of_its_documents(tmp_path, padde
     documents = [f"document {i} " + "x" * (i * 7 % 30) for i in range(40)]
     tokenizer = ByteTokenizer(bos, eos)
     dataset = StreamingPackedLMDataset(
-        Texts(documents), tokenizer, 12, 5, shuffle_buffer=4, padded=padded, document_mask=True, rank=1, world_size=3, epochs=1
+        Texts(documents),
+        tokenizer,
+        12,
+        5,
+        shuffle_buffer=4,
+        padded=padded,
+        document_mask=True,
+        rank=1,
+        world_size=3,
+        epochs=1,
     )
     streamed = [row for _, _, batch in dataset for row in as_rows(batch)]
     shard = write_shard(tmp_path / "x.bin", tokenizer, documents[1::3])
-    whole = PaddedLMDataset(shard, 12, bool(tokenizer.final)) if padded else PackedLMDataset(shard, 12, document_mask=True)
+    whole = (
+        PaddedLMDataset(shard, 12, bool(tokenizer.final))
+        if padded
+        else PackedLMDataset(shard, 12, document_mask=True)
+    )
     assert sorted(streamed) == sorted(as_rows(whole.__getitems__(range(len(whole)))))
     assert streamed != as_rows(whole.__getitems__(range(len(whole))))
 
@@ -164,18 +223,28 @@ def test_a_workers_rows_are_the_rows_of_a_shard_of_its_documents(tmp_path, padde
 # ---- who has what ----------------------------------------------------------------------------------------------------
 
 LETTERS = [chr(0x4E00 + i) for i in range(1200)]
-ONCE = ["".join(LETTERS[begin : begin + 24]) for begin in range(0, 1200, 24)]  # 50 documents that share no character
+ONCE = [
+    "".join(LETTERS[begin : begin + 24]) for begin in range(0, 1200, 24)
+]  # 50 documents that share no character
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_every_training_token_is_a_target_once_an_epoch_and_no_validation_token_ever(world_size, workers, padded):
+def test_every_training_token_is_a_target_once_an_epoch_and_no_validation_token_ever(
+    world_size, workers, padded
+):
     """However many ranks and worker processes share the documents."""
     tokenizer = CharTokenizer.train(ONCE)
     targets: Counter[int] = Counter()
     for rank in range(world_size):
-        settings = {"val_share": 0.3, "shuffle_buffer": 3, "padded": padded, "rank": rank, "world_size": world_size}
+        settings = {
+            "val_share": 0.3,
+            "shuffle_buffer": 3,
+            "padded": padded,
+            "rank": rank,
+            "world_size": world_size,
+        }
         dataset = StreamingPackedLMDataset(Texts(ONCE), tokenizer, 30, 4, epochs=1, **settings)
         for batch in StreamLoader(dataset, workers):
             targets.update(batch["targets"][batch["targets"] != -100].tolist())
@@ -188,9 +257,14 @@ def test_every_training_token_is_a_target_once_an_epoch_and_no_validation_token_
 def test_workers_take_turns_and_give_what_each_would_alone():
     settings = {"seed": 5, "shuffle_buffer": 3}
     tokenizer = CharTokenizer.train(ONCE)
-    dataset = StreamingPackedLMDataset(Texts(ONCE), tokenizer, 8, 4, rank=1, world_size=2, document_mask=True, **settings)
+    dataset = StreamingPackedLMDataset(
+        Texts(ONCE), tokenizer, 8, 4, rank=1, world_size=2, document_mask=True, **settings
+    )
     got = [as_rows(batch) for batch in islice(iter(StreamLoader(dataset, 3)), 9)]
-    alone = [plain_rows(ONCE, tokenizer, 8, shard=3 + worker, shards=6, **settings) for worker in range(3)]
+    alone = [
+        plain_rows(ONCE, tokenizer, 8, shard=3 + worker, shards=6, **settings)
+        for worker in range(3)
+    ]
     assert got == [alone[worker][begin : begin + 4] for begin in (0, 4, 8) for worker in range(3)]
 
 
@@ -199,7 +273,9 @@ def test_workers_take_turns_and_give_what_each_would_alone():
 
 def epochs_of(seed: int, shuffle_buffer: int, count: int = 2) -> list[list[Row]]:
     """The rows of each of the first epochs."""
-    dataset = StreamingPackedLMDataset(Texts(ONCE), ByteTokenizer(), 20, 4, seed=seed, shuffle_buffer=shuffle_buffer, epochs=count)
+    dataset = StreamingPackedLMDataset(
+        Texts(ONCE), ByteTokenizer(), 20, 4, seed=seed, shuffle_buffer=shuffle_buffer, epochs=count
+    )
     rows = [row for _, _, batch in dataset for row in as_rows(batch)]
     size = len(rows) // count
     return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
@@ -215,7 +291,10 @@ def test_a_seed_is_an_order_and_each_epoch_has_its_own():
 
 def test_shuffle_buffer_1_keeps_the_order_and_a_larger_one_moves_a_row_within_its_block_only():
     in_order, _ = epochs_of(0, 1)
-    assert b"".join(bytes(i % 256 for i in tokens[1:]) for tokens, _ in in_order) == "".join(f"{text}\0" for text in ONCE).encode()
+    assert (
+        b"".join(bytes(i % 256 for i in tokens[1:]) for tokens, _ in in_order)
+        == "".join(f"{text}\0" for text in ONCE).encode()
+    )
     shuffled, _ = epochs_of(0, 50)
     assert shuffled != in_order
     for begin in range(0, len(in_order), 50):
@@ -223,9 +302,16 @@ def test_shuffle_buffer_1_keeps_the_order_and_a_larger_one_moves_a_row_within_it
 
 
 def test_the_last_row_of_an_epoch_is_short_and_the_next_epoch_begins_in_the_same_batch():
-    dataset = StreamingPackedLMDataset(Texts(["abcdef", "gh"]), ByteTokenizer(), 4, 4, shuffle_buffer=1)
+    dataset = StreamingPackedLMDataset(
+        Texts(["abcdef", "gh"]), ByteTokenizer(), 4, 4, shuffle_buffer=1
+    )
     _, place, batch = next(iter(dataset))  # e a b c d | d e f e g | g h e || e a b c d
-    assert batch["targets"].tolist() == [[97, 98, 99, 100], [101, 102, 256, 103], [104, 256, -100, -100], [97, 98, 99, 100]]
+    assert batch["targets"].tolist() == [
+        [97, 98, 99, 100],
+        [101, 102, 256, 103],
+        [104, 256, -100, -100],
+        [97, 98, 99, 100],
+    ]
     assert place.epoch == 1
 
 
@@ -246,7 +332,9 @@ class Many(Source):
 
 def peak(source: Source, seq_len: int, **settings: int | bool) -> int:
     """Bytes held at most while an epoch goes by."""
-    dataset = StreamingPackedLMDataset(source, ByteTokenizer(), seq_len, 8, epochs=1, shuffle_buffer=100, **settings)
+    dataset = StreamingPackedLMDataset(
+        source, ByteTokenizer(), seq_len, 8, epochs=1, shuffle_buffer=100, **settings
+    )
     tracemalloc.start()
     try:
         assert sum(int((batch["targets"] != -100).sum()) for _, _, batch in dataset) > 0
@@ -268,19 +356,29 @@ def test_memory_does_not_grow_with_a_document(tmp_path, padded):
     for size in (4, 16):
         files.append(tmp_path / f"{size}.txt")
         files[-1].write_text("short<e>" + "0123456789" * (size * 100_000))
-    few, many = (peak(open_source(SourceConfig(path=str(file), separator="<e>"), "data"), 512, padded=padded) for file in files)
+    few, many = (
+        peak(open_source(SourceConfig(path=str(file), separator="<e>"), "data"), 512, padded=padded)
+        for file in files
+    )
     assert many < 1.2 * few
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size, workers, enough", [(1, 3, True), (3, 0, True), (3, 1, True), (2, 2, False), (1, 5, False)])
-def test_too_few_documents_for_the_workers_are_refused_before_the_first_batch(world_size, workers, enough):
+@pytest.mark.parametrize(
+    "world_size, workers, enough",
+    [(1, 3, True), (3, 0, True), (3, 1, True), (2, 2, False), (1, 5, False)],
+)
+def test_too_few_documents_for_the_workers_are_refused_before_the_first_batch(
+    world_size, workers, enough
+):
     """Three to train on and one for validation: the fourth worker, and the fifth, would have none."""
     texts = [text for text in map(str, range(100)) if not is_validation(text, 0.2)][:3]
     texts.append(next(text for text in map(str, range(100)) if is_validation(text, 0.2)))
-    dataset = StreamingPackedLMDataset(Texts(texts), ByteTokenizer(), 4, 2, val_share=0.2, world_size=world_size)
+    dataset = StreamingPackedLMDataset(
+        Texts(texts), ByteTokenizer(), 4, 2, val_share=0.2, world_size=world_size
+    )
     if enough:
         assert next(iter(StreamLoader(dataset, workers)))
         return
@@ -293,7 +391,9 @@ def test_too_few_documents_for_the_workers_are_refused_before_the_first_batch(wo
 def test_documents_without_a_target_do_not_go_round_for_ever(workers):
     ranks = {"rank": 0, "world_size": 1} if workers else {"rank": 1, "world_size": 2}
     dataset = StreamingPackedLMDataset(Texts(["a", "b"]), ByteTokenizer(eos=False), 4, 2, **ranks)
-    with pytest.raises(UserError, match="^texts has too few documents to train on for 2 workers; lower [a-z_. ]*$"):
+    with pytest.raises(
+        UserError, match="^texts has too few documents to train on for 2 workers; lower [a-z_. ]*$"
+    ):
         next(iter(StreamLoader(dataset, workers)))
 
 
@@ -301,19 +401,28 @@ def test_documents_without_a_target_do_not_go_round_for_ever(workers):
 def test_a_file_that_cannot_be_read_on_is_one_sentence(tmp_path, workers):
     (tmp_path / "x.txt").write_bytes(b"good text\n" * 200_000 + b"\xff\n")
     source = open_source(SourceConfig(path=str(tmp_path / "x.txt"), separator="line"), "data")
-    loader = StreamLoader(StreamingPackedLMDataset(source, ByteTokenizer(), 1000, 10, shuffle_buffer=10), workers)
+    loader = StreamLoader(
+        StreamingPackedLMDataset(source, ByteTokenizer(), 1000, 10, shuffle_buffer=10), workers
+    )
     seen = 0
     with pytest.raises(UserError) as refused:
         for _ in loader:
             seen += 1
     assert seen > 10
-    assert str(refused.value) == f"{tmp_path / 'x.txt'} is not UTF-8: byte 2000000 is 0xff; data.errors=replace puts U+FFFD in such places"
+    assert (
+        str(refused.value)
+        == f"{tmp_path / 'x.txt'} is not UTF-8: byte 2000000 is 0xff; data.errors=replace puts U+FFFD in such places"
+    )
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe:300"])
 def test_a_dataset_goes_through_pickle(kind):
     """As it must where worker processes are not forks; also once it has been in use."""
-    tokenizer = {"byte": ByteTokenizer(), "char": CharTokenizer.train(ONCE), "bpe:300": JsonTokenizer.train_bpe(ONCE, 300)}[kind]
+    tokenizer = {
+        "byte": ByteTokenizer(),
+        "char": CharTokenizer.train(ONCE),
+        "bpe:300": JsonTokenizer.train_bpe(ONCE, 300),
+    }[kind]
     dataset = StreamingPackedLMDataset(Texts(ONCE), tokenizer, 20, 4, epochs=1)
     before = [as_rows(batch) for _, _, batch in dataset]
     assert [as_rows(batch) for _, _, batch in pickle.loads(pickle.dumps(dataset))] == before
@@ -325,8 +434,17 @@ def test_a_dataset_goes_through_pickle(kind):
 def loader(workers: int, padded: bool = False, rank: int = 0, world_size: int = 1) -> StreamLoader:
     """40 documents, some longer than a block of 3 rows, in batches of 4: blocks and epochs end anywhere in them."""
     documents = [f"document {i} " + "long " * (i % 10 * 2) for i in range(40)]
-    settings = {"val_share": 0.2, "seed": 11, "shuffle_buffer": 3, "padded": padded, "rank": rank, "world_size": world_size}
-    return StreamLoader(StreamingPackedLMDataset(Texts(documents), ByteTokenizer(), 16, 4, **settings), workers)
+    settings = {
+        "val_share": 0.2,
+        "seed": 11,
+        "shuffle_buffer": 3,
+        "padded": padded,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    return StreamLoader(
+        StreamingPackedLMDataset(Texts(documents), ByteTokenizer(), 16, 4, **settings), workers
+    )
 
 
 def take(loader: StreamLoader, count: int) -> list[list[Row]]:
@@ -366,10 +484,17 @@ def test_a_stream_goes_on_in_a_new_process():
             next(batches)
     assert max(epochs) >= 1 and inside > 10
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", NEW_PROCESS], input=json.dumps(cases), capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-W", "ignore", "-c", NEW_PROCESS],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    assert [[[tuple(row) for row in batch] for batch in json.loads(line)] for line in done.stdout.splitlines()] == expected
+    assert [
+        [[tuple(row) for row in batch] for batch in json.loads(line)]
+        for line in done.stdout.splitlines()
+    ] == expected
 
 
 def test_a_new_iterator_of_the_same_stream_goes_on_too():

@@ -15,14 +15,14 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import harness
-from pocketlm.checkpoint.format import kit_entry, save_whole
+from pocketlm.checkpoint.format import checkpoint_metadata, save_checkpoint
 from pocketlm.checkpoint.loading import Checkpoint, load_checkpoint
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.config.sections import Config, DataConfig, TrainingConfig
 from pocketlm.errors import UserError
 from pocketlm.evaluation import lm_eval_harness
 from pocketlm.evaluation.cases import Case, load_suite
-from pocketlm.evaluation.likelihood import answer
+from pocketlm.evaluation.likelihood import query_likelihoods
 from pocketlm.evaluation.results import evaluate
 from pocketlm.evaluation.scoring import encode_case
 from pocketlm.inference.generate import complete
@@ -37,7 +37,9 @@ GPT2 = dict(mlp="gelu", position="learned", norm="layernorm", bias=True, n_kv_he
 TOKENIZERS = {
     "byte": ByteTokenizer(),
     "bare": ByteTokenizer(eos=False),
-    "bpe": JsonTokenizer.train_bpe(["the cat sat on the mat, and the dogs ran to the sea. abc abc abc xyz 1 2 3 4"] * 50, 290),
+    "bpe": JsonTokenizer.train_bpe(
+        ["the cat sat on the mat, and the dogs ran to the sea. abc abc abc xyz 1 2 3 4"] * 50, 290
+    ),
 }
 SUITE = r"""
 schema: 1
@@ -64,7 +66,9 @@ cases:
 @pytest.fixture(scope="module", autouse=True)
 def cached_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.setattr(
+            datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets"))
+        )
         yield
 
 
@@ -72,16 +76,34 @@ def save(path: Path, tokenizer: Tokenizer, **sizes: Any) -> Checkpoint:
     """A checkpoint of random weights, so large that the scores differ much."""
     model = random_model(vocab_size=tokenizer.vocab_size, **{"max_seq_len": 160} | sizes)
     for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, std=0.1) if name.endswith("bias") else None  # larger ones would decide alone
+        torch.nn.init.normal_(p, std=0.1) if name.endswith(
+            "bias"
+        ) else None  # larger ones would decide alone
     c = model.config
-    config = Config(model=c, data=DataConfig(tokenizer=tokenizer.name), training=TrainingConfig(seq_len=c.max_seq_len))
-    kit = kit_entry(config, tokenizer.state(), tokens=10, val_loss=2.0)
-    save_whole({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}, "global_step": 1, "kit": kit}, path)
+    config = Config(
+        model=c,
+        data=DataConfig(tokenizer=tokenizer.name),
+        training=TrainingConfig(seq_len=c.max_seq_len),
+    )
+    kit = checkpoint_metadata(config, tokenizer.state(), tokens=10, val_loss=2.0)
+    save_checkpoint(
+        {
+            "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()},
+            "global_step": 1,
+            "kit": kit,
+        },
+        path,
+    )
     return load_checkpoint(path)
 
 
 def greedy_text(checkpoint: Checkpoint, prompt: str, n: int) -> str:
-    return "".join(piece for _, piece in complete(checkpoint, prompt, SamplingParams(max_new_tokens=n, temperature=0.0)))
+    return "".join(
+        piece
+        for _, piece in complete(
+            checkpoint, prompt, SamplingParams(max_new_tokens=n, temperature=0.0)
+        )
+    )
 
 
 def instances(kind: str, *arguments: tuple) -> list[Any]:
@@ -103,29 +125,66 @@ def samples_of(lm: Any, folder: Path, names: list[str]) -> dict[str, dict]:
 # ---- our evaluator ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokenizer, sizes", [("byte", {}), ("bare", {}), ("bpe", {}), ("byte", GPT2)], ids=["byte", "bare", "bpe", "gpt2"])
-def test_each_case_has_the_log_probabilities_and_the_verdict_of_our_evaluator(tmp_path, tokenizer, sizes):
+@pytest.mark.parametrize(
+    "tokenizer, sizes",
+    [("byte", {}), ("bare", {}), ("bpe", {}), ("byte", GPT2)],
+    ids=["byte", "bare", "bpe", "gpt2"],
+)
+def test_each_case_has_the_log_probabilities_and_the_verdict_of_our_evaluator(
+    tmp_path, tokenizer, sizes
+):
     checkpoint = save(tmp_path / "a.ckpt", TOKENIZERS[tokenizer], **sizes)
-    following = ((prompt, greedy_text(checkpoint, prompt, 1)) for prompt in map("".join, product(ascii_lowercase, repeat=2)))
+    following = (
+        (prompt, greedy_text(checkpoint, prompt, 1))
+        for prompt in map("".join, product(ascii_lowercase, repeat=2))
+    )
     prompt, greedy = next(pair for pair in following if pair[1].isalnum())
     (tmp_path / "own.yaml").write_text(SUITE.replace("PROMPT", prompt).replace("GREEDY", greedy))
-    suites = [load_suite(path) for path in (tmp_path / "own.yaml", ROOT / "cases/grammar.yaml", ROOT / "cases/narrative.yaml")]
+    suites = [
+        load_suite(path)
+        for path in (
+            tmp_path / "own.yaml",
+            ROOT / "cases/grammar.yaml",
+            ROOT / "cases/narrative.yaml",
+        )
+    ]
     names = [name for suite in suites for name in lm_eval_harness.export(suite, tmp_path / "tasks")]
-    samples = samples_of(lm_eval_harness.as_lm(checkpoint), tmp_path / "tasks", ["own_suite", "grammar", "narrative"])
-    scores = {score.case.id: score for suite in suites for score in evaluate([str(checkpoint.path)], suite)[0].scores}
+    samples = samples_of(
+        lm_eval_harness.as_lm(checkpoint), tmp_path / "tasks", ["own_suite", "grammar", "narrative"]
+    )
+    scores = {
+        score.case.id: score
+        for suite in suites
+        for score in evaluate([str(checkpoint.path)], suite)[0].scores
+    }
     assert scores.keys() - samples.keys() == {"any", "free"}
-    assert names[:4] == ["own_suite_choice", "own_suite_schema", "own_suite_cloze", "own_suite_text"]
+    assert names[:4] == [
+        "own_suite_choice",
+        "own_suite_schema",
+        "own_suite_cloze",
+        "own_suite_text",
+    ]
     for name, sample in samples.items():
         score = scores[name]
         if score.case.type == "text":
             bits = -sample["filtered_resps"][0] / math.log(2) / score.bytes
             assert bits == pytest.approx(score.bits_per_byte, abs=1e-5)
             continue
-        theirs = {tuple(args): logprob for args, (logprob, _) in zip(sample["arguments"], sample["filtered_resps"], strict=True)}
-        requests = encode_case(checkpoint.tokenizer, score.case, checkpoint.model.config.max_seq_len).requests
-        ours = answer(checkpoint.model, list(requests))
+        theirs = {
+            tuple(args): logprob
+            for args, (logprob, _) in zip(
+                sample["arguments"], sample["filtered_resps"], strict=True
+            )
+        }
+        requests = encode_case(
+            checkpoint.tokenizer, score.case, checkpoint.model.config.max_seq_len
+        ).requests
+        ours = query_likelihoods(checkpoint.model, list(requests))
         candidates = score.case.candidates or [(score.case.prompt, score.case.answers[0])]
-        assert theirs == pytest.approx({c: ours[request].logprob for c, request in zip(candidates, requests, strict=True)}, abs=1e-5)
+        assert theirs == pytest.approx(
+            {c: ours[request].logprob for c, request in zip(candidates, requests, strict=True)},
+            abs=1e-5,
+        )
         assert not score.tie
         assert sample["acc"] == score.correct_by.get("sum", score.correct), name
         if "acc_bytes" in sample:
@@ -137,12 +196,14 @@ def test_each_case_has_the_log_probabilities_and_the_verdict_of_our_evaluator(tm
 def test_a_rolling_likelihood_is_the_nats_of_our_text_cases(tmp_path, n):
     checkpoint = save(tmp_path / "a.ckpt", ByteTokenizer(), max_seq_len=32)
     text = ("the cat sat on the mat, " * 9)[:n]
-    [total] = lm_eval_harness.as_lm(checkpoint).loglikelihood_rolling(instances("loglikelihood_rolling", (text,)))
+    [total] = lm_eval_harness.as_lm(checkpoint).loglikelihood_rolling(
+        instances("loglikelihood_rolling", (text,))
+    )
     if n == 0:
         assert total == 0
         return
     requests = encode_case(checkpoint.tokenizer, Case("a", "text", text=text), 32).requests
-    answers = answer(checkpoint.model, list(requests))
+    answers = query_likelihoods(checkpoint.model, list(requests))
     assert total == pytest.approx(math.fsum(a.logprob for a in answers.values()), abs=1e-4)
 
 
@@ -169,7 +230,10 @@ def test_generation_is_that_of_infer_and_ends_before_until(tmp_path, tokenizer):
 
 def test_a_sampled_text_is_another_each_time_and_the_same_under_the_same_seed(tmp_path):
     lm = lm_eval_harness.as_lm(save(tmp_path / "a.ckpt", ByteTokenizer()))
-    asked = instances("generate_until", *[("the", {"max_gen_toks": 20, "do_sample": True, "temperature": 1.5, "until": []})] * 2)
+    asked = instances(
+        "generate_until",
+        *[("the", {"max_gen_toks": 20, "do_sample": True, "temperature": 1.5, "until": []})] * 2,
+    )
     torch.manual_seed(7)
     first = lm.generate_until(asked)
     torch.manual_seed(7)
@@ -186,8 +250,12 @@ def hflm(checkpoint: Checkpoint, prefix: bool = True) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     backend = checkpoint.tokenizer.backend
-    backend.post_processor = TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, checkpoint.tokenizer.eos_id)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
+    backend.post_processor = TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, checkpoint.tokenizer.eos_id)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
     reference = reference_of(checkpoint.model)
     reference.generation_config.eos_token_id = checkpoint.tokenizer.eos_id
     return HFLM(reference, tokenizer=tokenizer, batch_size=8, device="cpu", add_bos_token=prefix)
@@ -205,7 +273,9 @@ def test_our_class_and_that_of_lm_eval_agree_on_every_choice(both, tmp_path):
     ours, theirs = (samples_of(lm, tmp_path, ["grammar", "narrative"]) for lm in both[:2])
     assert ours.keys() == theirs.keys()
     for name in ours:
-        for (a, greedy), (b, greedy_too) in zip(ours[name]["filtered_resps"], theirs[name]["filtered_resps"], strict=True):
+        for (a, greedy), (b, greedy_too) in zip(
+            ours[name]["filtered_resps"], theirs[name]["filtered_resps"], strict=True
+        ):
             assert (a, greedy) == (pytest.approx(b, abs=1e-4), greedy_too)
         assert ours[name]["acc"] == theirs[name]["acc"]
 
@@ -214,13 +284,27 @@ def test_what_does_not_fit_is_cut_as_lm_eval_cuts_it(both, capsys):
     """Requests lose their beginning, whole texts go in windows, prompts leave room for what is generated."""
     ours, theirs, theirs_bare = both
     words = "the cat sat on the mat, and xyz ran." + 19 * " the cat sat on the mat, and xyz ran."
-    pairs = instances("loglikelihood", (words, " the dogs"), (words[:36], " the dogs"), ("", "the dogs ran"), ("the", words[3:150]))
-    for (a, greedy), (b, greedy_too) in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
+    pairs = instances(
+        "loglikelihood",
+        (words, " the dogs"),
+        (words[:36], " the dogs"),
+        ("", "the dogs ran"),
+        ("the", words[3:150]),
+    )
+    for (a, greedy), (b, greedy_too) in zip(
+        ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True
+    ):
         assert (a, greedy) == (pytest.approx(b, abs=1e-4), greedy_too)
-    assert "1 of 4 requests do not fit 160 tokens and lose their beginning" in capsys.readouterr().err
+    assert (
+        "1 of 4 requests do not fit 160 tokens and lose their beginning" in capsys.readouterr().err
+    )
     texts = instances("loglikelihood_rolling", (words,), (words[:50],), (words[:300],))
-    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs_bare.loglikelihood_rolling(texts), abs=1e-3)
-    asked = instances("generate_until", *[(words[:n], {"max_gen_toks": 30, "until": ["q"]}) for n in (20, 700)])
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(
+        theirs_bare.loglikelihood_rolling(texts), abs=1e-3
+    )
+    asked = instances(
+        "generate_until", *[(words[:n], {"max_gen_toks": 30, "until": ["q"]}) for n in (20, 700)]
+    )
     assert ours.generate_until(asked) == theirs.generate_until(asked)
     with pytest.raises(UserError, match="this model answers to 1 to 160, behind 1 or more"):
         ours.loglikelihood(instances("loglikelihood", ("the", words)))
@@ -231,9 +315,19 @@ def test_what_does_not_fit_is_cut_as_lm_eval_cuts_it(both, capsys):
 
 def test_what_is_not_exported_is_said(tmp_path, capsys):
     (tmp_path / "own.yaml").write_text(SUITE.replace("scoring: byte", "scoring: pmi"))
-    assert harness.main(["export", "--cases", str(tmp_path / "own.yaml"), "--to", str(tmp_path / "new/tasks")]) == 0
+    assert (
+        harness.main(
+            ["export", "--cases", str(tmp_path / "own.yaml"), "--to", str(tmp_path / "new/tasks")]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
-    assert out.split() == ["own_suite_choice", "own_suite_schema", "own_suite_cloze", "own_suite_text"]
+    assert out.split() == [
+        "own_suite_choice",
+        "own_suite_schema",
+        "own_suite_cloze",
+        "own_suite_text",
+    ]
     assert err.splitlines() == [
         "own suite: 1 cases with several answers and no distractors are left out",
         "own suite: 1 cases of type generate are left out",
@@ -243,11 +337,17 @@ def test_what_is_not_exported_is_said(tmp_path, capsys):
 
 def test_right_choices_do_not_always_stand_first():
     """lm-eval takes the first of equal choices, so that a model that knows nothing would be right."""
-    rows = [lm_eval_harness.as_row(case)[1] for case in load_suite(ROOT / "cases/grammar.yaml").cases]
+    rows = [
+        lm_eval_harness.as_row(case)[1] for case in load_suite(ROOT / "cases/grammar.yaml").cases
+    ]
     assert 0.3 < sum(row["target"] == [0] for row in rows) / len(rows) < 0.7
     case = Case("a", "choice", prompt="p", answers=("1", "2"), distractors=("3", "4", "5"))
     for each in map(str, range(9)):
-        _, row = lm_eval_harness.as_row(Case(each, **{k: getattr(case, k) for k in ("type", "prompt", "answers", "distractors")}))
+        _, row = lm_eval_harness.as_row(
+            Case(
+                each, **{k: getattr(case, k) for k in ("type", "prompt", "answers", "distractors")}
+            )
+        )
         assert sorted(row["choices"]) == ["1", "2", "3", "4", "5"]
         assert [row["choices"][i] for i in row["target"]] == ["1", "2"]
 
@@ -258,7 +358,15 @@ def test_right_choices_do_not_always_stand_first():
 def test_run_prints_the_accuracies_as_a_table_or_as_json(tmp_path, capsys):
     checkpoint = save(tmp_path / "a.ckpt", ByteTokenizer())
     lm_eval_harness.export(load_suite(ROOT / "cases/grammar.yaml"), tmp_path)
-    arguments = ["run", "--ckpt", str(checkpoint.path), "--include", str(tmp_path), "--tasks", "grammar"]
+    arguments = [
+        "run",
+        "--ckpt",
+        str(checkpoint.path),
+        "--include",
+        str(tmp_path),
+        "--tasks",
+        "grammar",
+    ]
     assert harness.main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     [result] = evaluate([str(checkpoint.path)], load_suite(ROOT / "cases/grammar.yaml"))
@@ -275,9 +383,15 @@ def test_mistakes_get_one_sentence(tmp_path, monkeypatch):
     lm_eval_harness.export(load_suite(tmp_path / "own.yaml"), tmp_path)
     ask = ["run", "--ckpt", str(checkpoint.path), "--include", str(tmp_path), "--tasks"]
     for arguments, message in [
-        ([*ask, "own_suite_choice"], "a task asks 12 tokens behind 0; this model answers to 1 to 160, behind 1 or more"),
+        (
+            [*ask, "own_suite_choice"],
+            "a task asks 12 tokens behind 0; this model answers to 1 to 160, behind 1 or more",
+        ),
         ([*ask[:-2], str(tmp_path / "none"), "--tasks", "own_suite"], "none is not a folder"),
-        (["export", "--cases", str(tmp_path / "*n.yaml"), "--to", str(tmp_path)], "two suites are called own_suite"),
+        (
+            ["export", "--cases", str(tmp_path / "*n.yaml"), "--to", str(tmp_path)],
+            "two suites are called own_suite",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             harness.main(arguments)
@@ -292,5 +406,18 @@ def test_a_task_that_is_nowhere_is_told_with_those_of_the_folder(tmp_path):
     checkpoint = save(tmp_path / "a.ckpt", ByteTokenizer())
     (tmp_path / "own.yaml").write_text(SUITE)
     lm_eval_harness.export(load_suite(tmp_path / "own.yaml"), tmp_path)
-    with pytest.raises(UserError, match="no task of lm-eval is called grammer; .* there are own_suite, own_suite_choice"):
-        harness.main(["run", "--ckpt", str(checkpoint.path), "--include", str(tmp_path), "--tasks", "own_suite,grammer"])
+    with pytest.raises(
+        UserError,
+        match="no task of lm-eval is called grammer; .* there are own_suite, own_suite_choice",
+    ):
+        harness.main(
+            [
+                "run",
+                "--ckpt",
+                str(checkpoint.path),
+                "--include",
+                str(tmp_path),
+                "--tasks",
+                "own_suite,grammer",
+            ]
+        )

@@ -32,8 +32,13 @@ def values(seed: int = 0, n: int = CASES) -> np.ndarray:
 # ---- proportions ----
 
 
-@pytest.mark.parametrize("correct, n", [(0, 1), (1, 1), (0, 8), (6, 8), (8, 8), (100, 201), (0.5, 3), (7.25, 9), (2.5, 4.75)])
-def test_wilsons_limits_are_the_proportions_whose_own_normal_test_just_accepts_what_was_seen(correct, n):
+@pytest.mark.parametrize(
+    "correct, n",
+    [(0, 1), (1, 1), (0, 8), (6, 8), (8, 8), (100, 201), (0.5, 3), (7.25, 9), (2.5, 4.75)],
+)
+def test_wilsons_limits_are_the_proportions_whose_own_normal_test_just_accepts_what_was_seen(
+    correct, n
+):
     """Its definition, solved by bisection: |p - seen| = Z sqrt(p (1 - p) / n)."""
     seen = correct / n
 
@@ -43,17 +48,31 @@ def test_wilsons_limits_are_the_proportions_whose_own_normal_test_just_accepts_w
     limits = []
     for outside in (0.0, 1.0):
         inside = (
-            seen if 0 < seen < 1 else 0.5 * (seen + (statistics.Z**2 / (n + statistics.Z**2) if seen == 0 else n / (n + statistics.Z**2)))
+            seen
+            if 0 < seen < 1
+            else 0.5
+            * (
+                seen
+                + (
+                    statistics.Z**2 / (n + statistics.Z**2)
+                    if seen == 0
+                    else n / (n + statistics.Z**2)
+                )
+            )
         )
         for _ in range(200):
             middle = (outside + inside) / 2
             inside, outside = (middle, outside) if accepted(middle) else (inside, middle)
         limits.append(inside)
-    assert wilson(correct, n) == pytest.approx(limits, abs=1e-9)  # near 0 and 1 bisection loses half the digits
+    assert wilson(correct, n) == pytest.approx(
+        limits, abs=1e-9
+    )  # near 0 and 1 bisection loses half the digits
 
 
 def test_where_nothing_is_right_the_lower_limit_is_exactly_zero_and_where_all_is_right_the_upper_is_exactly_one():
-    assert [wilson(0, n)[0] for n in range(1, 500)] == [0.0] * 499  # or a checkpoint with nothing right is "above chance"
+    assert [wilson(0, n)[0] for n in range(1, 500)] == [
+        0.0
+    ] * 499  # or a checkpoint with nothing right is "above chance"
     assert [wilson(n, n)[1] for n in range(1, 500)] == [1.0] * 499
 
 
@@ -68,7 +87,9 @@ def test_the_mean_of_one_proportion_has_wilsons_interval():
 
 def test_the_mean_of_equal_proportions_is_surer_by_the_root_of_their_number():
     low, high = wilson(3, 12)
-    assert mean_of_proportions([(3, 12)] * 4) == pytest.approx((0.25 - (0.25 - low) / 2, 0.25 + (high - 0.25) / 2), abs=EXACT)
+    assert mean_of_proportions([(3, 12)] * 4) == pytest.approx(
+        (0.25 - (0.25 - low) / 2, 0.25 + (high - 0.25) / 2), abs=EXACT
+    )
 
 
 def test_a_mean_of_zeros_is_not_called_certain():
@@ -84,7 +105,9 @@ def test_a_mean_of_zeros_is_not_called_certain():
 @pytest.mark.parametrize("copies", [2, 5])
 def test_copies_of_a_case_in_its_group_add_nothing_to_an_accuracys_interval(right, copies):
     once = np.array([1.0] * right + [0.0] * (9 - right))
-    n = independent(np.repeat(once, copies), np.repeat([f"g{i}" for i in range(9)], copies).tolist())
+    n = independent(
+        np.repeat(once, copies), np.repeat([f"g{i}" for i in range(9)], copies).tolist()
+    )
     assert n == pytest.approx(9, abs=EXACT)
     assert wilson(right / 9 * n, n) == pytest.approx(wilson(right, 9), abs=EXACT)
     naive = wilson(right * copies, 9 * copies)
@@ -93,7 +116,9 @@ def test_copies_of_a_case_in_its_group_add_nothing_to_an_accuracys_interval(righ
 
 def test_cases_without_groups_are_all_independent_of_each_other():
     for right in (0, 10, 30):
-        assert independent(np.array([1.0] * right + [0.0] * (30 - right)), [str(i) for i in range(30)]) == pytest.approx(30, abs=EXACT)
+        assert independent(
+            np.array([1.0] * right + [0.0] * (30 - right)), [str(i) for i in range(30)]
+        ) == pytest.approx(30, abs=EXACT)
 
 
 def test_groups_that_say_nothing_about_their_cases_hardly_widen_an_interval():
@@ -130,10 +155,14 @@ def test_an_interval_is_that_of_a_slow_bootstrap_of_whole_groups_within_categori
         spread = slow_bootstrap(CATEGORIES, GROUPS, lambda drawn: x[drawn].mean())
     elif what == "of some":
         got = draws.mean(x, np.array(chosen))
-        spread = slow_bootstrap(CATEGORIES, GROUPS, lambda drawn: x[[i for i in drawn if i in chosen]].mean())
+        spread = slow_bootstrap(
+            CATEGORIES, GROUPS, lambda drawn: x[[i for i in drawn if i in chosen]].mean()
+        )
     else:
         got = draws.macro(x)
-        spread = slow_bootstrap(CATEGORIES, GROUPS, lambda drawn: macro_mean(x[drawn], [CATEGORIES[i] for i in drawn]))
+        spread = slow_bootstrap(
+            CATEGORIES, GROUPS, lambda drawn: macro_mean(x[drawn], [CATEGORIES[i] for i in drawn])
+        )
     # of 2,000 draws the 2.5 % quantile is known to 0.06 standard deviations; twice that, as both are drawn, and three times
     assert got == pytest.approx(np.quantile(spread, [0.025, 0.975]), abs=0.3 * spread.std())
 
@@ -154,11 +183,15 @@ def test_copies_of_a_case_in_its_group_leave_the_bootstrap_as_wide_as_it_was():
     once = Resamples(["c"] * 20, names).mean(x)
     assert Resamples(["c"] * 60, names * 3).mean(np.tile(x, 3)) == pytest.approx(once, abs=EXACT)
     low, high = Resamples(["c"] * 60, [str(i) for i in range(60)]).mean(np.tile(x, 3))
-    assert (high - low) * math.sqrt(3) == pytest.approx(once[1] - once[0], rel=0.15)  # the naive one: by sqrt(3) too narrow
+    assert (high - low) * math.sqrt(3) == pytest.approx(
+        once[1] - once[0], rel=0.15
+    )  # the naive one: by sqrt(3) too narrow
 
 
 def test_the_same_cases_get_the_same_interval_every_time():
-    assert Resamples(CATEGORIES, GROUPS).macro(values()) == Resamples(CATEGORIES, GROUPS).macro(values())
+    assert Resamples(CATEGORIES, GROUPS).macro(values()) == Resamples(CATEGORIES, GROUPS).macro(
+        values()
+    )
     shared = resamples(tuple(CATEGORIES), tuple(GROUPS))
     assert resamples(tuple(CATEGORIES), tuple(GROUPS)) is shared
     assert shared.mean(values()) == Resamples(CATEGORIES, GROUPS).mean(values())
@@ -200,7 +233,9 @@ def test_mcnemars_p_is_the_share_of_all_ways_to_toss_that_are_as_uneven(wins, lo
     first = np.array([1.0] * wins + [0.0] * losses + [1, 0, 0.5])
     second = np.array([0.0] * wins + [1.0] * losses + [1, 0, 0.5])  # equal ones say nothing
     tosses = [sum(toss) for toss in itertools.product((0, 1), repeat=wins + losses)]
-    uneven = sum(abs(2 * heads - wins - losses) >= abs(wins - losses) for heads in tosses) / len(tosses)
+    uneven = sum(abs(2 * heads - wins - losses) >= abs(wins - losses) for heads in tosses) / len(
+        tosses
+    )
     assert mcnemar(first, second) == (wins, losses, pytest.approx(uneven, abs=EXACT))
 
 
@@ -215,10 +250,17 @@ def test_mcnemar_takes_tens_of_thousands_of_pairs():
 
 
 def test_the_rank_correlation_is_that_of_worked_examples():
-    iq, hours = [106, 100, 86, 101, 99, 103, 97, 113, 112, 110], [7, 27, 2, 50, 28, 29, 20, 12, 6, 17]  # Wikipedia's example
+    iq, hours = (
+        [106, 100, 86, 101, 99, 103, 97, 113, 112, 110],
+        [7, 27, 2, 50, 28, 29, 20, 12, 6, 17],
+    )  # Wikipedia's example
     assert spearman(iq, hours) == pytest.approx(-29 / 165, abs=EXACT)
-    assert spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826816681233, abs=EXACT)  # with a tie; SciPy's example
-    assert spearman([1, 10, 100], [math.log(x) for x in (1, 10, 100)]) == pytest.approx(1, abs=EXACT)
+    assert spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(
+        0.8207826816681233, abs=EXACT
+    )  # with a tie; SciPy's example
+    assert spearman([1, 10, 100], [math.log(x) for x in (1, 10, 100)]) == pytest.approx(
+        1, abs=EXACT
+    )
     assert spearman([1, 2, 3], [0.5, 0.5, 0.5]) is None
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import infer
 from model import ModelConfig, Transformer
-from pocketlm.checkpoint.format import kit_entry
+from pocketlm.checkpoint.format import checkpoint_metadata
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.config.sampling import SamplingConfig, SamplingParams
 from pocketlm.config.sections import Config, DataConfig, TrainingConfig
 from pocketlm.errors import UserError, run_main
-from pocketlm.inference.generate import complete, encode_prompt, generate, whole_texts
+from pocketlm.inference.generate import complete, encode_prompt, generate, generate_texts
 from pocketlm.inference.text import until_stop
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import JsonTokenizer
@@ -38,17 +38,28 @@ def random_model(seed: int = 0, **sizes: object) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**SIZES | sizes)).eval()
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=2 * p.size(1) ** -0.5) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
+        torch.nn.init.normal_(
+            p, std=2 * p.size(1) ** -0.5
+        ) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
     return model
 
 
 def random_ids(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(length))
+    return torch.randint(
+        SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(length)
+    )
 
 
-def tokens_of(model: Transformer, ids: Tensor, eos_id: int | None = None, **params: object) -> list[list[int | None]]:
+def tokens_of(
+    model: Transformer, ids: Tensor, eos_id: int | None = None, **params: object
+) -> list[list[int | None]]:
     """One list a row."""
-    return [list(row) for row in zip(*generate(model, ids, dataclasses.replace(PLAIN, **params), eos_id), strict=True)]
+    return [
+        list(row)
+        for row in zip(
+            *generate(model, ids, dataclasses.replace(PLAIN, **params), eos_id), strict=True
+        )
+    ]
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
@@ -66,12 +77,21 @@ def test_greedy_text_equals_transformers(tied):
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     ))  # fmt: skip
-    weights = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in model.state_dict().items()}
+    weights = {
+        name if name.startswith("lm_head") else f"model.{name}": p
+        for name, p in model.state_dict().items()
+    }
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"] if tied else [], [])
     theirs.tie_weights()
     prompt = random_ids(11)
-    expected = theirs.eval().generate(prompt, do_sample=False, max_new_tokens=40, attention_mask=torch.ones_like(prompt))[0, 11:].tolist()
+    expected = (
+        theirs.eval()
+        .generate(
+            prompt, do_sample=False, max_new_tokens=40, attention_mask=torch.ones_like(prompt)
+        )[0, 11:]
+        .tolist()
+    )
     assert len(set(expected)) > 10  # a text that could go wrong
     assert tokens_of(model, prompt, temperature=0, max_new_tokens=40) == [expected]
 
@@ -110,7 +130,9 @@ def test_only_the_end_of_a_long_prompt_matters():
     model = random_model(max_seq_len=16)
     long = random_ids(40)
     for count in (1, 30):
-        assert tokens_of(model, long, seed=1, max_new_tokens=count) == tokens_of(model, long[:, -16:], seed=1, max_new_tokens=count)
+        assert tokens_of(model, long, seed=1, max_new_tokens=count) == tokens_of(
+            model, long[:, -16:], seed=1, max_new_tokens=count
+        )
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another():
@@ -134,18 +156,24 @@ def test_samples_of_one_prompt_differ_and_greedy_ones_do_not():
 
 def test_the_rows_of_a_batch_do_not_meet():
     model, prompts = random_model(), random_ids(6, batch=3)
-    alone = [tokens_of(model, prompt[None], temperature=0, max_new_tokens=20)[0] for prompt in prompts]
+    alone = [
+        tokens_of(model, prompt[None], temperature=0, max_new_tokens=20)[0] for prompt in prompts
+    ]
     assert tokens_of(model, prompts, temperature=0, max_new_tokens=20) == alone
 
 
 def test_the_end_of_a_document_ends_a_row_and_the_last_one_ends_it_all():
     model, prompts = random_model(), random_ids(6, batch=3)
     free = tokens_of(model, prompts, temperature=0, max_new_tokens=40)
-    eos = next(token for token in free[0][5:] if all(token in row for row in free))  # a token that every row comes to
+    eos = next(
+        token for token in free[0][5:] if all(token in row for row in free)
+    )  # a token that every row comes to
     ends = [row.index(eos) for row in free]
     assert len(set(ends)) > 1
     rows = tokens_of(model, prompts, eos, temperature=0, max_new_tokens=40)
-    assert [row[:end] for row, end in zip(rows, ends, strict=True)] == [row[:end] for row, end in zip(free, ends, strict=True)]
+    assert [row[:end] for row, end in zip(rows, ends, strict=True)] == [
+        row[:end] for row, end in zip(free, ends, strict=True)
+    ]
     assert all(token is None for row, end in zip(rows, ends, strict=True) for token in row[end:])
     assert {len(row) for row in rows} == {max(ends) + 1}
 
@@ -188,9 +216,9 @@ def test_a_sample_that_comes_to_a_stop_text_ends_and_the_others_go_on():
     """Each text is cut where it would be alone, and no token is drawn for it after that."""
     model, tokenizer = random_model(vocab_size=257), ByteTokenizer()
     params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=60, num_samples=5, seed=3)
-    free = whole_texts(model, tokenizer, [[65]], params)
+    free = generate_texts(model, tokenizer, [[65]], params)
     stop = free[0][20:22]
-    cut = whole_texts(model, tokenizer, [[65]], dataclasses.replace(params, stop=(stop,)))
+    cut = generate_texts(model, tokenizer, [[65]], dataclasses.replace(params, stop=(stop,)))
     assert cut == [text.partition(stop)[0] for text in free]
     assert len(cut[0]) <= 20
 
@@ -199,14 +227,19 @@ def test_prompts_of_different_lengths_go_on_together_as_they_do_alone():
     model, tokenizer = random_model(vocab_size=257), ByteTokenizer()
     prompts = [list(b"a"), list(b"something longer"), list(b"x" * 100)]
     params = SamplingParams(temperature=1.0, max_new_tokens=30, num_samples=2, seed=5)
-    together = whole_texts(model, tokenizer, prompts, params)
-    alone = [whole_texts(model, tokenizer, [prompt], params) for prompt in prompts]
+    together = generate_texts(model, tokenizer, prompts, params)
+    alone = [generate_texts(model, tokenizer, [prompt], params) for prompt in prompts]
     assert together == [texts[sample] for sample in range(2) for texts in alone]
 
 
 def test_nothing_is_drawn_after_a_stop_text():
     drawn = []
-    assert "".join(until_stop((drawn.append(piece) or piece for piece in ["a", "b", "c", "d"]), ("b",))) == "a"
+    assert (
+        "".join(
+            until_stop((drawn.append(piece) or piece for piece in ["a", "b", "c", "d"]), ("b",))
+        )
+        == "a"
+    )
     assert drawn == ["a", "b"]
 
 
@@ -232,9 +265,16 @@ def write_checkpoint(
         training=TrainingConfig(seq_len=model.config.max_seq_len),
         sampling=sampling or SamplingConfig(),
     )
-    kit = kit_entry(config, tokenizer.state(), tokens=5, val_loss=val_loss)
+    kit = checkpoint_metadata(config, tokenizer.state(), tokens=5, val_loss=val_loss)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}, "global_step": 7, "kit": kit}, path)
+    torch.save(
+        {
+            "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()},
+            "global_step": 7,
+            "kit": kit,
+        },
+        path,
+    )
     return path
 
 
@@ -256,7 +296,9 @@ def expected_text(checkpoint: Path, prompt: str, **params: object) -> str:
     loaded = load_checkpoint(checkpoint)
     ids = torch.tensor([[256, *prompt.encode()]])
     changes = dict(temperature=0.8, top_p=0.95, seed=3, max_new_tokens=12) | params
-    return bytes(i for i in tokens_of(loaded.model, ids, 256, **changes)[0] if i is not None).decode(errors="replace")
+    return bytes(
+        i for i in tokens_of(loaded.model, ids, 256, **changes)[0] if i is not None
+    ).decode(errors="replace")
 
 
 def test_prompt_file_and_standard_input_give_the_same_completion_alone(folder, capsys, monkeypatch):
@@ -274,13 +316,19 @@ def test_the_options_reach_the_sampling(folder, capsys):
     greedy = run(capsys, "--prompt", "a", "--temperature", "0")[0]
     assert greedy == expected_text(Path("checkpoints/best.ckpt"), "a", temperature=0.0) + "\n"
     assert run(capsys, "--prompt", "a", "--top-k", "1", "--temperature", "5")[0] == greedy
-    assert run(capsys, "--prompt", "a", "--temperature", "0", "--stop", greedy[3])[0] == greedy[: greedy.index(greedy[3])] + "\n"
+    assert (
+        run(capsys, "--prompt", "a", "--temperature", "0", "--stop", greedy[3])[0]
+        == greedy[: greedy.index(greedy[3])] + "\n"
+    )
     assert len(run(capsys, "--prompt", "a", "--temperature", "0", "--max-new-tokens", "1")[0]) == 2
 
 
 def test_what_is_not_given_is_what_the_checkpoint_says(folder, capsys):
     greedy = run(capsys, "--prompt", "a", "--temperature", "0")[0]
-    write_checkpoint(Path("greedy.ckpt"), sampling=SamplingConfig(temperature=0.0, max_new_tokens=3, num_samples=5, prompts=("b",)))
+    write_checkpoint(
+        Path("greedy.ckpt"),
+        sampling=SamplingConfig(temperature=0.0, max_new_tokens=3, num_samples=5, prompts=("b",)),
+    )
     assert infer.main(["--device", "cpu", "--ckpt", "greedy.ckpt", "--prompt", "a"]) == 0
     assert capsys.readouterr().out == greedy[:3] + "\n"
     assert run(capsys, "--ckpt", "greedy.ckpt", "--prompt", "a")[0] == greedy
@@ -289,7 +337,10 @@ def test_what_is_not_given_is_what_the_checkpoint_says(folder, capsys):
 def test_a_new_document_begins_with_what_stands_before_every_document(folder, capsys):
     rows = tokens_of(load_checkpoint("checkpoints/best.ckpt").model, torch.tensor([[256]]), 256, temperature=0.8, top_p=0.95, seed=3,
                      max_new_tokens=12)  # fmt: skip
-    assert run(capsys, "--new-document")[0] == bytes(i for i in rows[0] if i is not None).decode(errors="replace") + "\n"
+    assert (
+        run(capsys, "--new-document")[0]
+        == bytes(i for i in rows[0] if i is not None).decode(errors="replace") + "\n"
+    )
     path = write_checkpoint(Path("endless.ckpt"), tokenizer=ByteTokenizer(eos=False))
     with pytest.raises(UserError, match="no token in 'byte', with which a text could begin"):
         run(capsys, "--ckpt", str(path), "--new-document")
@@ -300,12 +351,24 @@ def test_several_samples_are_numbered_and_equal_the_rows(folder, capsys):
                      max_new_tokens=12, num_samples=3)  # fmt: skip
     texts = [bytes(i for i in row if i is not None).decode(errors="replace") for row in rows]
     out = run(capsys, "--prompt", "a", "--num-samples", "3")[0]
-    assert out == "".join(f"--- {number} ---\n{text}\n" for number, text in enumerate(texts, 1)) + "\n"
+    assert (
+        out == "".join(f"--- {number} ---\n{text}\n" for number, text in enumerate(texts, 1)) + "\n"
+    )
 
 
 def test_a_vocabulary_larger_than_the_tokenizers_does_not_end_in_a_traceback(folder, capsys):
     path = write_checkpoint(Path("padded.ckpt"), tokenizer=CharTokenizer("ab"), vocab_size=64)
-    out, _ = run(capsys, "--ckpt", str(path), "--prompt", "ab", "--temperature", "9", "--max-new-tokens", "40")
+    out, _ = run(
+        capsys,
+        "--ckpt",
+        str(path),
+        "--prompt",
+        "ab",
+        "--temperature",
+        "9",
+        "--max-new-tokens",
+        "40",
+    )
     assert set(out) <= set("ab\ufffd\n")
 
 
@@ -313,7 +376,9 @@ def test_the_tokenizer_may_be_named_if_it_is_the_same(folder, capsys):
     assert run(capsys, "--prompt", "a", "--tokenizer", "byte")[0] == run(capsys, "--prompt", "a")[0]
 
 
-def test_the_short_form_takes_the_unnamed_run_else_the_named_one_with_the_lowest_loss(tmp_path, capsys, monkeypatch):
+def test_the_short_form_takes_the_unnamed_run_else_the_named_one_with_the_lowest_loss(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for name, loss in [("a", 2.0), ("oak", 1.5), ("old-2024", 0.1), ("z", 3.0)]:
         write_checkpoint(Path("checkpoints", name, "best.ckpt"), val_loss=loss)
@@ -321,7 +386,9 @@ def test_the_short_form_takes_the_unnamed_run_else_the_named_one_with_the_lowest
     assert run(capsys, "--prompt", "a")[1].startswith("checkpoints/oak/best.ckpt: step 7")
     write_checkpoint(Path("checkpoints/best.ckpt"), val_loss=9.0)
     assert run(capsys, "--prompt", "a")[1].startswith("checkpoints/best.ckpt: step 7")
-    assert run(capsys, "--prompt", "a", "--ckpt", "checkpoints/z/best.ckpt")[1].startswith("checkpoints/z/best.ckpt: step 7")
+    assert run(capsys, "--prompt", "a", "--ckpt", "checkpoints/z/best.ckpt")[1].startswith(
+        "checkpoints/z/best.ckpt: step 7"
+    )
 
 
 MISTAKES = {
@@ -379,19 +446,35 @@ ODD = {
 
 
 @pytest.mark.parametrize("prompt", ODD.values(), ids=ODD)
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), JsonTokenizer.train_bpe(["a word"], 300)], ids=["byte", "bpe:300"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [ByteTokenizer(), JsonTokenizer.train_bpe(["a word"], 300)],
+    ids=["byte", "bpe:300"],
+)
 def test_any_text_is_a_prompt_and_only_text(tmp_path, tokenizer, prompt):
     """Its ids are those of its bytes or pieces, behind the token that begins a document, which the text cannot spell."""
     checkpoint = load_checkpoint(write_checkpoint(tmp_path / "x.ckpt", tokenizer=tokenizer))
     ids = encode_prompt(tokenizer, prompt)
     assert ids.count(tokenizer.eos_id) == 1
     assert tokenizer.decode(ids[1:]) == prompt
-    text = "".join(piece for _, piece in complete(checkpoint, prompt, SamplingParams(temperature=0.0, max_new_tokens=5)))
-    rows = generate(checkpoint.model, torch.tensor([ids[-64:]]), SamplingParams(temperature=0.0, max_new_tokens=5), tokenizer.eos_id)
+    text = "".join(
+        piece
+        for _, piece in complete(
+            checkpoint, prompt, SamplingParams(temperature=0.0, max_new_tokens=5)
+        )
+    )
+    rows = generate(
+        checkpoint.model,
+        torch.tensor([ids[-64:]]),
+        SamplingParams(temperature=0.0, max_new_tokens=5),
+        tokenizer.eos_id,
+    )
     assert text == "".join(stream_text(tokenizer, [token for [token] in rows if token is not None]))
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), JsonTokenizer.train_bpe(["a"], 257)], ids=["byte", "bpe:257"])
+@pytest.mark.parametrize(
+    "tokenizer", [ByteTokenizer(), JsonTokenizer.train_bpe(["a"], 257)], ids=["byte", "bpe:257"]
+)
 def test_half_a_character_in_the_prompt_is_a_mistake(tmp_path, tokenizer):
     """A shell hands over bytes that are not UTF-8 as lone surrogates."""
     path = write_checkpoint(tmp_path / "x.ckpt", tokenizer=tokenizer)
@@ -400,8 +483,20 @@ def test_half_a_character_in_the_prompt_is_a_mistake(tmp_path, tokenizer):
 
 
 def command(folder: Path, *args: str, given: bytes = b"") -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *args], cwd=folder, env=environment, input=given, capture_output=True, timeout=120)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=folder,
+        env=environment,
+        input=given,
+        capture_output=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("args, said", [
@@ -417,14 +512,31 @@ def test_the_program_itself_exits_with_status_2_and_no_traceback(folder, args, s
 
 
 def test_the_program_itself_completes_standard_input(folder):
-    done = command(folder, str(ROOT / "infer.py"), "--temperature", "0", "--max-new-tokens", "12", "--device", "cpu", given="Où\n".encode())
+    done = command(
+        folder,
+        str(ROOT / "infer.py"),
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "12",
+        "--device",
+        "cpu",
+        given="Où\n".encode(),
+    )
     assert done.returncode == 0
-    assert done.stdout.decode() == expected_text(Path("checkpoints/best.ckpt"), "Où", temperature=0.0) + "\n"
+    assert (
+        done.stdout.decode()
+        == expected_text(Path("checkpoints/best.ckpt"), "Où", temperature=0.0) + "\n"
+    )
     assert done.stderr.decode() == "checkpoints/best.ckpt: step 7, float32 on cpu\n"
 
 
 def test_importing_infer_brings_no_trainer_and_prints_nothing(tmp_path):
     heavy = ["lightning", "pytorch_lightning", "datasets", "transformers", "torchmetrics", "pandas"]
-    done = command(tmp_path, "-c", f"import sys, infer; print([name for name in {heavy} if name in sys.modules])")
+    done = command(
+        tmp_path,
+        "-c",
+        f"import sys, infer; print([name for name in {heavy} if name in sys.modules])",
+    )
     assert (done.stdout, done.stderr) == (b"[]\n", b"")
     assert list(tmp_path.iterdir()) == []

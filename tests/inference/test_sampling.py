@@ -14,7 +14,12 @@ from model import ModelConfig, Transformer
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.inference import sampling
 from pocketlm.inference.native import NativeStep
-from pocketlm.inference.sampling import filter_logits, log_probabilities, repeating, sample
+from pocketlm.inference.sampling import (
+    banned_ngram_tokens,
+    filter_logits,
+    log_probabilities,
+    sample,
+)
 
 PLAIN = SamplingParams(temperature=1.0, top_p=1.0)
 EACH = [
@@ -30,9 +35,15 @@ def their_processors(params: SamplingParams):
     """Hugging Face's processors, in the order in which its `generate` calls them."""
     from transformers import generation as hf
 
-    processors = [hf.SequenceBiasLogitsProcessor({(i,): bias for i, bias in params.logit_bias})] if params.logit_bias else []
+    processors = (
+        [hf.SequenceBiasLogitsProcessor({(i,): bias for i, bias in params.logit_bias})]
+        if params.logit_bias
+        else []
+    )
     processors += [hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)]
-    processors += [hf.NoRepeatNGramLogitsProcessor(params.no_repeat_ngram)] if params.no_repeat_ngram else []
+    processors += (
+        [hf.NoRepeatNGramLogitsProcessor(params.no_repeat_ngram)] if params.no_repeat_ngram else []
+    )
     processors += [hf.TemperatureLogitsWarper(params.temperature)]
     processors += [hf.TopKLogitsWarper(params.top_k)] if params.top_k else []
     processors += [hf.TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
@@ -53,9 +64,14 @@ def test_filtered_logits_equal_transformers(changes):
     params = dataclasses.replace(PLAIN, **changes)
     logits, context = random_logits()
     before = logits.clone()
-    ours, theirs = filter_logits(logits, params, context.tolist()), their_processors(params)(context, logits.clone())
+    ours, theirs = (
+        filter_logits(logits, params, context.tolist()),
+        their_processors(params)(context, logits.clone()),
+    )
     assert torch.equal(ours.isinf(), theirs.isinf())
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)  # the same float32 operations, a rounding apart at most
+    torch.testing.assert_close(
+        ours, theirs, rtol=1e-6, atol=0
+    )  # the same float32 operations, a rounding apart at most
     assert torch.equal(logits, before)
 
 
@@ -64,15 +80,26 @@ def test_a_nucleus_of_a_few_tokens_and_of_most_equals_transformers(spread):
     """At 0.5 the nucleus is most of the vocabulary, at 6 some tokens."""
     params = dataclasses.replace(PLAIN, top_p=0.9)
     logits, context = random_logits(5000, spread)
-    ours, theirs = filter_logits(logits, params, context.tolist()), their_processors(params)(context, logits.clone())
+    ours, theirs = (
+        filter_logits(logits, params, context.tolist()),
+        their_processors(params)(context, logits.clone()),
+    )
     kept = (~ours.isinf()).sum(-1)
     assert (kept.min() > 256) == (spread < 6)
-    assert ((~theirs.isinf()).sum(-1) - kept).abs().max() <= 1  # float32 sums of thousands of terms, begun at the other end
-    assert torch.equal(ours.topk(int(kept.min()) - 1).indices, theirs.topk(int(kept.min()) - 1).indices)
+    assert (
+        (~theirs.isinf()).sum(-1) - kept
+    ).abs().max() <= 1  # float32 sums of thousands of terms, begun at the other end
+    assert torch.equal(
+        ours.topk(int(kept.min()) - 1).indices, theirs.topk(int(kept.min()) - 1).indices
+    )
 
 
 def test_a_filter_keeps_the_most_likely_token_always():
-    kept = filter_logits(torch.tensor([[1.0, 5.0, 2.0]]), SamplingParams(temperature=1.0, top_k=1, top_p=1e-9, min_p=1.0), [[]])
+    kept = filter_logits(
+        torch.tensor([[1.0, 5.0, 2.0]]),
+        SamplingParams(temperature=1.0, top_k=1, top_p=1e-9, min_p=1.0),
+        [[]],
+    )
     assert kept.tolist() == [[-math.inf, 5.0, -math.inf]]
 
 
@@ -82,27 +109,44 @@ def test_no_ngram_is_written_twice(context, n):
     grams = [tuple(context[i : i + n]) for i in range(len(context) - n + 1)]
     for token in range(4):
         new = tuple([*context, token][-n:])
-        assert (token in repeating(context, n)) == (len(new) == n and new in grams)
+        assert (token in banned_ngram_tokens(context, n)) == (len(new) == n and new in grams)
 
 
 def test_greedy_takes_the_largest_and_the_first_of_equals_after_penalties():
     logits = torch.tensor([[0.0, 7.0, 7.0], [1.0, 0.0, -1.0]])
     draws = torch.rand(2)
     assert sample(logits, SamplingParams(temperature=0), [[], []], draws).tolist() == [1, 0]
-    assert sample(logits, SamplingParams(temperature=0, no_repeat_ngram=1), [[1], [0]], draws).tolist() == [2, 1]
+    assert sample(
+        logits, SamplingParams(temperature=0, no_repeat_ngram=1), [[1], [0]], draws
+    ).tolist() == [2, 1]
 
 
 def test_drawn_tokens_have_the_probabilities_of_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(20_000, 1)
-    drawn = sample(logits, PLAIN, [[]] * 20_000, torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
+    drawn = sample(
+        logits, PLAIN, [[]] * 20_000, torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    )
     shares = drawn.bincount(minlength=4) / 20_000
-    torch.testing.assert_close(shares, logits[0].softmax(0), rtol=0, atol=0.018)  # five standard deviations of a share of a half
+    torch.testing.assert_close(
+        shares, logits[0].softmax(0), rtol=0, atol=0.018
+    )  # five standard deviations of a share of a half
 
 
 def test_each_token_has_its_share_of_the_draws_in_order():
     logits = torch.tensor([[0.1, 0.2, 0.0, 0.3, 0.4]]).log()
-    for draw, token in [(0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 3), (0.5999, 3), (0.6001, 4), (1 - 2**-53, 4)]:
-        assert sample(logits, PLAIN, [[]], torch.tensor([draw], dtype=torch.float64)).tolist() == [token]
+    for draw, token in [
+        (0.0, 0),
+        (0.0999, 0),
+        (0.1001, 1),
+        (0.2999, 1),
+        (0.3001, 3),
+        (0.5999, 3),
+        (0.6001, 4),
+        (1 - 2**-53, 4),
+    ]:
+        assert sample(logits, PLAIN, [[]], torch.tensor([draw], dtype=torch.float64)).tolist() == [
+            token
+        ]
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 2**31))
@@ -121,7 +165,9 @@ def test_log_probabilities_are_those_of_the_softmax():
     for row, (chosen, top) in enumerate(log_probabilities(logits, tokens, 5)):
         assert chosen == pytest.approx(expected[row, row].item(), abs=1e-5)
         assert [i for i, _ in top] == expected[row].topk(5).indices.tolist()
-        assert [nats for _, nats in top] == pytest.approx(expected[row].topk(5).values.tolist(), abs=1e-5)
+        assert [nats for _, nats in top] == pytest.approx(
+            expected[row].topk(5).values.tolist(), abs=1e-5
+        )
     assert log_probabilities(logits, tokens, 0)[0][1] == []
 
 
@@ -148,18 +194,29 @@ def test_a_bad_value_is_refused_by_its_name(name, value):
 
 # ---- in C ------------------------------------------------------------------------------------------------------------
 
-CHOSEN = [PLAIN] + [dataclasses.replace(PLAIN, **changes) for changes in EACH if set(changes) <= {"temperature", "top_k", "top_p", "min_p"}]
-CHOSEN += [SamplingParams(temperature=1.4, top_k=20, top_p=0.7, min_p=0.05), SamplingParams(temperature=0.8, top_k=90, top_p=0.99)]
+CHOSEN = [PLAIN] + [
+    dataclasses.replace(PLAIN, **changes)
+    for changes in EACH
+    if set(changes) <= {"temperature", "top_k", "top_p", "min_p"}
+]
+CHOSEN += [
+    SamplingParams(temperature=1.4, top_k=20, top_p=0.7, min_p=0.05),
+    SamplingParams(temperature=0.8, top_k=90, top_p=0.99),
+]
 
 
 @pytest.fixture(scope="module")
 def choose():
-    return NativeStep(Transformer(ModelConfig(vocab_size=5, n_layers=1, d_model=16, n_heads=2, max_seq_len=4))).choose
+    return NativeStep(
+        Transformer(ModelConfig(vocab_size=5, n_layers=1, d_model=16, n_heads=2, max_seq_len=4))
+    ).choose
 
 
 @pytest.mark.parametrize("spread", [0.5, 4.0, 20.0])
 @pytest.mark.parametrize("size", [1, 2, 100, 255, 256, 257, 5000])
-@pytest.mark.parametrize("params", CHOSEN, ids=lambda p: f"T={p.temperature} k={p.top_k} p={p.top_p} m={p.min_p}")
+@pytest.mark.parametrize(
+    "params", CHOSEN, ids=lambda p: f"T={p.temperature} k={p.top_k} p={p.top_p} m={p.min_p}"
+)
 def test_the_draw_in_c_falls_into_the_share_of_the_same_token(choose, params, size, spread):
     """Of logits of which some are ruled out and some are equal."""
     generator = torch.Generator().manual_seed(0)
@@ -173,8 +230,16 @@ def test_the_draw_in_c_falls_into_the_share_of_the_same_token(choose, params, si
         least = shares[row][shares[row] > 0].min().item()
         # float32: 1e-5 of a share. A nucleus may end a token sooner or later, which is the least likely in it
         rounding = 1e-5 + (least if params.top_p < 1 else 0)
-        assert shares[row, token] >= least * (1 - 1e-5) or params.top_p < 1 and logits[row, token] > -math.inf
-        assert ends[row, token] - shares[row, token] - rounding <= draws[row] <= ends[row, token] + rounding
+        assert (
+            shares[row, token] >= least * (1 - 1e-5)
+            or params.top_p < 1
+            and logits[row, token] > -math.inf
+        )
+        assert (
+            ends[row, token] - shares[row, token] - rounding
+            <= draws[row]
+            <= ends[row, token] + rounding
+        )
 
 
 def test_the_likeliest_tokens_in_c_are_as_many_as_asked_for(choose):

@@ -25,7 +25,7 @@ from pocketlm.data.prepare import prepare
 from pocketlm.hardware.devices import Hardware
 from pocketlm.model import attention
 from pocketlm.model.attention import TiledAttention
-from pocketlm.model.loss import IGNORE
+from pocketlm.model.loss import IGNORE_INDEX
 from pocketlm.optim import build_optimizer, clip_gradients
 from pocketlm.training import loop
 from tests.model.test_model import (
@@ -51,7 +51,9 @@ Nats = Callable[[Batch], Tensor]
 Found = tuple[Tensor, dict[str, Tensor]]
 
 documents = pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
-chunks = pytest.mark.parametrize("chunk", [0, 7, 1000])  # 0: not in chunks; 7 leaves a rest of 26, and 1,000 is more than there are
+chunks = pytest.mark.parametrize(
+    "chunk", [0, 7, 1000]
+)  # 0: not in chunks; 7 leaves a rest of 26, and 1,000 is more than there are
 tying = pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
 
 
@@ -63,7 +65,7 @@ def batches(count: int, packed: bool = False, vocab_size: int = 61, length: int 
         rows = torch.randint(vocab_size // 4, (2, length + 1), generator=generator)
         rows[:, ::5] = torch.randint(vocab_size, rows[:, ::5].shape, generator=generator)
         targets = rows[:, 1:].clone()
-        targets[0, 2] = targets[1, -3:] = IGNORE
+        targets[0, 2] = targets[1, -3:] = IGNORE_INDEX
         made.append({"input_ids": rows[:, :-1], "targets": targets})
         if packed:
             borders = torch.randint(1, length, (2, 3), generator=generator)
@@ -73,11 +75,15 @@ def batches(count: int, packed: bool = False, vocab_size: int = 61, length: int 
 
 def nats_of(net: Transformer, chunk: int) -> Nats:
     """The loss as the training module computes it, eagerly."""
-    module = SimpleNamespace(model=net, config=SimpleNamespace(training=SimpleNamespace(loss_chunk=chunk)))
-    return lambda batch: train.LitTransformer.nats(module, batch)
+    module = SimpleNamespace(
+        model=net, config=SimpleNamespace(training=SimpleNamespace(loss_chunk=chunk))
+    )
+    return lambda batch: train.LitTransformer.loss_sum(module, batch)
 
 
-def value_and_gradients(net: Transformer, nats: Nats, seen: list[Batch], half: bool = False) -> Found:
+def value_and_gradients(
+    net: Transformer, nats: Nats, seen: list[Batch], half: bool = False
+) -> Found:
     """Nats of all batches, and the gradients that their backward passes leave behind one after the other."""
     net.zero_grad()
     total = torch.zeros(())
@@ -94,18 +100,24 @@ def assert_equal(ours: Found, theirs: Found, tolerance: float = ROUNDING) -> Non
     assert ours[1].keys() == theirs[1].keys()
     for name, expected in theirs[1].items():
         gradient = ours[1][name]
-        assert gradient.layout == torch.strided and gradient.dtype == expected.dtype and gradient.shape == expected.shape
+        assert (
+            gradient.layout == torch.strided
+            and gradient.dtype == expected.dtype
+            and gradient.shape == expected.shape
+        )
         assert (gradient - expected).abs().max() <= tolerance * expected.abs().max(), name
 
 
 def ten_losses(net: Transformer, nats: Nats, seen: list[Batch], half: bool = False) -> Tensor:
     """Mean losses before each of ten clipped AdamW steps."""
-    stepper = build_optimizer(net, optimizer="adamw", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    stepper = build_optimizer(
+        net, optimizer="adamw", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, fused=True
+    )
     losses = []
     for step in range(10):
         batch = seen[step % len(seen)]
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            mean = nats(batch) / (batch["targets"] != IGNORE).sum()
+            mean = nats(batch) / (batch["targets"] != IGNORE_INDEX).sum()
         stepper.zero_grad()
         mean.backward()
         clip_gradients(net.parameters(), 1.0)
@@ -115,7 +127,9 @@ def ten_losses(net: Transformer, nats: Nats, seen: list[Batch], half: bool = Fal
 
 
 def assert_same_way(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    assert theirs[-2:].mean() < theirs[:2].mean() - 0.5  # the steps are not so small that nothing could differ
+    assert (
+        theirs[-2:].mean() < theirs[:2].mean() - 0.5
+    )  # the steps are not so small that nothing could differ
     assert (ours - theirs).abs().max() <= tolerance
 
 
@@ -125,14 +139,18 @@ def assert_same_way(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 @pytest.fixture
 def dense(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From here on the embedding's gradient is a matrix."""
-    return lambda: monkeypatch.setattr(Embedding, "forward", lambda table, ids: F.embedding(ids, table.weight))
+    return lambda: monkeypatch.setattr(
+        Embedding, "forward", lambda table, ids: F.embedding(ids, table.weight)
+    )
 
 
 @chunks
 @documents
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.usefixtures("float64")
-def test_rows_added_to_a_tied_heads_gradient_are_the_dense_gradient(dense: Callable, chunk: int, packed: bool, micro_batches: int) -> None:
+def test_rows_added_to_a_tied_heads_gradient_are_the_dense_gradient(
+    dense: Callable, chunk: int, packed: bool, micro_batches: int
+) -> None:
     """With entries that occur often, over one batch and accumulated over two."""
     net, seen = random_model(), batches(micro_batches, packed)
     ours = value_and_gradients(net, nats_of(net, chunk), seen)
@@ -180,7 +198,9 @@ def test_a_compiled_model_makes_no_rows() -> None:
 
     torch.compile(random_model().hidden, backend=look, dynamic=False)(random_ids())
     assert len(found) == 1
-    assert not any(argument is True for node in found for argument in (*node.args, *node.kwargs.values()))
+    assert not any(
+        argument is True for node in found for argument in (*node.args, *node.kwargs.values())
+    )
 
 
 # ---- the loss in chunks, with a head that is filled up to a multiple of 64 -------------------------------------------
@@ -191,8 +211,13 @@ def test_a_compiled_model_makes_no_rows() -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 26, 1000])
 @pytest.mark.parametrize("vocab_size", [61, 64, 65])
 @pytest.mark.usefixtures("float64")
-def test_the_loss_in_chunks_is_the_plain_one_for_the_whole_model(chunk: int, vocab_size: int, packed: bool, tie_embeddings: bool) -> None:
-    net, seen = random_model(vocab_size=vocab_size, tie_embeddings=tie_embeddings), batches(2, packed, vocab_size)
+def test_the_loss_in_chunks_is_the_plain_one_for_the_whole_model(
+    chunk: int, vocab_size: int, packed: bool, tie_embeddings: bool
+) -> None:
+    net, seen = (
+        random_model(vocab_size=vocab_size, tie_embeddings=tie_embeddings),
+        batches(2, packed, vocab_size),
+    )
     ours, theirs = (value_and_gradients(net, nats_of(net, size), seen) for size in (chunk, 0))
     assert_equal(ours, theirs)
 
@@ -200,7 +225,9 @@ def test_the_loss_in_chunks_is_the_plain_one_for_the_whole_model(chunk: int, voc
 @tying
 @pytest.mark.parametrize("vocab_size", [61, 64])
 @pytest.mark.usefixtures("float64")
-def test_ten_steps_with_the_loss_in_chunks_are_those_with_the_plain_one(vocab_size: int, tie_embeddings: bool) -> None:
+def test_ten_steps_with_the_loss_in_chunks_are_those_with_the_plain_one(
+    vocab_size: int, tie_embeddings: bool
+) -> None:
     ways = []
     for chunk in (7, 0):
         net = random_model(vocab_size=vocab_size, tie_embeddings=tie_embeddings)
@@ -238,7 +265,9 @@ def test_under_bfloat16_autocast_gradients_and_ten_steps_are_those_of_float32_wi
 def forced_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention in tiles of 4 rows, whatever the precision."""
     monkeypatch.setattr(attention, "TILE", 4)
-    monkeypatch.setattr(model, "attend", lambda q, k, v, mask, _: TiledAttention.apply(q, k, v, mask))
+    monkeypatch.setattr(
+        model, "attend", lambda q, k, v, mask, _: TiledAttention.apply(q, k, v, mask)
+    )
 
 
 @documents
@@ -248,7 +277,10 @@ def test_a_model_of_tiled_attention_has_the_loss_and_gradients_of_torchs(
     request: pytest.FixtureRequest, packed: bool, n_kv_heads: int
 ) -> None:
     net, seen = random_model(n_kv_heads=n_kv_heads), batches(2, packed)
-    theirs, way = value_and_gradients(net, nats_of(net, 7), seen), ten_losses(net, nats_of(net, 7), seen)
+    theirs, way = (
+        value_and_gradients(net, nats_of(net, 7), seen),
+        ten_losses(net, nats_of(net, 7), seen),
+    )
     request.getfixturevalue("forced_tiles")
     net = random_model(n_kv_heads=n_kv_heads)
     assert_equal(value_and_gradients(net, nats_of(net, 7), seen), theirs)
@@ -258,7 +290,9 @@ def test_a_model_of_tiled_attention_has_the_loss_and_gradients_of_torchs(
 @pytest.mark.usefixtures("float64", "forced_tiles")
 def test_recomputed_blocks_of_tiled_attention_have_the_same_gradients() -> None:
     nets = [random_model(gradient_checkpointing=recompute).train() for recompute in (False, True)]
-    ours, theirs = (value_and_gradients(net, nats_of(net, 7), batches(2, packed=True)) for net in nets)
+    ours, theirs = (
+        value_and_gradients(net, nats_of(net, 7), batches(2, packed=True)) for net in nets
+    )
     assert_equal(ours, theirs, tolerance=0)
 
 
@@ -276,13 +310,20 @@ class Recorder:
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., train.LitTransformer]]:
+def module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., train.LitTransformer]]:
     """The module of a run as train.py makes it, its weights far enough from zero to matter."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(50)))
     Path("config.yaml").write_text("model: {n_layers: 2, d_model: 32}\n")
     monkeypatch.setattr(train.L, "Trainer", Recorder)
-    fixed = ["data.path=text.txt", "data.tokenizer=byte", f"training.seq_len={T}", "training.micro_batch_size=2"]
+    fixed = [
+        "data.path=text.txt",
+        "data.tokenizer=byte",
+        f"training.seq_len={T}",
+        "training.micro_batch_size=2",
+    ]
 
     def make(compiled: bool, half: bool, *overrides: str) -> train.LitTransformer:
         config = load_config("config.yaml", [*fixed, *overrides])
@@ -296,7 +337,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         loop.fit(made, config, data, hardware, Run(""), None)
         torch.manual_seed(0)
         for p in made.model.parameters():
-            torch.nn.init.normal_(p, std=p.size(1) ** -0.5) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
+            torch.nn.init.normal_(
+                p, std=p.size(1) ** -0.5
+            ) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
         return made
 
     yield make
@@ -317,27 +360,34 @@ def test_the_compiled_loss_has_the_gradients_and_ten_steps_of_the_eager_one(
     options = [f"training.loss_chunk={chunk}", f"model.tie_embeddings={tie_embeddings}".lower()]
     seen, bounds = batches(2, packed, 257), BFLOAT16 if half else FLOAT32
     eager = module(False, half, *options)
-    expected, gradients = value_and_gradients(eager.model, eager.training_nats, seen, half)
-    way = ten_losses(eager.model, eager.training_nats, seen, half)
+    expected, gradients = value_and_gradients(eager.model, eager.train_loss_fn, seen, half)
+    way = ten_losses(eager.model, eager.train_loss_fn, seen, half)
     compiled = module(True, half, *options)
-    found, ours = value_and_gradients(compiled.model, compiled.training_nats, seen, half)
+    found, ours = value_and_gradients(compiled.model, compiled.train_loss_fn, seen, half)
     assert relative_error(found, expected) < bounds.loss
     errors = {name: relative_error(ours[name], gradient) for name, gradient in gradients.items()}
     assert max(errors.values()) < bounds.gradients, errors
-    assert all(p.grad.layout == torch.strided and p.grad.dtype == torch.float32 for p in compiled.model.parameters())
-    assert_same_way(ten_losses(compiled.model, compiled.training_nats, seen, half), way, bounds.ten_losses)
+    assert all(
+        p.grad.layout == torch.strided and p.grad.dtype == torch.float32
+        for p in compiled.model.parameters()
+    )
+    assert_same_way(
+        ten_losses(compiled.model, compiled.train_loss_fn, seen, half), way, bounds.ten_losses
+    )
     assert_was_compiled()  # once, for all of it
 
 
 @pytest.mark.slow
-def test_the_compiled_loss_draws_its_dropout_from_torchs_seed_and_its_gradients_are_those_of_the_masks_drawn(module: Callable) -> None:
+def test_the_compiled_loss_draws_its_dropout_from_torchs_seed_and_its_gradients_are_those_of_the_masks_drawn(
+    module: Callable,
+) -> None:
     """Along a random direction the gradient is the slope of the loss, between two losses of the same masks."""
     torch.set_default_dtype(torch.float64)
     try:
         made, [batch] = module(True, False, "model.dropout=0.2"), batches(1, True, 257)
     finally:
         torch.set_default_dtype(torch.float32)
-    net, nats = made.model.train(), made.training_nats
+    net, nats = made.model.train(), made.train_loss_fn
     assert next(net.parameters()).dtype == torch.float64
 
     def drawn(seed: int) -> Found:
@@ -348,7 +398,10 @@ def test_the_compiled_loss_draws_its_dropout_from_torchs_seed_and_its_gradients_
     assert_equal(first, again, tolerance=0)
     assert abs(first[0] - other[0]) > 1e-3 * first[0]
     generator = torch.Generator().manual_seed(0)
-    direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in net.named_parameters()}
+    direction = {
+        name: torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for name, p in net.named_parameters()
+    }
     step, values = 1e-5, []
     for sign in (1, -2):  # to one side, and from there to the other
         with torch.no_grad():
@@ -363,10 +416,10 @@ def test_the_compiled_loss_draws_its_dropout_from_torchs_seed_and_its_gradients_
 
 def test_without_compile_the_module_trains_on_its_own_loss(module: Callable) -> None:
     """And validation does so always."""
-    assert module(False, False).training_nats.__func__ is train.LitTransformer.nats
+    assert module(False, False).train_loss_fn.__func__ is train.LitTransformer.loss_sum
     made = module(True, False)
-    assert made.nats.__func__ is train.LitTransformer.nats
-    assert hasattr(made.training_nats, "_torchdynamo_orig_callable")
+    assert made.loss_sum.__func__ is train.LitTransformer.loss_sum
+    assert hasattr(made.train_loss_fn, "_torchdynamo_orig_callable")
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
@@ -374,7 +427,10 @@ def test_without_compile_the_module_trains_on_its_own_loss(module: Callable) -> 
 
 def shifted(ids: Tensor) -> Batch:
     """The targets that transformers makes of labels=ids; the last token has none."""
-    return {"input_ids": ids, "targets": torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)}
+    return {
+        "input_ids": ids,
+        "targets": torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE_INDEX)], dim=1),
+    }
 
 
 def their_mean(logits: Tensor, ids: Tensor) -> Tensor:
@@ -382,7 +438,11 @@ def their_mean(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def assert_loss_and_gradients(
-    net: Transformer, nats: Nats, their_loss: Tensor, theirs: Callable[[], dict[str, Tensor]], bounds: Any
+    net: Transformer,
+    nats: Nats,
+    their_loss: Tensor,
+    theirs: Callable[[], dict[str, Tensor]],
+    bounds: Any,
 ) -> None:
     """A bias of the keys shifts all scores of a query alike, which softmax undoes: its gradient, 0 but for rounding, has the queries'
     as its unit."""
@@ -401,13 +461,19 @@ def assert_loss_and_gradients(
 
 def against_llama(net: Transformer, nats: Nats, bounds: Any) -> None:
     reference = reference_of(net)
-    named = lambda: {name.removeprefix("model."): p.grad for name, p in reference.named_parameters()}  # noqa: E731
-    assert_loss_and_gradients(net, nats, their_mean(reference(random_ids()).logits, random_ids()), named, bounds)
+    named = lambda: {
+        name.removeprefix("model."): p.grad for name, p in reference.named_parameters()
+    }  # noqa: E731
+    assert_loss_and_gradients(
+        net, nats, their_mean(reference(random_ids()).logits, random_ids()), named, bounds
+    )
 
 
 def against_gpt2(net: Transformer, theirs: torch.nn.Module, nats: Nats, bounds: Any) -> None:
     named = lambda: in_our_names({name: p.grad for name, p in theirs.named_parameters()})  # noqa: E731
-    assert_loss_and_gradients(net, nats, their_mean(theirs(random_ids()).logits, random_ids()), named, bounds)
+    assert_loss_and_gradients(
+        net, nats, their_mean(theirs(random_ids()).logits, random_ids()), named, bounds
+    )
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])
@@ -423,14 +489,18 @@ def test_in_float64_chunks_and_rows_give_the_loss_and_gradients_of_transformers_
 
 @pytest.mark.parametrize("chunk", [7, 1000])
 @pytest.mark.usefixtures("float64")
-def test_in_float64_chunks_and_rows_give_the_loss_and_gradients_of_transformers_gpt2(chunk: int) -> None:
+def test_in_float64_chunks_and_rows_give_the_loss_and_gradients_of_transformers_gpt2(
+    chunk: int,
+) -> None:
     ours, theirs = gpt2_pair(2, 4)
     against_gpt2(ours, theirs, nats_of(ours, chunk), FLOAT64)
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 @pytest.mark.usefixtures("float64", "forced_tiles")
-def test_in_float64_tiled_attention_gives_the_logits_gradients_and_ten_steps_of_transformers_llama(n_kv_heads: int) -> None:
+def test_in_float64_tiled_attention_gives_the_logits_gradients_and_ten_steps_of_transformers_llama(
+    n_kv_heads: int,
+) -> None:
     net = random_model(n_kv_heads=n_kv_heads)
     assert_parity(net, reference_of(net), FLOAT64)
     net = random_model(n_kv_heads=n_kv_heads)
@@ -452,7 +522,9 @@ def compiled_nats(net: Transformer, chunk: int) -> Nats:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk, n_kv_heads", [(20, 2)])
-def test_the_compiled_loss_in_float32_has_the_value_and_gradients_of_transformers_llama(chunk: int, n_kv_heads: int) -> None:
+def test_the_compiled_loss_in_float32_has_the_value_and_gradients_of_transformers_llama(
+    chunk: int, n_kv_heads: int
+) -> None:
     """test_model.py has the logits of the compiled model."""
     net = random_model(n_kv_heads=n_kv_heads)
     against_llama(net, compiled_nats(net, chunk), FLOAT32)

@@ -7,36 +7,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pocketlm.model.loss import IGNORE, chunked_cross_entropy, cross_entropy, loss_and_gradients
+from pocketlm.model.loss import (
+    IGNORE_INDEX,
+    chunked_cross_entropy,
+    cross_entropy,
+    loss_and_gradients,
+)
 
 B, T, C, V = 2, 50, 8, 11  # 100 tokens of 11 entries: targets occur more than once in a chunk
-chunks = pytest.mark.parametrize("chunk", [1, 3, 70, B * T, 1000])  # 3 and 70 leave a shorter last chunk
+chunks = pytest.mark.parametrize(
+    "chunk", [1, 3, 70, B * T, 1000]
+)  # 3 and 70 leave a shorter last chunk
 
 
-def example(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def example(
+    dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states and a head whose logits have a spread of `scale`, and targets of which some count for nothing."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, T, C, generator=generator, dtype=torch.float64) * scale
     weight = torch.randn(V, C, generator=generator, dtype=torch.float64) / C**0.5
     targets = torch.randint(V, (B, T), generator=generator)
-    targets[0, 1] = targets[1, 4] = IGNORE
-    targets[0, 3:6] = IGNORE  # all of the second chunk of 3
+    targets[0, 1] = targets[1, 4] = IGNORE_INDEX
+    targets[0, 3:6] = IGNORE_INDEX  # all of the second chunk of 3
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
-def value_and_gradients(nats: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def value_and_gradients(
+    nats: Tensor, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients are those of a mean, so that what comes from above must be passed on."""
     return nats.detach(), *torch.autograd.grad(nats / 9, (hidden, weight))
 
 
 def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The loss over all logits at once, by torch."""
-    return F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1),
+        targets.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )
 
 
 def assert_equals_whole(chunk: int, dtype: torch.dtype, scale: float, tolerance: float) -> None:
     hidden, weight, targets = example(dtype, scale)
-    ours = value_and_gradients(chunked_cross_entropy(hidden, weight, targets, chunk), hidden, weight)
+    ours = value_and_gradients(
+        chunked_cross_entropy(hidden, weight, targets, chunk), hidden, weight
+    )
     theirs = value_and_gradients(whole(hidden, weight, targets), hidden, weight)
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape
@@ -46,14 +64,22 @@ def assert_equals_whole(chunk: int, dtype: torch.dtype, scale: float, tolerance:
 
 
 @chunks
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])  # 100 and 5,000 roundings
-def test_chunked_loss_and_gradients_equal_those_over_all_logits(chunk: int, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)]
+)  # 100 and 5,000 roundings
+def test_chunked_loss_and_gradients_equal_those_over_all_logits(
+    chunk: int, dtype: torch.dtype, tolerance: float
+) -> None:
     assert_equals_whole(chunk, dtype, 1.0, tolerance)
 
 
 @chunks
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-12)])  # a logit of 300 is off by 300 * 6e-8
-def test_logits_in_the_hundreds_stay_finite_and_equal(chunk: int, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-12)]
+)  # a logit of 300 is off by 300 * 6e-8
+def test_logits_in_the_hundreds_stay_finite_and_equal(
+    chunk: int, dtype: torch.dtype, tolerance: float
+) -> None:
     assert_equals_whole(chunk, dtype, 100.0, tolerance)
 
 
@@ -81,11 +107,15 @@ def test_under_float16_autocast_the_chunked_loss_is_that_of_float32(chunk: int) 
     theirs = value_and_gradients(whole(hidden, weight, targets), hidden, weight)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.float32
-        assert (a - b).abs().max() < 1e-5 * b.abs().max()  # 100 float32 roundings; one of float16 would show as 5e-4
+        assert (
+            (a - b).abs().max() < 1e-5 * b.abs().max()
+        )  # 100 float32 roundings; one of float16 would show as 5e-4
 
 
 @chunks
-def test_gradients_are_kept_in_the_dtype_of_what_they_are_of_whatever_the_matmuls_are_in(chunk: int) -> None:
+def test_gradients_are_kept_in_the_dtype_of_what_they_are_of_whatever_the_matmuls_are_in(
+    chunk: int,
+) -> None:
     """Autograd would turn a bfloat16 gradient into a float32 one without a word, its bits being lost by then."""
     hidden, weight, targets = example()
     arguments = hidden.detach().flatten(0, 1), weight.detach(), targets.flatten(), chunk
@@ -117,8 +147,10 @@ def test_a_second_backward_pass_is_refused_and_changes_no_gradient() -> None:
 @chunks
 def test_ignored_tokens_have_no_gradient_and_nothing_else_depends_on_them(chunk: int) -> None:
     hidden, weight, targets = example()
-    nats, d_hidden, d_weight = value_and_gradients(chunked_cross_entropy(hidden, weight, targets, chunk), hidden, weight)
-    ignored = targets == IGNORE
+    nats, d_hidden, d_weight = value_and_gradients(
+        chunked_cross_entropy(hidden, weight, targets, chunk), hidden, weight
+    )
+    ignored = targets == IGNORE_INDEX
     assert (d_hidden[ignored] == 0).all()
     assert (d_hidden[~ignored] != 0).all()
     other = torch.where(ignored[..., None], -3 * hidden, hidden)
@@ -130,14 +162,19 @@ def test_ignored_tokens_have_no_gradient_and_nothing_else_depends_on_them(chunk:
 @chunks
 def test_with_every_token_ignored_loss_and_gradients_are_zero(chunk: int) -> None:
     hidden, weight, targets = example()
-    nothing = torch.full_like(targets, IGNORE)
-    for nats in (chunked_cross_entropy(hidden, weight, nothing, chunk), cross_entropy(hidden @ weight.T, nothing)):
+    nothing = torch.full_like(targets, IGNORE_INDEX)
+    for nats in (
+        chunked_cross_entropy(hidden, weight, nothing, chunk),
+        cross_entropy(hidden @ weight.T, nothing),
+    ):
         assert all((x == 0).all() for x in value_and_gradients(nats, hidden, weight))
 
 
 def test_cross_entropy_of_a_worked_example() -> None:
-    logits = torch.tensor([[[1.0, 1.0, 2.0], [1.0, 1.0, 2.0], [7.0, 1.0, 1.0]]]).log()  # 1/4, 1/4, 1/2 of the first two
-    nats = cross_entropy(logits, torch.tensor([[2, 0, IGNORE]]))
+    logits = torch.tensor(
+        [[[1.0, 1.0, 2.0], [1.0, 1.0, 2.0], [7.0, 1.0, 1.0]]]
+    ).log()  # 1/4, 1/4, 1/2 of the first two
+    nats = cross_entropy(logits, torch.tensor([[2, 0, IGNORE_INDEX]]))
     assert nats.item() == pytest.approx(math.log(2) + math.log(4), rel=1e-6)  # float32
 
 

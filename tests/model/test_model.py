@@ -32,7 +32,9 @@ def random_model(seed: int = 0, **sizes: Any) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**TINY | sizes))
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=p.size(1) ** -0.5) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
+        torch.nn.init.normal_(p, std=p.size(1) ** -0.5) if p.dim() == 2 else torch.nn.init.uniform_(
+            p, 0.5, 1.5
+        )
     return model
 
 
@@ -94,7 +96,9 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def norm(self: LlamaRMSNorm, x: Tensor) -> Tensor:
         return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
 
-    def rotary(self: LlamaRotaryEmbedding, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(
+        self: LlamaRotaryEmbedding, x: Tensor, position_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].double() * self.inv_freq.double()
         return torch.cat((angles, angles), dim=-1).cos(), torch.cat((angles, angles), dim=-1).sin()
 
@@ -174,10 +178,14 @@ def ten_losses(model: torch.nn.Module, logits_of: Callable[[Tensor], Tensor]) ->
     return torch.stack(losses)
 
 
-def assert_same_ten_steps(ours: Transformer, reference: LlamaForCausalLM, precision: Precision) -> None:
+def assert_same_ten_steps(
+    ours: Transformer, reference: LlamaForCausalLM, precision: Precision
+) -> None:
     theirs = ten_losses(reference, lambda ids: reference(ids).logits)
     assert theirs[-1] < theirs[0] - 1  # the steps are not so small that nothing could differ
-    assert (ten_losses(ours, in_precision(ours, precision)) - theirs).abs().max() < precision.ten_losses
+    assert (
+        ten_losses(ours, in_precision(ours, precision)) - theirs
+    ).abs().max() < precision.ten_losses
 
 
 def compiled(model: Transformer) -> Transformer:
@@ -203,8 +211,12 @@ thetas = pytest.mark.parametrize("rope_theta", [1e4, 1e6])
 @shapes
 @tying
 @thetas
-def test_logits_loss_and_every_gradient_equal_transformers_in_float32(n_kv_heads: int, tie_embeddings: bool, rope_theta: float) -> None:
-    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta)
+def test_logits_loss_and_every_gradient_equal_transformers_in_float32(
+    n_kv_heads: int, tie_embeddings: bool, rope_theta: float
+) -> None:
+    model = random_model(
+        n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta
+    )
     assert_parity(model, reference_of(model), FLOAT32)
 
 
@@ -212,8 +224,12 @@ def test_logits_loss_and_every_gradient_equal_transformers_in_float32(n_kv_heads
 @shapes
 @tying
 @thetas
-def test_logits_loss_and_every_gradient_equal_transformers_in_float64(n_kv_heads: int, tie_embeddings: bool, rope_theta: float) -> None:
-    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta)
+def test_logits_loss_and_every_gradient_equal_transformers_in_float64(
+    n_kv_heads: int, tie_embeddings: bool, rope_theta: float
+) -> None:
+    model = random_model(
+        n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta
+    )
     assert_parity(model, reference_of(model), FLOAT64)
 
 
@@ -223,21 +239,29 @@ def test_logits_loss_and_every_gradient_equal_transformers_in_float64(n_kv_heads
 def test_bfloat16_autocast_stays_within_its_eight_bits_of_transformers_in_float32(
     n_kv_heads: int, tie_embeddings: bool, rope_theta: float
 ) -> None:
-    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta)
+    model = random_model(
+        n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta
+    )
     assert_parity(model, reference_of(model), BFLOAT16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "n_kv_heads, tie_embeddings, rope_theta", [(1, True, 1e6), (2, False, 1e4), (4, True, 1e4), (4, False, 1e6)], ids=str
+    "n_kv_heads, tie_embeddings, rope_theta",
+    [(1, True, 1e6), (2, False, 1e4), (4, True, 1e4), (4, False, 1e6)],
+    ids=str,
 )
-def test_the_compiled_model_equals_transformers_in_float32(n_kv_heads: int, tie_embeddings: bool, rope_theta: float) -> None:
+def test_the_compiled_model_equals_transformers_in_float32(
+    n_kv_heads: int, tie_embeddings: bool, rope_theta: float
+) -> None:
     """Four of the twelve shapes, as each graph takes seconds to compile.
 
     Every n_kv_heads, as attention's code depends on it; tying and theta change no graph (the head is outside, theta is in a
     table's values), so each of their values occurs, and in every pair, but not with every n_kv_heads.
     """
-    model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta)
+    model = random_model(
+        n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings, rope_theta=rope_theta
+    )
     reference = reference_of(model)
     assert_parity(compiled(model), reference, FLOAT32)
     assert_was_compiled()
@@ -245,7 +269,9 @@ def test_the_compiled_model_equals_transformers_in_float32(n_kv_heads: int, tie_
 
 @shapes
 @tying
-def test_ten_adamw_steps_follow_transformers_in_float32(n_kv_heads: int, tie_embeddings: bool) -> None:
+def test_ten_adamw_steps_follow_transformers_in_float32(
+    n_kv_heads: int, tie_embeddings: bool
+) -> None:
     model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings)
     assert_same_ten_steps(model, reference_of(model), FLOAT32)
 
@@ -253,7 +279,9 @@ def test_ten_adamw_steps_follow_transformers_in_float32(n_kv_heads: int, tie_emb
 @pytest.mark.usefixtures("float64")
 @shapes
 @tying
-def test_ten_adamw_steps_follow_transformers_in_float64(n_kv_heads: int, tie_embeddings: bool) -> None:
+def test_ten_adamw_steps_follow_transformers_in_float64(
+    n_kv_heads: int, tie_embeddings: bool
+) -> None:
     model = random_model(n_kv_heads=n_kv_heads, tie_embeddings=tie_embeddings)
     assert_same_ten_steps(model, reference_of(model), FLOAT64)
 
@@ -275,10 +303,14 @@ def test_ten_adamw_steps_of_the_compiled_model_follow_transformers_in_float32() 
 
 
 def new_cache(model: Transformer, batch_size: int, max_len: int = T) -> KVCache:
-    return KVCache(model.config, batch_size, max_len, dtype=torch.float32, device=torch.device("cpu"))
+    return KVCache(
+        model.config, batch_size, max_len, dtype=torch.float32, device=torch.device("cpu")
+    )
 
 
-@pytest.mark.parametrize("chunks", [[T], [5, 4, 4], [6, 1, 6], [1] * T], ids=["whole", "chunks", "uneven", "tokens"])
+@pytest.mark.parametrize(
+    "chunks", [[T], [5, 4, 4], [6, 1, 6], [1] * T], ids=["whole", "chunks", "uneven", "tokens"]
+)
 @shapes
 @torch.no_grad()
 def test_cached_logits_equal_the_full_forward_pass(chunks: list[int], n_kv_heads: int) -> None:
@@ -337,7 +369,9 @@ def test_changing_a_row_of_the_batch_changes_no_other_row() -> None:
     assert not torch.equal(before[1], after[1])
 
 
-PACKED = torch.tensor([[4] * 5 + [9] * 6 + [2] * 2, [0] * 1 + [1] * 12])  # two rows of T tokens: 3 and 2 documents
+PACKED = torch.tensor(
+    [[4] * 5 + [9] * 6 + [2] * 2, [0] * 1 + [1] * 12]
+)  # two rows of T tokens: 3 and 2 documents
 
 
 @pytest.mark.parametrize("document", [4, 9, 2])
@@ -369,7 +403,9 @@ def test_positions_of_packed_documents_are_by_default_those_in_the_document() ->
     model, ids = random_model().eval(), random_ids()
     default = model(ids, doc_ids=PACKED)
     assert torch.equal(default, model(ids, doc_ids=PACKED, positions=positions_in_document(PACKED)))
-    assert not torch.equal(default, model(ids, doc_ids=PACKED, positions=torch.arange(T).expand(2, T)))
+    assert not torch.equal(
+        default, model(ids, doc_ids=PACKED, positions=torch.arange(T).expand(2, T))
+    )
 
 
 @pytest.mark.parametrize(
@@ -381,14 +417,19 @@ def test_positions_of_packed_documents_are_by_default_those_in_the_document() ->
     ],
 )
 def test_positions_restart_with_each_document(doc_ids: list[int], positions: list[int]) -> None:
-    assert positions_in_document(torch.tensor([doc_ids, [0, 1, 1, 1]])).tolist() == [positions, [0, 0, 1, 2]]
+    assert positions_in_document(torch.tensor([doc_ids, [0, 1, 1, 1]])).tolist() == [
+        positions,
+        [0, 0, 1, 2],
+    ]
 
 
 # ---- training ----
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradient_checkpointing_runs_each_block_twice_and_changes_no_gradient(dropout: float) -> None:
+def test_gradient_checkpointing_runs_each_block_twice_and_changes_no_gradient(
+    dropout: float,
+) -> None:
     ids, results, calls = random_ids(), [], []
     for checkpointing in (False, True):
         model = random_model(dropout=dropout, gradient_checkpointing=checkpointing).train()
@@ -411,15 +452,23 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(with_dropout.train()(ids), with_dropout(ids))
 
 
-def test_matrices_begin_with_a_spread_of_002_smaller_on_the_residual_stream_and_gains_at_one() -> None:
+def test_matrices_begin_with_a_spread_of_002_smaller_on_the_residual_stream_and_gains_at_one() -> (
+    None
+):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=256, max_seq_len=T, n_layers=8, d_model=64, tie_embeddings=False))
+    model = Transformer(
+        ModelConfig(vocab_size=256, max_seq_len=T, n_layers=8, d_model=64, tie_embeddings=False)
+    )
     for name, p in model.named_parameters():
         if p.dim() == 1:
             assert (p == 1).all(), name
         else:
-            expected = 0.02 / 4 if "o_proj" in name or "down_proj" in name else 0.02  # sqrt(2 * 8 layers) = 4
-            assert p.std().item() == pytest.approx(expected, rel=0.05), name  # of 4,096 draws: 1.1 % standard error
+            expected = (
+                0.02 / 4 if "o_proj" in name or "down_proj" in name else 0.02
+            )  # sqrt(2 * 8 layers) = 4
+            assert p.std().item() == pytest.approx(expected, rel=0.05), (
+                name
+            )  # of 4,096 draws: 1.1 % standard error
             assert abs(p.mean().item()) < 0.1 * expected, name
 
 
@@ -482,7 +531,10 @@ def test_d_ff_is_eight_thirds_of_d_model_rounded_up_to_64(d_model: int, d_ff: in
         (dict(d_ff=-64), "d_ff is -64;"),
         (dict(d_model=30, n_heads=4), "d_model 30 is not divisible by n_heads 4; take d_model 28 "),
         (dict(d_model=2, n_heads=4), "d_model 2 is not divisible by n_heads 4; take d_model 4 "),
-        (dict(n_heads=8, n_kv_heads=3), r"n_heads 8 is not divisible by n_kv_heads 3; take one of \[1, 2, 4, 8\]"),
+        (
+            dict(n_heads=8, n_kv_heads=3),
+            r"n_heads 8 is not divisible by n_kv_heads 3; take one of \[1, 2, 4, 8\]",
+        ),
         (dict(d_model=12, n_heads=4), "d_model / n_heads is 3;"),
         (dict(dropout=1.0), "dropout is 1.0;"),
         (dict(dropout=-0.1), "dropout is -0.1;"),
@@ -491,7 +543,9 @@ def test_d_ff_is_eight_thirds_of_d_model_rounded_up_to_64(d_model: int, d_ff: in
     ],
     ids=str,
 )
-def test_a_size_that_does_not_fit_is_refused_by_name_and_value(sizes: dict[str, Any], told: str) -> None:
+def test_a_size_that_does_not_fit_is_refused_by_name_and_value(
+    sizes: dict[str, Any], told: str
+) -> None:
     with pytest.raises(ValueError, match=told):
         ModelConfig(**sizes)
 
@@ -522,11 +576,16 @@ def test_a_rotated_dot_product_depends_on_the_distance_alone(shift: int) -> None
     m, n = torch.arange(20)[:, None, None], torch.arange(0, 40, 2)[:20, None, None]
 
     def products(by: int) -> Tensor:
-        m_by, n_by = (m // 2 + by)[:, 0], (n // 2 + by)[:, 0]  # 20 pairs of places, from 0 to 19 apart
+        m_by, n_by = (
+            (m // 2 + by)[:, 0],
+            (n // 2 + by)[:, 0],
+        )  # 20 pairs of places, from 0 to 19 apart
         return (rotate(q, cos[m_by], sin[m_by]) * rotate(k, cos[n_by], sin[n_by])).sum(-1).flatten()
 
     assert products(0).std() > 0.1  # distance matters
-    assert (products(shift) - products(0)).abs().max() < 1e-12  # float64's rounding of angles up to 128
+    assert (
+        products(shift) - products(0)
+    ).abs().max() < 1e-12  # float64's rounding of angles up to 128
 
 
 @torch.no_grad()
@@ -534,7 +593,9 @@ def test_shifting_every_position_changes_no_logit() -> None:
     model, ids = random_model(max_seq_len=4 * T).eval(), random_ids()
     positions = torch.arange(T).expand(2, T)
     assert torch.equal(model(ids, positions=positions), model(ids))
-    assert (model(ids, positions=positions + 2 * T) - model(ids)).abs().max() < 1e-4  # float32 angles up to 3 T = 39 radians
+    assert (
+        model(ids, positions=positions + 2 * T) - model(ids)
+    ).abs().max() < 1e-4  # float32 angles up to 3 T = 39 radians
 
 
 # ---- devices that are not here ----
@@ -564,11 +625,21 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_training_step_makes_every_tensor_on_the_device_of_its_inputs(meta: torch.device, optimizer: str, packed: bool) -> None:
+def test_a_training_step_makes_every_tensor_on_the_device_of_its_inputs(
+    meta: torch.device, optimizer: str, packed: bool
+) -> None:
     with meta:
         model = Transformer(ModelConfig(**TINY))
     ids = random_ids().to(meta)
-    stepper = build_optimizer(model, optimizer=optimizer, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, fused=False)
+    stepper = build_optimizer(
+        model,
+        optimizer=optimizer,
+        lr=1e-3,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        fused=False,
+    )
     with Watch() as watch:
         mean_loss(model(ids, doc_ids=PACKED.to(meta) if packed else None), ids).backward()
         clip_gradients(model.parameters(), 1.0)
@@ -597,13 +668,23 @@ def test_a_float32_training_step_makes_no_float64_and_no_complex_tensor(optimize
     """MPS has neither. The math kernel is what attention decomposes to there."""
     with sdpa_kernel(SDPBackend.MATH), Watch() as watch:
         model, ids = random_model(), random_ids()
-        stepper = build_optimizer(model, optimizer=optimizer, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        stepper = build_optimizer(
+            model,
+            optimizer=optimizer,
+            lr=1e-3,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            fused=True,
+        )
         mean_loss(model(ids, doc_ids=PACKED), ids).backward()
         clip_gradients(model.parameters(), 1.0)
         stepper.step()
     kinds = {dtype for dtype, _ in watch.made}
     assert torch.float32 in kinds
-    assert not [kind for kind in watch.made if kind[0] == torch.float64 or kind[0].is_complex], watch.made
+    assert not [kind for kind in watch.made if kind[0] == torch.float64 or kind[0].is_complex], (
+        watch.made
+    )
 
 
 def test_a_model_built_on_meta_is_whole_after_its_weights_and_tables_are_set() -> None:

@@ -18,7 +18,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from model import KVCache, ModelConfig, Transformer
 from pocketlm.config.loading import load_config
 from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step
-from tests.model.test_model import FLOAT32, FLOAT64, PACKED, Precision, T, mean_loss, random_ids, relative_error
+from tests.model.test_model import (
+    FLOAT32,
+    FLOAT64,
+    PACKED,
+    Precision,
+    T,
+    mean_loss,
+    random_ids,
+    relative_error,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = dict(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
@@ -44,7 +53,9 @@ def randomise(model: torch.nn.Module, d_model: int) -> None:
     """Every parameter far enough from its initial value to matter: matrices, gains around 1, biases around 0."""
     torch.manual_seed(0)
     for name, p in model.named_parameters():
-        p.normal_(std=d_model**-0.5) if p.dim() == 2 else p.normal_(0.0 if name.endswith("bias") else 1.0, 0.3)
+        p.normal_(std=d_model**-0.5) if p.dim() == 2 else p.normal_(
+            0.0 if name.endswith("bias") else 1.0, 0.3
+        )
 
 
 def random_model(config: ModelConfig) -> Transformer:
@@ -62,20 +73,34 @@ def gradients(model: torch.nn.Module) -> Weights:
 
 def gpt2_pair(n_layers: int, n_heads: int) -> tuple[Transformer, GPT2LMHeadModel]:
     """Our preset's model and Hugging Face's, both small, with the same random parameters."""
-    keys = ["model.d_model=32", f"model.n_layers={n_layers}", f"model.n_heads={n_heads}", f"model.max_seq_len={T}", f"training.seq_len={T}"]
+    keys = [
+        "model.d_model=32",
+        f"model.n_layers={n_layers}",
+        f"model.n_heads={n_heads}",
+        f"model.max_seq_len={T}",
+        f"training.seq_len={T}",
+    ]
     ours = Transformer(preset("gpt2_124m", 61, *keys))
     sizes = dict(vocab_size=61, n_positions=T, n_embd=32, n_layer=n_layers, n_head=n_heads)
     no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    theirs = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, attn_implementation="eager", use_cache=False))
+    theirs = GPT2LMHeadModel(
+        GPT2Config(**sizes, **no_dropout, attn_implementation="eager", use_cache=False)
+    )
     randomise(theirs, d_model=32)
-    ours.load_state_dict(in_our_names(dict(theirs.named_parameters())))  # strict: all of ours, and nothing else
+    ours.load_state_dict(
+        in_our_names(dict(theirs.named_parameters()))
+    )  # strict: all of ours, and nothing else
     return ours, theirs
 
 
 def in_our_names(theirs: Weights) -> Weights:
     """Parameters or gradients of Hugging Face's GPT-2 by our names: its Conv1D matrices are (in, out), and c_attn is q, k, v in one."""
     outer = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm"}
-    inner = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj"}
+    inner = {
+        "ln_1": "input_layernorm",
+        "ln_2": "post_attention_layernorm",
+        "attn.c_proj": "self_attn.o_proj",
+    }
     inner |= {"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
     ours = {}
     for name, p in theirs.items():
@@ -103,7 +128,9 @@ shapes = pytest.mark.parametrize("n_layers, n_heads", [(2, 4), (3, 2)])
 
 @precisions
 @shapes
-def test_gpt2s_logits_loss_and_every_gradient_equal_transformers(n_layers: int, n_heads: int, precision: Precision) -> None:
+def test_gpt2s_logits_loss_and_every_gradient_equal_transformers(
+    n_layers: int, n_heads: int, precision: Precision
+) -> None:
     torch.set_default_dtype(precision.dtype)
     ours, theirs = gpt2_pair(n_layers, n_heads)
     ids = random_ids()
@@ -126,7 +153,11 @@ def test_gpt2s_logits_loss_and_every_gradient_equal_transformers(n_layers: int, 
 CLIP = 1.7  # with these models the gradient's norm falls from 3 to 1.5 in ten steps
 
 
-def ten_steps(loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, clip: Callable[[], Tensor]) -> list[Tensor]:
+def ten_steps(
+    loss_of: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    clip: Callable[[], Tensor],
+) -> list[Tensor]:
     """Losses and gradient norms before each of ten steps, on two batches in turn."""
     batches, losses, norms = random_ids(batch=4).split(2), [], []
     for step in range(10):
@@ -141,16 +172,29 @@ def ten_steps(loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimi
 
 @precisions
 @shapes
-def test_ten_clipped_adamw_steps_of_gpt2_follow_transformers(n_layers: int, n_heads: int, precision: Precision) -> None:
+def test_ten_clipped_adamw_steps_of_gpt2_follow_transformers(
+    n_layers: int, n_heads: int, precision: Precision
+) -> None:
     torch.set_default_dtype(precision.dtype)
     ours, theirs = gpt2_pair(n_layers, n_heads)
     params = list(theirs.parameters())
-    groups = [dict(params=[p for p in params if p.dim() == 2]), dict(params=[p for p in params if p.dim() == 1], weight_decay=0.0)]
+    groups = [
+        dict(params=[p for p in params if p.dim() == 2]),
+        dict(params=[p for p in params if p.dim() == 1], weight_decay=0.0),
+    ]
     adamw, clip = torch.optim.AdamW(groups, **SETTINGS), torch.nn.utils.clip_grad_norm_
-    expected, norms = ten_steps(lambda ids: their_loss(theirs(ids).logits, ids), adamw, lambda: clip(params, CLIP))
-    assert expected[-1] < expected[1] - 1 and norms.min() < CLIP < norms.max()  # the steps matter, and so does the clip
+    expected, norms = ten_steps(
+        lambda ids: their_loss(theirs(ids).logits, ids), adamw, lambda: clip(params, CLIP)
+    )
+    assert (
+        expected[-1] < expected[1] - 1 and norms.min() < CLIP < norms.max()
+    )  # the steps matter, and so does the clip
     adamw = build_optimizer(ours, optimizer="adamw", fused=False, **SETTINGS)
-    losses, _ = ten_steps(lambda ids: mean_loss(ours(ids), ids), adamw, lambda: clip_gradients(ours.parameters(), CLIP))
+    losses, _ = ten_steps(
+        lambda ids: mean_loss(ours(ids), ids),
+        adamw,
+        lambda: clip_gradients(ours.parameters(), CLIP),
+    )
     assert (losses - expected).abs().max() < precision.ten_losses
 
 
@@ -162,7 +206,9 @@ def rms(x: Tensor) -> Tensor:
 
 
 def of_layer(w: Weights, layer: int) -> Weights:
-    return {name.removeprefix(f"layers.{layer}.").removesuffix(".weight"): p for name, p in w.items()}
+    return {
+        name.removeprefix(f"layers.{layer}.").removesuffix(".weight"): p for name, p in w.items()
+    }
 
 
 def microgpt(w: Weights, config: ModelConfig, ids: Tensor) -> Tensor:
@@ -179,8 +225,12 @@ def microgpt(w: Weights, config: ModelConfig, ids: Tensor) -> Tensor:
             heads = []
             for head in range(config.n_heads):
                 part = slice(head * config.head_dim, (head + 1) * config.head_dim)
-                shares = torch.stack([q[part].dot(k[part]) / config.head_dim**0.5 for k in keys[layer]]).softmax(0)
-                heads.append(sum(share * v[part] for share, v in zip(shares, values[layer], strict=True)))
+                shares = torch.stack(
+                    [q[part].dot(k[part]) / config.head_dim**0.5 for k in keys[layer]]
+                ).softmax(0)
+                heads.append(
+                    sum(share * v[part] for share, v in zip(shares, values[layer], strict=True))
+                )
             x = x + p["self_attn.o_proj"] @ torch.cat(heads)
             x = x + p["mlp.down_proj"] @ (p["mlp.up_proj"] @ rms(x)).clamp(min=0)
         logits.append(w["lm_head.weight"] @ x)
@@ -197,7 +247,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def turn(x: Tensor) -> Tensor:
     """RoPE of (T, D) by complex numbers: x[i] + x[i + D/2] j, turned by the angle t / 10000^(2i/D)."""
     half = x.size(-1) // 2
-    frequencies = (1 / 10_000 ** (torch.arange(half, dtype=torch.float32) / half)).double()  # the model rounds them to float32 too
+    frequencies = (
+        1 / 10_000 ** (torch.arange(half, dtype=torch.float32) / half)
+    ).double()  # the model rounds them to float32 too
     angles = torch.arange(x.size(0))[:, None] * frequencies
     turned = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turned.real, turned.imag], dim=-1)
@@ -219,26 +271,46 @@ def randygpt(w: Weights, config: ModelConfig, ids: Tensor) -> Tensor:
     x = w["embed_tokens.weight"][ids] + w["embed_positions.weight"][: len(ids)]
     for layer in range(config.n_layers):
         p = of_layer(w, layer)
-        q, k, v = ((rms(x) @ p[f"self_attn.{part}_proj"].T).split(config.d_model // config.n_heads, dim=-1) for part in "qkv")
-        x = x + torch.cat([attention(*head) for head in zip(q, k, v, strict=True)], dim=-1) @ p["self_attn.o_proj"].T
+        q, k, v = (
+            (rms(x) @ p[f"self_attn.{part}_proj"].T).split(config.d_model // config.n_heads, dim=-1)
+            for part in "qkv"
+        )
+        x = (
+            x
+            + torch.cat([attention(*head) for head in zip(q, k, v, strict=True)], dim=-1)
+            @ p["self_attn.o_proj"].T
+        )
         x = x + (rms(x) @ p["mlp.up_proj"].T).clamp(min=0) ** 2 @ p["mlp.down_proj"].T
     return x @ w["lm_head.weight"].T
 
 
 Graph = Callable[[Weights, ModelConfig, Tensor], Tensor]
-GRAPHS = [(microgpt, preset("microgpt", 27)), (microgpt, preset("microgpt", 27, "model.n_layers=3"))]
+GRAPHS = [
+    (microgpt, preset("microgpt", 27)),
+    (microgpt, preset("microgpt", 27, "model.n_layers=3")),
+]
 GRAPHS += [(nnzig, preset("nnzig", 256)), (randygpt, preset("randygpt_small", 67))]
 
 
 @pytest.mark.parametrize("graph, config", GRAPHS)
-def test_a_presets_model_is_its_ancestors_graph_in_logits_and_every_gradient(graph: Graph, config: ModelConfig) -> None:
-    model, ids = random_model(config), random_ids(length=config.max_seq_len, vocab_size=config.vocab_size)
+def test_a_presets_model_is_its_ancestors_graph_in_logits_and_every_gradient(
+    graph: Graph, config: ModelConfig
+) -> None:
+    model, ids = (
+        random_model(config),
+        random_ids(length=config.max_seq_len, vocab_size=config.vocab_size),
+    )
     weights = {name: p.clone().requires_grad_() for name, p in model.state_dict().items()}
     logits, expected = model(ids), torch.stack([graph(weights, config, row) for row in ids])
     mean_loss(logits, ids).backward()
     their_loss(expected, ids).backward()
-    errors = {name: relative_error(gradient, weights[name].grad) for name, gradient in gradients(model).items()}
-    errors["logits of the worst position"] = ((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    errors = {
+        name: relative_error(gradient, weights[name].grad)
+        for name, gradient in gradients(model).items()
+    }
+    errors["logits of the worst position"] = (
+        ((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    )
     assert max(errors.values()) < ROUNDING, errors
 
 
@@ -263,11 +335,17 @@ def test_every_tensors_gradient_is_the_slope_of_the_loss() -> None:
     assert (slopes - expected).abs().max() < 1e-8
 
 
-COUNTS = [(preset("nnzig", 256), 590_464), (preset("microgpt", 27), 4_192), (preset("microgpt", 58), 5_184)]
+COUNTS = [
+    (preset("nnzig", 256), 590_464),
+    (preset("microgpt", 27), 4_192),
+    (preset("microgpt", 58), 5_184),
+]
 RANDYGPT = {"tiny": 16_832, "small": 811_776, "medium": 4_769_280, "large": 37_850_112}
 COUNTS += [(preset(f"randygpt_{size}", 67), count) for size, count in RANDYGPT.items()]
 GPT2_VARIANT = dict(mlp="gelu", position="learned", norm="layernorm", bias=True, n_kv_heads=None)
-GPT2_124M = ModelConfig(**GPT2_VARIANT, vocab_size=50_257, max_seq_len=1024, n_layers=12, d_model=768, n_heads=12)
+GPT2_124M = ModelConfig(
+    **GPT2_VARIANT, vocab_size=50_257, max_seq_len=1024, n_layers=12, d_model=768, n_heads=12
+)
 COUNTS += [(GPT2_124M, 124_439_808), (preset("gpt2_124m", 50_257), 124_439_808)]
 
 
@@ -281,7 +359,9 @@ def test_the_number_of_parameters_is_the_ancestors(config: ModelConfig, count: i
 # ---- what every family keeps to ----
 
 KEYS = ["model.n_layers=2", "model.d_model=64", "model.d_ff=null", "training.seq_len=64"]
-FAMILIES = {name: preset(name, 61, *KEYS) for name in ("microgpt", "nnzig", "randygpt_small", "gpt2_mini")}
+FAMILIES = {
+    name: preset(name, 61, *KEYS) for name in ("microgpt", "nnzig", "randygpt_small", "gpt2_mini")
+}
 FAMILIES |= {"llama": ModelConfig(vocab_size=61, max_seq_len=64, n_layers=2, d_model=64)}
 families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 
@@ -306,19 +386,27 @@ def test_a_packed_document_has_the_logits_of_the_document_alone(config: ModelCon
 
 
 @families
-def test_first_matrices_spread_by_init_std_and_less_on_the_residual_stream_gains_are_one_biases_zero(config: ModelConfig) -> None:
+def test_first_matrices_spread_by_init_std_and_less_on_the_residual_stream_gains_are_one_biases_zero(
+    config: ModelConfig,
+) -> None:
     torch.manual_seed(0)
     for name, p in Transformer(config).named_parameters():
         if p.dim() == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
         else:
-            expected = config.init_std / 2 if "o_proj" in name or "down_proj" in name else config.init_std  # sqrt(2 * 2 layers) = 2
-            assert p.std().item() == pytest.approx(expected, rel=0.05), name  # of 2,048 draws or more: 1.6 % standard error
+            expected = (
+                config.init_std / 2 if "o_proj" in name or "down_proj" in name else config.init_std
+            )  # sqrt(2 * 2 layers) = 2
+            assert p.std().item() == pytest.approx(expected, rel=0.05), (
+                name
+            )  # of 2,048 draws or more: 1.6 % standard error
 
 
 @families
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-def test_weight_decay_touches_every_matrix_positions_too_but_no_bias_and_no_norm(config: ModelConfig, optimizer: str) -> None:
+def test_weight_decay_touches_every_matrix_positions_too_but_no_bias_and_no_norm(
+    config: ModelConfig, optimizer: str
+) -> None:
     model = Transformer(config)
     groups = build_optimizer(model, optimizer=optimizer, fused=False, **SETTINGS).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -342,7 +430,9 @@ def test_sgd_is_the_momentum_update_written_out_with_decay_on_matrices(fused: bo
         for name, p in by_hand.named_parameters():
             momenta[name] = 0.9 * momenta[name] + p.grad + (0.1 * p.data if p.dim() == 2 else 0)
             p.data -= 0.01 * momenta[name]
-    errors = {name: relative_error(p, by_hand.get_parameter(name)) for name, p in model.named_parameters()}
+    errors = {
+        name: relative_error(p, by_hand.get_parameter(name)) for name, p in model.named_parameters()
+    }
     assert max(errors.values()) < ROUNDING, errors
 
 
@@ -352,12 +442,24 @@ MICROGPT = {
     "model": dict(n_layers=1, d_model=16, n_heads=4, n_kv_heads=4, d_ff=64, init_std=0.08),
     "data": dict(tokenizer="seen-bytes", packing="padded"),
     "training": dict(
-        seq_len=16, micro_batch_size=1, max_steps=1000, lr=0.01, betas=(0.85, 0.99), eps=1e-8, weight_decay=0.0, grad_clip=0.0
+        seq_len=16,
+        micro_batch_size=1,
+        max_steps=1000,
+        lr=0.01,
+        betas=(0.85, 0.99),
+        eps=1e-8,
+        weight_decay=0.0,
+        grad_clip=0.0,
     ),
     "sampling": dict(num_samples=20, temperature=0.5, prompts=("",)),
 }
 RANDYGPT_TRAINING = dict(micro_batch_size=32, max_steps=1000, val_every_steps=100, seed=1337)
-RANDYGPT_SAMPLING = dict(prompts=("ROMEO:", "To be or not to be", "Once upon a time"), max_new_tokens=100, temperature=0.8, top_p=0.9)
+RANDYGPT_SAMPLING = dict(
+    prompts=("ROMEO:", "To be or not to be", "Once upon a time"),
+    max_new_tokens=100,
+    temperature=0.8,
+    top_p=0.9,
+)
 STATED = {
     "microgpt": MICROGPT,
     "microgpt_korean": MICROGPT,
@@ -411,6 +513,11 @@ def test_a_preset_holds_what_its_system_states(name: str) -> None:
 
 def test_microgpts_learning_rate_falls_in_a_straight_line_from_its_first_step() -> None:
     t = load_config(ROOT / "presets/microgpt.yaml").training
-    of = dict(max_steps=t.max_steps, warmup_steps=t.warmup_steps, min_lr_ratio=t.min_lr_ratio, schedule=t.schedule)
+    of = dict(
+        max_steps=t.max_steps,
+        warmup_steps=t.warmup_steps,
+        min_lr_ratio=t.min_lr_ratio,
+        schedule=t.schedule,
+    )
     for step in (0, 1, 500, 999):
         assert t.lr * lr_at_step(step, **of) == pytest.approx(0.01 * (1 - step / 1000), rel=1e-12)

@@ -21,12 +21,15 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 from tokenizers import models
 
 from model import Transformer
-from pocketlm.checkpoint.format import kit_entry, save_whole
+from pocketlm.checkpoint.format import checkpoint_metadata, save_checkpoint
 from pocketlm.config.loading import config_from_dict
 from pocketlm.tokenizer.bpe import JsonTokenizer, byte_letters, byte_level
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -35,10 +38,15 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-HOSTILE = [f"<img src=x onerror=document.title='{n}'>" for n in range(5)] + [f"<script>document.title='{n}'</script>" for n in range(5)]
+HOSTILE = [f"<img src=x onerror=document.title='{n}'>" for n in range(5)] + [
+    f"<script>document.title='{n}'</script>" for n in range(5)
+]
 PROMPT = "The <b>ox</b> and <script>document.title='typed'</script>"
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium or chrome on PATH")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium or chrome on PATH"),
+]
 
 
 def hostile_tokenizer() -> JsonTokenizer:
@@ -54,24 +62,41 @@ def hostile_tokenizer() -> JsonTokenizer:
 def write_checkpoint(path: Path) -> None:
     """A random model of 5 million parameters: some milliseconds a token, so that it can be stopped."""
     tokenizer = hostile_tokenizer()
-    sizes = dict(vocab_size=tokenizer.vocab_size, n_layers=6, d_model=256, n_heads=4, n_kv_heads=2, max_seq_len=256, tie_embeddings=False)
+    sizes = dict(
+        vocab_size=tokenizer.vocab_size,
+        n_layers=6,
+        d_model=256,
+        n_heads=4,
+        n_kv_heads=2,
+        max_seq_len=256,
+        tie_embeddings=False,
+    )
     config = config_from_dict(
-        {"model": sizes, "data": {"tokenizer": "byte"}, "training": {"seq_len": 256}, "sampling": {"temperature": 1.25}}
+        {
+            "model": sizes,
+            "data": {"tokenizer": "byte"},
+            "training": {"seq_len": 256},
+            "sampling": {"temperature": 1.25},
+        }
     )
     torch.manual_seed(0)
     model = Transformer(config.model)
     torch.nn.init.normal_(model.lm_head.weight, std=0.15)
-    model.lm_head.weight.data[tokenizer.encode("é")] *= 1.5  # oftener there, so that they come together too
+    model.lm_head.weight.data[tokenizer.encode("é")] *= (
+        1.5  # oftener there, so that they come together too
+    )
     weights = {f"model.{name}": p for name, p in model.state_dict().items()}
-    kit = kit_entry(config, tokenizer.state(), tokens=12_345_678, val_loss=2.0)
-    save_whole({"state_dict": weights, "global_step": 600, "kit": kit}, path)
+    kit = checkpoint_metadata(config, tokenizer.state(), tokens=12_345_678, val_loss=2.0)
+    save_checkpoint({"state_dict": weights, "global_step": 600, "kit": kit}, path)
 
 
 @contextmanager
 def serve(path: Path, **environment: str) -> Iterator[str]:
     """The address of `python serve.py`."""
     command = [sys.executable, "serve.py", "--ckpt", str(path), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True
+    )
     try:
         told = []
         for line in process.stderr:
@@ -117,12 +142,23 @@ def opened(browser: Browser, url: str, **settings: Any) -> Iterator[Page]:
     expect.set_options(timeout=20_000)
     page.on("request", lambda request: page.sent.append(request))
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on(
+        "console",
+        lambda message: (
+            wrong.append(message.text) if message.type in ("error", "warning") else None
+        ),
+    )
     page.goto(url)
     try:
         yield page
-        assert [text for text in wrong if not text.startswith("Failed to load resource")] == []  # an answer that is an error
-        assert {request.url.removeprefix(url).split("/")[1] for request in page.sent} <= {"", "v1", "health"}
+        assert [
+            text for text in wrong if not text.startswith("Failed to load resource")
+        ] == []  # an answer that is an error
+        assert {request.url.removeprefix(url).split("/")[1] for request in page.sent} <= {
+            "",
+            "v1",
+            "health",
+        }
     finally:
         context.close()
 
@@ -159,13 +195,20 @@ def text_of(page: Page) -> str:
 
 def body(page: Page) -> dict:
     """What the page asked for last."""
-    return next(json.loads(request.post_data) for request in reversed(page.sent) if request.method == "POST")
+    return next(
+        json.loads(request.post_data) for request in reversed(page.sent) if request.method == "POST"
+    )
 
 
 def choices(url: str, asked: dict, path: str = "completions", key: str = "") -> list[dict]:
     """The same, asked without a page and without a stream."""
     whole = {name: value for name, value in asked.items() if name != "stream"}
-    answer = httpx.post(f"{url}/v1/{path}", json=whole, timeout=60, headers={"Authorization": f"Bearer {key}"} if key else {})
+    answer = httpx.post(
+        f"{url}/v1/{path}",
+        json=whole,
+        timeout=60,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+    )
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"]
 
@@ -179,7 +222,10 @@ def api(*args: Any, **more: Any) -> dict:
 def weighed(page: Page) -> list[float]:
     """The probabilities that are shown."""
     expect(page.locator("#weighed")).to_be_visible()
-    return [float(text.removesuffix("%")) / 100 for text in page.locator("#weighed .share").all_text_contents()]
+    return [
+        float(text.removesuffix("%")) / 100
+        for text in page.locator("#weighed .share").all_text_contents()
+    ]
 
 
 def likeliest(choice: dict, i: int) -> list[float]:
@@ -236,7 +282,12 @@ def test_keys_on_a_slider_change_what_is_asked(page, url):
     slider.press("Home")
     text = generate(page, "Once", max_tokens=30)
     assert body(page)["temperature"] == 0
-    assert text == api(url, {"model": "hostile", "prompt": "Once", "temperature": 0, "max_tokens": 30})["text"]
+    assert (
+        text
+        == api(url, {"model": "hostile", "prompt": "Once", "temperature": 0, "max_tokens": 30})[
+            "text"
+        ]
+    )
     slider.press("ArrowRight")
     expect(page.get_by_label("Temperature", exact=True)).to_have_value("0.05")
     page.get_by_role("button", name="Reset").click()
@@ -246,7 +297,11 @@ def test_keys_on_a_slider_change_what_is_asked(page, url):
 
 def test_stop_frees_the_row(page, url):
     def running() -> float:
-        return float(re.search(r"^serve_running_rows (\S+)", httpx.get(f"{url}/metrics").text, re.MULTILINE)[1])
+        return float(
+            re.search(r"^serve_running_rows (\S+)", httpx.get(f"{url}/metrics").text, re.MULTILINE)[
+                1
+            ]
+        )
 
     page.locator("#max_tokens").fill("4096")
     go(page).click()
@@ -295,16 +350,34 @@ def test_text_goes_on_from_another_token(page, url):
 
 
 def test_every_character_can_be_seen_in_the_view_of_tokens(page, url):
-    asked = {"model": "hostile", "prompt": "Once", "max_tokens": 100, "n": 16, "temperature": 2, "top_p": 1}
-    found = ((seed + k, choice["text"]) for seed in range(0, 800, 16) for k, choice in enumerate(choices(url, asked | {"seed": seed})))
+    asked = {
+        "model": "hostile",
+        "prompt": "Once",
+        "max_tokens": 100,
+        "n": 16,
+        "temperature": 2,
+        "top_p": 1,
+    }
+    found = (
+        (seed + k, choice["text"])
+        for seed in range(0, 800, 16)
+        for k, choice in enumerate(choices(url, asked | {"seed": seed}))
+    )
     seed = next(seed for seed, text in found if set("\né\ufffd") <= set(text))
     text = generate(page, "Once", max_tokens=100, seed=seed, temperature=2, top_p=1)
     tokens = page.locator(".token").all_text_contents()
     page.get_by_role("button", name="Tokens").click()
     seen = [shown.replace("\u200b", "") for shown in page.locator(".token").all_text_contents()]
     pairs = set(zip(tokens, seen, strict=True))
-    assert all(seen == text.replace(" ", "\u00b7").replace("\n", "\u21b5\n") for text, seen in pairs if text.isascii() and text)
-    assert {seen for text, seen in pairs if "\ufffd" in text} <= {"\u27e8c3\u27e9", "\u27e8a9\u27e9"}
+    assert all(
+        seen == text.replace(" ", "\u00b7").replace("\n", "\u21b5\n")
+        for text, seen in pairs
+        if text.isascii() and text
+    )
+    assert {seen for text, seen in pairs if "\ufffd" in text} <= {
+        "\u27e8c3\u27e9",
+        "\u27e8a9\u27e9",
+    }
     whole = tokens.index("é")  # the second of its two bytes, which makes it whole
     assert (tokens[whole - 1], seen[whole - 1 : whole + 1]) == ("", ["\u27e8c3\u27e9", "é"])
     page.get_by_role("button", name="Tokens").click()
@@ -330,11 +403,21 @@ def test_a_conversation_is_answered_remembered_and_answered_anew(page, url):
     page.keyboard.press("Enter")
     finished(page)
     asked = body(page)
-    assert asked["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello\nthere"}]
+    assert asked["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello\nthere"},
+    ]
     choice = api(url, asked, "chat/completions")
     assert text_of(page) == choice["message"]["content"]
     page.locator(".token").nth(0).hover()
-    assert same(weighed(page)[:1], [math.exp(max(each["logprob"] for each in choice["logprobs"]["content"][0]["top_logprobs"]))])
+    assert same(
+        weighed(page)[:1],
+        [
+            math.exp(
+                max(each["logprob"] for each in choice["logprobs"]["content"][0]["top_logprobs"])
+            )
+        ],
+    )
     page.reload()
     expect(page.locator("#talk li")).to_have_count(2)
     assert text_of(page) == choice["message"]["content"]
@@ -350,7 +433,12 @@ def test_the_command_that_is_shown_gives_the_text_that_is_shown(page):
     text = generate(page, 'It\'s "so":\n$HOME \\n', max_tokens=20, seed=4)
     page.get_by_text("As a curl command").click()
     expect(page.locator("#snippet")).to_contain_text("curl")
-    done = subprocess.run(["bash", "-c", page.locator("#snippet").text_content()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", page.locator("#snippet").text_content()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["choices"][0]["text"] == text
 
@@ -381,7 +469,13 @@ def test_what_the_server_refuses_is_said(page):
 
 
 def test_the_models_numbers_are_shown(page):
-    facts = dict(zip(page.locator("#facts dt").all_text_contents(), page.locator("#facts dd").all_text_contents(), strict=True))
+    facts = dict(
+        zip(
+            page.locator("#facts dt").all_text_contents(),
+            page.locator("#facts dd").all_text_contents(),
+            strict=True,
+        )
+    )
     assert (facts["step"], facts["tokens seen"], facts["perplexity"]) == ("600", "12.3M", "7.39")
     assert (facts["validation loss"], facts["bits per token"]) == ("2.000 nats", "2.89")
 
@@ -418,7 +512,13 @@ def test_a_key_is_asked_for_once_and_kept_for_the_tab(browser, checkpoint):
 @pytest.mark.parametrize("width, scheme", [(360, "dark"), (1280, "light")])
 def test_it_is_accessible_and_fits(browser, url, width, scheme):
     """By axe's rules of WCAG 2.2 AA, with names and contrast among them."""
-    with opened(browser, url, viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion="reduce") as page:
+    with opened(
+        browser,
+        url,
+        viewport={"width": width, "height": 800},
+        color_scheme=scheme,
+        reduced_motion="reduce",
+    ) as page:
         expect(go(page)).to_be_enabled()
         if width == 360:
             page.get_by_text("Sampling", exact=True).click()
@@ -431,12 +531,20 @@ def test_it_is_accessible_and_fits(browser, url, width, scheme):
             if mode == "Continue text":
                 page.locator(".token").first.click()
                 expect(page.locator("#weighed")).to_be_visible()
-            found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa"]})
+            found = Axe().run(
+                page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa"]}
+            )
             assert found.violations_count == 0, found.generate_report()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             if width == 360:
-                targets = page.locator("button:visible, input:visible, textarea:visible, summary:visible")
-                small = [(each.get_attribute("id"), box) for each in targets.all() if (box := each.bounding_box())["height"] < 40]
+                targets = page.locator(
+                    "button:visible, input:visible, textarea:visible, summary:visible"
+                )
+                small = [
+                    (each.get_attribute("id"), box)
+                    for each in targets.all()
+                    if (box := each.bounding_box())["height"] < 40
+                ]
                 assert small == []
             page.keyboard.press("Escape")
 

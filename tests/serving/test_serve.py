@@ -25,15 +25,15 @@ import torch
 from tokenizers import decoders, models, normalizers
 
 import serve
-from pocketlm.checkpoint.format import kit_entry, save_whole
+from pocketlm.checkpoint.format import checkpoint_metadata, save_checkpoint
 from pocketlm.checkpoint.loading import Checkpoint, load_checkpoint
 from pocketlm.config.sampling import SamplingConfig, SamplingParams
 from pocketlm.config.sections import Config, DataConfig, TrainingConfig
 from pocketlm.errors import UserError
 from pocketlm.inference.chat import Chat
 from pocketlm.inference.conversation import Conversation
-from pocketlm.inference.engine import Engine, Request
-from pocketlm.inference.generate import encode_prompt, whole_texts
+from pocketlm.inference.engine import Engine, GenerationRequest
+from pocketlm.inference.generate import encode_prompt, generate_texts
 from pocketlm.serving import app, guard, service
 from pocketlm.serving.batcher import Batcher, EngineFailed
 from pocketlm.serving.requests import UNSUPPORTED
@@ -69,10 +69,15 @@ class Served:
 
     def metrics(self) -> dict[str, float]:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+        return {
+            name: float(value)
+            for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        }
 
     def post(self, path: str, **more: object) -> httpx.Response:
-        headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"} | more.pop("headers", {})
+        headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"} | more.pop(
+            "headers", {}
+        )
         return httpx.post(f"{self.url}{path}", headers=headers, timeout=60, **more)
 
     def raw(self, text: bytes, seconds: float = 30) -> bytes:
@@ -103,22 +108,35 @@ def serving(path: Path, *options: str, **environment: str) -> Iterator[Served]:
         process.stderr.close()
 
 
-def write(path: Path, tokenizer: Tokenizer, template: str | None = None, context: int = CONTEXT) -> Path:
+def write(
+    path: Path, tokenizer: Tokenizer, template: str | None = None, context: int = CONTEXT
+) -> Path:
     """A checkpoint of random weights, whose texts do not end by themselves too soon."""
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=context)
     config = Config(
         model=model.config, data=DataConfig(tokenizer="byte"), training=TrainingConfig(seq_len=context),
         sampling=SamplingConfig(temperature=0.9, top_k=40, max_new_tokens=7),
     )  # fmt: skip
-    kit = kit_entry(config, tokenizer.state(), tokens=9, val_loss=2.5) | ({"chat_template": template} if template else {})
-    save_whole({"state_dict": {f"model.{n}": p for n, p in model.state_dict().items()}, "global_step": 3, "kit": kit}, path)
+    kit = checkpoint_metadata(config, tokenizer.state(), tokens=9, val_loss=2.5) | (
+        {"chat_template": template} if template else {}
+    )
+    save_checkpoint(
+        {
+            "state_dict": {f"model.{n}": p for n, p in model.state_dict().items()},
+            "global_step": 3,
+            "kit": kit,
+        },
+        path,
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Iterator[Served]:
     """BPE and a chat template."""
-    with serving(write(tmp_path_factory.mktemp("serve") / "small.ckpt", chat_tokenizer(), CHATML)) as server:
+    with serving(
+        write(tmp_path_factory.mktemp("serve") / "small.ckpt", chat_tokenizer(), CHATML)
+    ) as server:
         yield server
         assert "Traceback" not in stop(server)
 
@@ -127,7 +145,9 @@ def served(tmp_path_factory) -> Iterator[Served]:
 def guarded(tmp_path_factory) -> Iterator[Served]:
     """Bytes, no template, a key, and little room. The context is long, so that a text takes a while."""
     path = write(tmp_path_factory.mktemp("serve") / "guarded.ckpt", ByteTokenizer(), context=4096)
-    with serving(path, "--rows", "2", "--queue", "2", "--deadline", "3", SERVE_API_KEY=KEY) as server:
+    with serving(
+        path, "--rows", "2", "--queue", "2", "--deadline", "3", SERVE_API_KEY=KEY
+    ) as server:
         yield server
         assert "Traceback" not in stop(server)
 
@@ -143,12 +163,19 @@ def stop(server: Served, sig: int = signal.SIGTERM) -> str:
 def expected(served: Served, prompts: list[str | list[int]], **params: object) -> list[str]:
     """The same by infer.py."""
     c = served.checkpoint
-    ids = [encode_prompt(c.tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    return whole_texts(c.model, c.tokenizer, ids, replace(SamplingParams(temperature=0.9, top_k=40), **params))
+    ids = [
+        encode_prompt(c.tokenizer, prompt) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+    return generate_texts(
+        c.model, c.tokenizer, ids, replace(SamplingParams(temperature=0.9, top_k=40), **params)
+    )
 
 
 def complete(served: Served, prompt: object = "hello", **more: object):
-    return served.client.completions.create(model=served.checkpoint.path.stem, prompt=prompt, **more)
+    return served.client.completions.create(
+        model=served.checkpoint.path.stem, prompt=prompt, **more
+    )
 
 
 # ---- completions -----------------------------------------------------------------------------------------------------
@@ -164,18 +191,24 @@ def test_greedy_text_is_that_of_infer_for_every_form_of_a_prompt(served):
         ("", [""]),
     ]:
         found = complete(served, prompt, temperature=0, max_tokens=300)  # beyond the context
-        assert [choice.text for choice in found.choices] == expected(served, prompts, temperature=0, max_new_tokens=300)
+        assert [choice.text for choice in found.choices] == expected(
+            served, prompts, temperature=0, max_new_tokens=300
+        )
 
 
 def test_a_seed_gives_the_same_text_alone_among_others_whole_and_streamed(served):
     alone = expected(served, ["hello"], seed=5, max_new_tokens=60, num_samples=3)
     before = served.metrics()
     with ThreadPoolExecutor(16) as many:
-        texts = list(many.map(lambda k: complete(served, "hello", seed=k, max_tokens=60), range(5, 21)))
+        texts = list(
+            many.map(lambda k: complete(served, "hello", seed=k, max_tokens=60), range(5, 21))
+        )
     after = served.metrics()
     assert texts[0].choices[0].text == alone[0]
     for k, found in enumerate(texts):
-        assert found.choices[0].text == expected(served, ["hello"], seed=5 + k, max_new_tokens=60)[0]
+        assert (
+            found.choices[0].text == expected(served, ["hello"], seed=5 + k, max_new_tokens=60)[0]
+        )
     drawn = sum(found.usage.completion_tokens for found in texts)
     steps = after["serve_step_rows_count"] - before["serve_step_rows_count"]
     assert after["serve_step_rows_sum"] - before["serve_step_rows_sum"] == drawn
@@ -191,14 +224,23 @@ def test_a_seed_gives_the_same_text_alone_among_others_whole_and_streamed(served
 def test_sixteen_at_once_take_hardly_more_steps_than_one(served):
     """They join one by one, a step apart at least."""
     before = served.metrics()["serve_step_rows_count"]
-    complete(served, ["hello"] * 16, max_tokens=200, temperature=0, logit_bias={str(served.checkpoint.tokenizer.eos_id): -100})
+    complete(
+        served,
+        ["hello"] * 16,
+        max_tokens=200,
+        temperature=0,
+        logit_bias={str(served.checkpoint.tokenizer.eos_id): -100},
+    )
     assert 200 <= served.metrics()["serve_step_rows_count"] - before <= 200 + 16
 
 
 def test_what_is_not_given_is_as_the_checkpoint_says_and_sixteen_tokens(served):
     found = complete(served, seed=3, logit_bias={str(served.checkpoint.tokenizer.eos_id): -100})
     bias = ((served.checkpoint.tokenizer.eos_id, -100.0),)
-    assert found.choices[0].text == expected(served, ["hello"], seed=3, max_new_tokens=16, logit_bias=bias)[0]
+    assert (
+        found.choices[0].text
+        == expected(served, ["hello"], seed=3, max_new_tokens=16, logit_bias=bias)[0]
+    )
     assert (found.usage.completion_tokens, found.choices[0].finish_reason) == (16, "length")
     assert found.usage.prompt_tokens == len(encode_prompt(served.checkpoint.tokenizer, "hello"))
     assert found.usage.total_tokens == found.usage.prompt_tokens + 16
@@ -207,38 +249,76 @@ def test_what_is_not_given_is_as_the_checkpoint_says_and_sixteen_tokens(served):
 def test_stop_texts_end_and_are_left_out(served):
     free = expected(served, ["hello"], temperature=0, max_new_tokens=80)[0]
     stop_text = free[20:23]
-    found = complete(served, temperature=0, max_tokens=80, stop=[stop_text, "never in it"], logprobs=0)
+    found = complete(
+        served, temperature=0, max_tokens=80, stop=[stop_text, "never in it"], logprobs=0
+    )
     assert found.choices[0].text == free[: free.index(stop_text)]
     assert found.choices[0].finish_reason == "stop"
     assert "".join(found.choices[0].logprobs.tokens).startswith(found.choices[0].text)
     assert found.usage.completion_tokens < 80
-    streamed = list(complete(served, temperature=0, max_tokens=80, stop=stop_text, stream=True, stream_options={"include_usage": True}))
+    streamed = list(
+        complete(
+            served,
+            temperature=0,
+            max_tokens=80,
+            stop=stop_text,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
     assert "".join(chunk.choices[0].text for chunk in streamed[:-1]) == found.choices[0].text
     assert streamed[-2].choices[0].finish_reason == "stop"
     assert (streamed[-1].choices, streamed[-1].usage) == ([], found.usage)
 
 
 def test_more_fields_than_openais_reach_the_sampler(served):
-    first = served.checkpoint.tokenizer.encode(expected(served, ["hello"], temperature=0, max_new_tokens=3)[0])[0]
+    first = served.checkpoint.tokenizer.encode(
+        expected(served, ["hello"], temperature=0, max_new_tokens=3)[0]
+    )[0]
     more = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3, "no_repeat_ngram": 2}
     found = complete(served, seed=1, max_tokens=40, extra_body=more, logit_bias={"7": 3})
-    assert found.choices[0].text == expected(served, ["hello"], seed=1, max_new_tokens=40, logit_bias=((7, 3.0),), **more)[0]
+    assert (
+        found.choices[0].text
+        == expected(served, ["hello"], seed=1, max_new_tokens=40, logit_bias=((7, 3.0),), **more)[0]
+    )
     found = complete(served, temperature=0, max_tokens=40, extra_body={"stop_ids": [first]})
-    assert (found.choices[0].text, found.choices[0].finish_reason, found.usage.completion_tokens) == ("", "stop", 1)
+    assert (
+        found.choices[0].text,
+        found.choices[0].finish_reason,
+        found.usage.completion_tokens,
+    ) == ("", "stop", 1)
 
 
 def test_log_probabilities_are_those_of_the_models_own_logits(served):
     c = served.checkpoint
-    found = complete(served, seed=2, max_tokens=30, logprobs=5, logit_bias={"9": 4, str(c.tokenizer.eos_id): -100})
+    found = complete(
+        served,
+        seed=2,
+        max_tokens=30,
+        logprobs=5,
+        logit_bias={"9": 4, str(c.tokenizer.eos_id): -100},
+    )
     told, ids = found.choices[0].logprobs, encode_prompt(c.tokenizer, "hello")
     name = Spelling(c.tokenizer).of
     before, checked = "", 0
-    for token, nats, top, offset in zip(told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset, strict=True):
+    for token, nats, top, offset in zip(
+        told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset, strict=True
+    ):
         with torch.inference_mode():
             row = c.model(torch.tensor([ids]))[0, -1].log_softmax(-1)
-        i = next(i for i in range(c.tokenizer.vocab_size) if name(i)[0] == token and abs(row[i].item() - nats) < 1e-4)
+        i = next(
+            i
+            for i in range(c.tokenizer.vocab_size)
+            if name(i)[0] == token and abs(row[i].item() - nats) < 1e-4
+        )
         best = row.topk(5)
-        assert top == pytest.approx({name(j)[0]: p for j, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}, abs=1e-4)
+        assert top == pytest.approx(
+            {
+                name(j)[0]: p
+                for j, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            },
+            abs=1e-4,
+        )
         if not before.startswith("bytes:") and not token.startswith("bytes:"):
             assert found.choices[0].text.startswith(token, offset)
             checked += 1
@@ -253,19 +333,27 @@ def test_tokens_that_are_pieces_of_characters_are_told_with_the_character(served
     ids = tokenizer.encode("😀")
     assert len(ids) == 4 and b"".join(map(tokenizer.spell, ids)) == "😀".encode()
     bias = {str(i): 100 for i in ids}
-    found = list(complete(served, temperature=0, max_tokens=24, logprobs=0, stream=True, logit_bias=bias))
+    found = list(
+        complete(served, temperature=0, max_tokens=24, logprobs=0, stream=True, logit_bias=bias)
+    )
     text = "".join(chunk.choices[0].text for chunk in found)
     told = [token for chunk in found for token in chunk.choices[0].logprobs.tokens]
     assert len(told) == 24 and {token.startswith("bytes:") for token in told} == {True}
-    spelt = b"".join(bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) for token in told)
-    assert text == tokenizer.decode([next(i for i in ids if tokenizer.spell(i) == bytes([byte])) for byte in spelt])
+    spelt = b"".join(
+        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) for token in told
+    )
+    assert text == tokenizer.decode(
+        [next(i for i in ids if tokenizer.spell(i) == bytes([byte])) for byte in spelt]
+    )
 
 
 # ---- chat ------------------------------------------------------------------------------------------------------------
 
 
 def chat(served: Served, messages: list = TALK, **more: object):
-    return served.client.chat.completions.create(model=served.checkpoint.path.stem, messages=messages, **more)
+    return served.client.chat.completions.create(
+        model=served.checkpoint.path.stem, messages=messages, **more
+    )
 
 
 @pytest.mark.parametrize("which", ["served", "guarded"])
@@ -276,7 +364,10 @@ def test_an_answer_is_that_of_chat_py_with_a_template_and_by_turns(which, reques
     params = SamplingParams(temperature=0, max_new_tokens=30, top_k=40)
     answer = "".join(Chat(c, params).answer(TALK[0]["content"]))
     found = chat(served, temperature=0, max_tokens=30)
-    assert (found.choices[0].message.content, found.choices[0].message.role) == (answer, "assistant")
+    assert (found.choices[0].message.content, found.choices[0].message.role) == (
+        answer,
+        "assistant",
+    )
     ids = Conversation(c.tokenizer, c.chat_template).encode(TALK)
     assert found.usage.prompt_tokens == len(ids)
     assert found.usage.completion_tokens <= 30
@@ -284,13 +375,25 @@ def test_an_answer_is_that_of_chat_py_with_a_template_and_by_turns(which, reques
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == answer
     assert streamed[0].choices[0].delta.role == "assistant"
     assert streamed[-1].choices[0].finish_reason == found.choices[0].finish_reason
-    parts = [{"role": "user", "content": [{"type": "text", "text": part} for part in ("hello, what", " is up?<|im_end|>")]}]
+    parts = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": part} for part in ("hello, what", " is up?<|im_end|>")
+            ],
+        }
+    ]
     assert chat(served, parts, temperature=0, max_tokens=30).choices[0].message.content == answer
 
 
 def test_a_conversation_goes_on_with_an_answer_as_the_client_has_it(served):
     first = chat(served, temperature=0, max_tokens=5).choices[0].message
-    talk = [{"role": "developer", "content": "Be kind."}, *TALK, first, {"role": "user", "content": "ok"}]
+    talk = [
+        {"role": "developer", "content": "Be kind."},
+        *TALK,
+        first,
+        {"role": "user", "content": "ok"},
+    ]
     plain = [
         {"role": "system", "content": "Be kind."},
         *TALK,
@@ -309,13 +412,24 @@ def test_log_probabilities_of_an_answer_have_the_tokens_bytes(served):
     assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in content)
     ids = Conversation(served.checkpoint.tokenizer, CHATML).encode(TALK)
     with torch.inference_mode():
-        best = served.checkpoint.model(torch.tensor([ids]))[0, -1].log_softmax(-1).topk(3).values.tolist()
+        best = (
+            served.checkpoint.model(torch.tensor([ids]))[0, -1]
+            .log_softmax(-1)
+            .topk(3)
+            .values.tolist()
+        )
     assert [each.logprob for each in content[0].top_logprobs] == pytest.approx(best, abs=1e-4)
 
 
 def test_an_answer_has_512_tokens_at_most_and_the_room_left(served):
     n_prompt = len(Conversation(served.checkpoint.tokenizer, CHATML).encode(TALK))
-    never = {str(i): -100 for i in (served.checkpoint.tokenizer.eos_id, *Conversation(served.checkpoint.tokenizer, CHATML).stop_ids)}
+    never = {
+        str(i): -100
+        for i in (
+            served.checkpoint.tokenizer.eos_id,
+            *Conversation(served.checkpoint.tokenizer, CHATML).stop_ids,
+        )
+    }
     assert chat(served, logit_bias=never).usage.completion_tokens == CONTEXT - n_prompt
 
 
@@ -329,9 +443,19 @@ def test_the_model_describes_itself(served):
     about = model.checkpoint
     assert about["sha256"] == c.weights_sha256
     assert about["parameters"] == sum(p.numel() for p in c.model.parameters())
-    assert (about["step"], about["tokens"], about["val_loss"], about["context"], about["path"]) == (3, 9, 2.5, CONTEXT, "small.ckpt")
+    assert (about["step"], about["tokens"], about["val_loss"], about["context"], about["path"]) == (
+        3,
+        9,
+        2.5,
+        CONTEXT,
+        "small.ckpt",
+    )
     assert about["dtype"].startswith("float32 on cpu")
-    assert (model.chat, model.sampling["top_k"], model.sampling["temperature"]) == ("template", 40, 0.9)
+    assert (model.chat, model.sampling["top_k"], model.sampling["temperature"]) == (
+        "template",
+        40,
+        0.9,
+    )
     with pytest.raises(openai.NotFoundError) as error:
         client.models.retrieve("gpt-4")
     assert error.value.code == "model_not_found"
@@ -349,12 +473,20 @@ def test_the_page_may_run_what_is_in_it_and_nothing_else(tmp_path, monkeypatch):
     """The hashes are those that a browser computes: of the characters between the tags."""
     monkeypatch.setattr(app, "PAGE", tmp_path / "index.html")
     assert app.read_page() == (None, "")
-    (tmp_path / "index.html").write_text("<style>b{}</style><script>\nlet a = 'ä';\n</script>", encoding="utf-8")
+    (tmp_path / "index.html").write_text(
+        "<style>b{}</style><script>\nlet a = 'ä';\n</script>", encoding="utf-8"
+    )
     page, policy = app.read_page()
     script = "\nlet a = 'ä';\n".encode()
-    digest = subprocess.run(["openssl", "dgst", "-sha256", "-binary"], input=script, capture_output=True).stdout
+    digest = subprocess.run(
+        ["openssl", "dgst", "-sha256", "-binary"], input=script, capture_output=True
+    ).stdout
     encoded = subprocess.run(["base64"], input=digest, capture_output=True).stdout.decode().strip()
-    assert f"script-src 'sha256-{encoded}'" in policy and "unsafe" not in policy and "connect-src 'self'" in policy
+    assert (
+        f"script-src 'sha256-{encoded}'" in policy
+        and "unsafe" not in policy
+        and "connect-src 'self'" in policy
+    )
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -409,17 +541,26 @@ def refusal(response: httpx.Response, status: int = 400) -> dict:
     assert response.status_code == status, response.text
     body = response.json()
     assert body.keys() == {"error"} and body["error"].keys() == {"message", "type", "param", "code"}
-    assert body["error"]["message"] and "\n" not in body["error"]["message"] and len(body["error"]["message"]) < 500
+    assert (
+        body["error"]["message"]
+        and "\n" not in body["error"]["message"]
+        and len(body["error"]["message"]) < 500
+    )
     return body["error"]
 
 
 def test_every_wrong_value_is_refused_by_the_fields_name(served):
     for name, value, code in WRONG:
         error = refusal(served.post("/v1/completions", content=json.dumps(GOOD | {name: value})))
-        assert (error["param"].partition("[")[0].partition(".")[0], error["code"]) == (name, code), (name, value, error)
+        assert (error["param"].partition("[")[0].partition(".")[0], error["code"]) == (
+            name,
+            code,
+        ), (name, value, error)
         assert name in error["message"] or code == "context_length_exceeded"
     for name, value, param, code in WRONG_IN_CHAT:
-        error = refusal(served.post("/v1/chat/completions", content=json.dumps(CHAT | {name: value})))
+        error = refusal(
+            served.post("/v1/chat/completions", content=json.dumps(CHAT | {name: value}))
+        )
         assert (error["param"], error["code"]) == (param, code), (name, error)
     for body, missing in (({"prompt": "x"}, "model"), ({"model": "small"}, "prompt")):
         assert refusal(served.post("/v1/completions", json=body))["param"] == missing
@@ -427,8 +568,15 @@ def test_every_wrong_value_is_refused_by_the_fields_name(served):
 
 
 def test_what_asks_for_nothing_may_be_said(served):
-    nothing = {name: values[0] if values else None for name, values in UNSUPPORTED.items()} | {"user": "me", "stop": None, "n": None}
-    assert served.post("/v1/completions", json=GOOD | nothing | {"frequency_penalty": 0.0}).status_code == 200
+    nothing = {name: values[0] if values else None for name, values in UNSUPPORTED.items()} | {
+        "user": "me",
+        "stop": None,
+        "n": None,
+    }
+    assert (
+        served.post("/v1/completions", json=GOOD | nothing | {"frequency_penalty": 0.0}).status_code
+        == 200
+    )
 
 
 def test_bodies_that_are_no_requests_are_refused(served):
@@ -444,8 +592,12 @@ def test_bodies_that_are_no_requests_are_refused(served):
     ]:  # fmt: skip
         assert refusal(served.post("/v1/completions", content=body))["code"] == code, body[:40]
     refusal(served.post("/v1/completions", content=b" " * (2**20 + 1)), 413)
-    refusal(served.post("/v1/completions", content=(b" " * 2**16 for _ in range(17))), 413)  # chunked: no length is told
-    refusal(served.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}), 415)
+    refusal(
+        served.post("/v1/completions", content=(b" " * 2**16 for _ in range(17))), 413
+    )  # chunked: no length is told
+    refusal(
+        served.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}), 415
+    )
     refusal(served.post("/v1/completions/", json=GOOD), 404)
     refusal(httpx.get(f"{served.url}/v2"), 404)
     refusal(httpx.get(f"{served.url}/docs"), 404)
@@ -464,7 +616,13 @@ def test_openais_client_raises_what_it_raises_elsewhere(served):
 
 def test_other_hosts_and_origins_are_refused(served):
     port = served.port
-    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", f"localhost.evil:{port}"):
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "127.0.0.1",
+        f"127.0.0.1:{port + 1}",
+        f"localhost.evil:{port}",
+    ):
         refusal(httpx.get(f"{served.url}/health", headers={"host": host}), 403)
     for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
         assert httpx.get(f"{served.url}/health", headers={"host": host}).status_code == 200
@@ -487,7 +645,12 @@ def test_what_is_not_http_gets_an_error_too(served):
 
 
 def test_a_key_is_asked_of_v1_alone(guarded):
-    for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"authorization": "Bearer \xff".encode("latin-1")}):
+    for header in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": KEY},
+        {"authorization": "Bearer \xff".encode("latin-1")},
+    ):
         error = refusal(httpx.get(f"{guarded.url}/v1/models", headers=header), 401)
         assert error["code"] == "invalid_api_key"
     with pytest.raises(openai.AuthenticationError):
@@ -509,9 +672,21 @@ def until(true, seconds: float = 60) -> None:
 
 def begin(server: Served, **more: object) -> socket.socket:
     """Ask for a text of thousands of tokens, and read nothing."""
-    body = json.dumps({"model": server.checkpoint.path.stem, "prompt": "a", "max_tokens": 4096, "logit_bias": {"256": -100}} | more)
+    body = json.dumps(
+        {
+            "model": server.checkpoint.path.stem,
+            "prompt": "a",
+            "max_tokens": 4096,
+            "logit_bias": {"256": -100},
+        }
+        | more
+    )
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
-    head = ["POST /v1/completions HTTP/1.1", f"Host: 127.0.0.1:{server.port}", f"Authorization: Bearer {KEY}"]
+    head = [
+        "POST /v1/completions HTTP/1.1",
+        f"Host: 127.0.0.1:{server.port}",
+        f"Authorization: Bearer {KEY}",
+    ]
     head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
     connection.sendall("\r\n".join([*head, "", body]).encode())
     return connection
@@ -526,7 +701,9 @@ def test_a_client_that_leaves_gives_its_row_back(guarded, stream):
     until(lambda: guarded.metrics()["serve_running_rows"] == 0)
     after = guarded.metrics()
     assert after["serve_cancelled_total"] == before["serve_cancelled_total"] + 1
-    assert after["serve_completion_tokens_total"] - before["serve_completion_tokens_total"] < 2 * 4096
+    assert (
+        after["serve_completion_tokens_total"] - before["serve_completion_tokens_total"] < 2 * 4096
+    )
 
 
 def test_a_full_queue_says_so_and_a_deadline_cuts(guarded):
@@ -541,7 +718,9 @@ def test_a_full_queue_says_so_and_a_deadline_cuts(guarded):
     for connection in [*running, waiting]:
         with connection:
             answer = connection.recv(2**20)
-            while b"\r\n\r\n" not in answer or len(answer.partition(b"\r\n\r\n")[2]) < int(re.search(rb"content-length: (\d+)", answer)[1]):
+            while b"\r\n\r\n" not in answer or len(answer.partition(b"\r\n\r\n")[2]) < int(
+                re.search(rb"content-length: (\d+)", answer)[1]
+            ):
                 answer += connection.recv(2**20)
         if b" 503 " in answer.partition(b"\r\n")[0]:  # its turn never came
             assert connection is waiting
@@ -555,7 +734,9 @@ def test_a_full_queue_says_so_and_a_deadline_cuts(guarded):
 @pytest.mark.slow
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_what_runs_and_the_server_with_status_0(tmp_path, sig):
-    with serving(write(tmp_path / "long.ckpt", ByteTokenizer(), context=4096), "--rows", "2") as server:
+    with serving(
+        write(tmp_path / "long.ckpt", ByteTokenizer(), context=4096), "--rows", "2"
+    ) as server:
         whole, streamed = begin(server), begin(server, stream=True)
         until(lambda: server.metrics()["serve_running_rows"] == 2)
         assert stop(server, sig) == ""
@@ -573,10 +754,10 @@ def test_an_exception_in_the_engine_ends_the_texts_and_not_the_thread():
 
     tokenizer = ByteTokenizer()
     model = random_model(vocab_size=tokenizer.vocab_size)
-    request = Request([1, 2], SamplingParams(temperature=0, max_new_tokens=5))
+    request = GenerationRequest([1, 2], SamplingParams(temperature=0, max_new_tokens=5))
 
     async def ask(batcher: Batcher) -> str:
-        call = batcher.ask([Request(request.ids, request.params)], 60)
+        call = batcher.ask([GenerationRequest(request.ids, request.params)], 60)
         return "".join([piece.text async for news in batcher.read(call) for piece in news])
 
     async def both() -> str:
@@ -594,7 +775,7 @@ def test_an_exception_in_the_engine_ends_the_texts_and_not_the_thread():
         await asyncio.to_thread(batcher.thread.join)
         return text
 
-    assert asyncio.run(both()) == whole_texts(model, tokenizer, [[1, 2]], request.params)[0]
+    assert asyncio.run(both()) == generate_texts(model, tokenizer, [[1, 2]], request.params)[0]
 
 
 @pytest.fixture
@@ -615,7 +796,10 @@ def impatient(tmp_path, monkeypatch) -> Iterator[Served]:
 def test_a_client_that_is_slow_to_ask_is_hung_up_on(impatient):
     """A byte at a time, and never a whole head; and one that says nothing at all."""
     with socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as silent:
-        with socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as slow, pytest.raises(ConnectionError):
+        with (
+            socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as slow,
+            pytest.raises(ConnectionError),
+        ):
             for byte in b"GET /health HTTP/1.1\r\nHost: " + b"a" * 600:
                 slow.sendall(bytes([byte]))
                 time.sleep(0.05)
@@ -647,19 +831,32 @@ def test_spelt_tokens_are_the_text(tokenizer):
         tokenizer = llama_tokenizer()
     for text in ("naïve 😀 abc", "😀", "abc abc"):
         ids = tokenizer.encode(text)
-        assert b"".join(map(tokenizer.spell, ids)).decode().lstrip(" ") == text == tokenizer.decode(ids)
+        assert (
+            b"".join(map(tokenizer.spell, ids)).decode().lstrip(" ")
+            == text
+            == tokenizer.decode(ids)
+        )
     for i in {tokenizer.bos_id, tokenizer.eos_id} - {None}:
         assert tokenizer.spell(i) == b""
 
 
 def llama_tokenizer() -> JsonTokenizer:
     """SentencePiece's way, as Llama 2 has it: spaces are a letter, and what is in no token is bytes."""
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcnve"])}
+    vocab = {
+        token: i
+        for i, token in enumerate(
+            ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcnve"]
+        )
+    }
     model = models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     backend = hf.Tokenizer(model)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     strip = decoders.Strip(" ", 1, 0)
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
     return JsonTokenizer(backend.to_str(), "llama", 1, None)
 
 
@@ -670,12 +867,21 @@ def test_what_cannot_start_is_one_sentence_and_status_2(tmp_path, served):
     (tmp_path / "no.ckpt").write_text("nothing")
     microgpt = str(ROOT / "examples" / "microgpt.ckpt")
     for options, said in [
-        (["--ckpt", microgpt, "--port", str(served.port)], f"cannot listen on 127.0.0.1, port {served.port}: "),
+        (
+            ["--ckpt", microgpt, "--port", str(served.port)],
+            f"cannot listen on 127.0.0.1, port {served.port}: ",
+        ),
         (["--ckpt", str(tmp_path / "no.ckpt"), "--port", "0"], "is truncated or not a checkpoint"),
     ]:
-        done = subprocess.run([sys.executable, str(ROOT / "serve.py"), *options], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "serve.py"), *options], capture_output=True, text=True
+        )
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
-        assert done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1
+        assert (
+            done.stderr.startswith("error: ")
+            and said in done.stderr
+            and done.stderr.count("\n") == 1
+        )
 
 
 @pytest.mark.parametrize("options, said", [
@@ -700,7 +906,18 @@ def test_a_cache_that_does_not_fit_names_the_option(monkeypatch):
 
     monkeypatch.setattr("pocketlm.inference.engine.mmap", refuse)
     with pytest.raises(UserError, match="no memory for 7 rows of 16 tokens: .*; lower --rows"):
-        serve.main(["--ckpt", str(ROOT / "examples" / "microgpt.ckpt"), "--port", "0", "--device", "cpu", "--rows", "7"])
+        serve.main(
+            [
+                "--ckpt",
+                str(ROOT / "examples" / "microgpt.ckpt"),
+                "--port",
+                "0",
+                "--device",
+                "cpu",
+                "--rows",
+                "7",
+            ]
+        )
 
 
 def test_the_cache_takes_memory_only_as_it_is_written_to():
@@ -710,7 +927,7 @@ def test_the_cache_takes_memory_only_as_it_is_written_to():
     engine = Engine(model, max_rows=2000)
     size = 2 * engine.cache.keys.numel() * 4
     assert size > 2**29
-    engine.add(Request([1, 2, 3], SamplingParams(temperature=0.0, max_new_tokens=5)))
+    engine.add(GenerationRequest([1, 2, 3], SamplingParams(temperature=0.0, max_new_tokens=5)))
     while engine.busy:
         engine.step()
     assert process.memory_info().rss - before < size / 10

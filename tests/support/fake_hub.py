@@ -46,7 +46,10 @@ class Handler(BaseHTTPRequestHandler):
         form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
         self.server.requests.append(f"{self.command} {path}")
         file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        api = re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?", path)
+        api = re.fullmatch(
+            r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?",
+            path,
+        )
         if not (file or api):
             return self.refuse(404, "", "no such page")
         kind, name = ("datasets" if file[1] else "models", file[2]) if file else (api[1], api[2])
@@ -70,7 +73,9 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.server.root / kind / name
         if not repository.is_dir() or (mode == "private" and not token):
             return self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
-        folder = next((f for f in repository.iterdir() if revision in (f.name, commit(name, f.name))), None)
+        folder = next(
+            (f for f in repository.iterdir() if revision in (f.name, commit(name, f.name))), None
+        )
         if folder is None:
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         sha = commit(name, folder.name)
@@ -81,19 +86,37 @@ class Handler(BaseHTTPRequestHandler):
             start = folder / api[5]
             if not start.is_dir():
                 return self.refuse(404, "EntryNotFound", "no such folder")
-            inside = start.rglob("*") if query.get("recursive", [""])[0].lower() == "true" else start.iterdir()
+            inside = (
+                start.rglob("*")
+                if query.get("recursive", [""])[0].lower() == "true"
+                else start.iterdir()
+            )
             return self.send_json([self.entry(folder, f) for f in sorted(inside)])
         if api[3] == "paths-info":
             return self.send_json([e for e in entries if e["path"] in form.get("paths", [])])
         files = [{"rfilename": e["path"]} for e in entries if e["type"] == "file"]
-        return self.send_json({"id": name, "sha": sha, "private": False, "gated": False, "tags": [], "siblings": files})
+        return self.send_json(
+            {
+                "id": name,
+                "sha": sha,
+                "private": False,
+                "gated": False,
+                "tags": [],
+                "siblings": files,
+            }
+        )
 
     do_GET = do_HEAD = do_POST = answer
 
     def entry(self, folder: Path, file: Path) -> dict[str, Any]:
         path = file.relative_to(folder).as_posix()
         oid = hashlib.sha1(path.encode()).hexdigest()
-        return {"path": path, "oid": oid, "type": "directory" if file.is_dir() else "file", "size": file.stat().st_size}
+        return {
+            "path": path,
+            "oid": oid,
+            "type": "directory" if file.is_dir() else "file",
+            "size": file.stat().st_size,
+        }
 
     def send_json(self, value: Any) -> None:
         self.reply(200, json.dumps(value).encode(), Content_Type="application/json")
@@ -102,10 +125,19 @@ class Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             return self.refuse(404, "EntryNotFound", "no such file", X_Repo_Commit=sha)
         body = file.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha1(body).hexdigest()}"',
+            "X_Repo_Commit": sha,
+            "Accept_Ranges": "bytes",
+        }
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             first, last = int(part[1]), min(int(part[2] or len(body)), len(body) - 1)
-            return self.reply(206, body[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(body)}", **headers)
+            return self.reply(
+                206,
+                body[first : last + 1],
+                Content_Range=f"bytes {first}-{last}/{len(body)}",
+                **headers,
+            )
         return self.reply(200, body, **headers)
 
 

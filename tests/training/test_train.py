@@ -73,7 +73,9 @@ def run(*overrides: str, flags: tuple[str, ...] = ()) -> None:
 
 def weights_and_optimizer(path: str) -> list[torch.Tensor]:
     state = read_checkpoint(path)
-    moments = [value for p in state["optimizer_states"][0]["state"].values() for value in p.values()]
+    moments = [
+        value for p in state["optimizer_states"][0]["state"].values() for value in p.values()
+    ]
     return [*state["state_dict"].values(), *moments]
 
 
@@ -83,19 +85,21 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal when `step` has been taken."""
-    original = metrics.Metrics.on_step
+    original = metrics.MetricsLogger.on_step
 
     def on_step(self, trainer, module):
         original(self, trainer, module)
         if trainer.global_step == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(metrics.Metrics, "on_step", on_step)
+    monkeypatch.setattr(metrics.MetricsLogger, "on_step", on_step)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_stopped_after_any_step_ends_as_the_uninterrupted_one(folder, monkeypatch, optimizer, workers):
+def test_a_run_stopped_after_any_step_ends_as_the_uninterrupted_one(
+    folder, monkeypatch, optimizer, workers
+):
     """With dropout, accumulation, two epochs, and stops that do and do not fall on a validation, a save and an epoch's end."""
     options = [f"training.optimizer={optimizer}", f"hardware.num_workers={workers}"]
     run("run.name=whole", *options)
@@ -111,7 +115,9 @@ def test_a_run_stopped_after_any_step_ends_as_the_uninterrupted_one(folder, monk
         run(f"run.name=stopped{step}", *options)
         assert same(weights_and_optimizer(f"checkpoints/stopped{step}/final.ckpt"), whole), step
         resumed = Path(f"logs/stopped{step}/metrics.csv").read_text().splitlines()
-        assert [r.split(",")[:6] + r.split(",")[8:] for r in resumed] == [r.split(",")[:6] + r.split(",")[8:] for r in rows], step
+        assert [r.split(",")[:6] + r.split(",")[8:] for r in resumed] == [
+            r.split(",")[:6] + r.split(",")[8:] for r in rows
+        ], step
 
 
 INTERRUPTED = """
@@ -120,12 +126,12 @@ sys.path.insert(0, {root!r})
 import train
 from pocketlm.errors import run_main
 from pocketlm.training import metrics
-original = metrics.Metrics.on_step
+original = metrics.MetricsLogger.on_step
 def on_step(self, trainer, module):
     original(self, trainer, module)
     if trainer.global_step == 8 and trainer.is_global_zero:
         os.kill(os.getpid(), signal.{signal})
-metrics.Metrics.on_step = on_step
+metrics.MetricsLogger.on_step = on_step
 run_main(train.main)
 """
 
@@ -148,7 +154,10 @@ def test_a_killed_process_continues_from_its_last_save_and_ends_the_same(folder)
     again = in_new_process("run.name=killed")
     assert again.returncode == 0, again.stderr
     assert "continuing checkpoints/killed/last.ckpt from step 6" in again.stderr
-    assert same(weights_and_optimizer("checkpoints/killed/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
+    assert same(
+        weights_and_optimizer("checkpoints/killed/final.ckpt"),
+        weights_and_optimizer("checkpoints/whole/final.ckpt"),
+    )
 
 
 @pytest.fixture
@@ -160,7 +169,9 @@ def two_threads():
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_compiled_once_and_stopped_after_a_step_ends_as_the_uninterrupted_one(folder, monkeypatch, two_threads):
+def test_a_compiled_run_is_compiled_once_and_stopped_after_a_step_ends_as_the_uninterrupted_one(
+    folder, monkeypatch, two_threads
+):
     """Through validations, accumulation and dropout, whose masks it draws from torch's generator too, in ways of its own.
 
     Two threads may add in any order, and must not.
@@ -179,29 +190,45 @@ def test_a_compiled_run_is_compiled_once_and_stopped_after_a_step_ends_as_the_un
         graphs.append(counters["stats"]["unique_graphs"])
         assert not counters["graph_break"], counters
     assert graphs == [1, 1, 1]
-    assert same(weights_and_optimizer("checkpoints/stopped/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
-    rows = [[row.split(",")[:6] for row in Path(f"logs/{name}/metrics.csv").read_text().splitlines()] for name in ("stopped", "whole")]
+    assert same(
+        weights_and_optimizer("checkpoints/stopped/final.ckpt"),
+        weights_and_optimizer("checkpoints/whole/final.ckpt"),
+    )
+    rows = [
+        [row.split(",")[:6] for row in Path(f"logs/{name}/metrics.csv").read_text().splitlines()]
+        for name in ("stopped", "whole")
+    ]
     assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("rate, compiles", [(1e5, "on"), (1e15, "off")])
-def test_the_plan_says_whether_the_step_is_compiled_and_why(folder, monkeypatch, capsys, rate, compiles):
+def test_the_plan_says_whether_the_step_is_compiled_and_why(
+    folder, monkeypatch, capsys, rate, compiles
+):
     """By default, on a CPU: where the run would take long."""
     monkeypatch.setattr(plan, "matmul_rate", lambda *_: rate)
     monkeypatch.setattr(devices.shutil, "which", lambda name: name)
     assert train.main(["--config", "config.yaml", *TINY, "--dry-run"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    why = {"on": r"saves about \d+ minutes; takes up to \d+ s first", "off": r"it would save some 0 s of this run and take up to \d+"}
+    why = {
+        "on": r"saves about \d+ minutes; takes up to \d+ s first",
+        "off": r"it would save some 0 s of this run and take up to \d+",
+    }
     assert re.search(f"compile {compiles}: {why[compiles]}", said)
 
 
 def places(name: str) -> list[dict]:
     """How far a checkpoint's stream is, worker by worker."""
-    [loader] = read_checkpoint(f"checkpoints/{name}.ckpt")["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    [loader] = read_checkpoint(f"checkpoints/{name}.ckpt")["loops"]["fit_loop"]["state_dict"][
+        "combined_loader"
+    ]
     return loader["ranks"][0]["places"]
 
 
-LINES = ["data.separator=line", "data.val_share=0.2"]  # 42 documents to train on: 52 rows, and 12 steps read 96
+LINES = [
+    "data.separator=line",
+    "data.val_share=0.2",
+]  # 42 documents to train on: 52 rows, and 12 steps read 96
 STREAM = [*LINES, "data.streaming=true", "data.shuffle_buffer=5"]
 PADDED = "data.packing=padded"
 MIXTURE = [
@@ -214,21 +241,35 @@ MIXTURE = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [STREAM, [*STREAM, PADDED, "hardware.num_workers=2"], [*LINES, PADDED], MIXTURE, [*MIXTURE, PADDED, "hardware.num_workers=2"]],
+    [
+        STREAM,
+        [*STREAM, PADDED, "hardware.num_workers=2"],
+        [*LINES, PADDED],
+        MIXTURE,
+        [*MIXTURE, PADDED, "hardware.num_workers=2"],
+    ],
     ids=["stream", "padded stream, 2 workers", "padded", "mixture", "padded mixture, 2 workers"],
 )
 def test_a_killed_run_on_any_kind_of_rows_ends_as_the_uninterrupted_one(folder, options, capsys):
     """Across the end of an epoch, and from the middle of a shuffled block; this process is not the one that was killed."""
     (folder / "other.txt").write_text("".join(f"{i} and {i}\nare {i + i}.\n\n" for i in range(20)))
     run("run.name=whole", *options)
-    assert in_new_process("run.name=killed", *options, interrupt="SIGKILL").returncode == -signal.SIGKILL
+    assert (
+        in_new_process("run.name=killed", *options, interrupt="SIGKILL").returncode
+        == -signal.SIGKILL
+    )
     capsys.readouterr()
     if "data.streaming=true" in options:
-        assert [place["epoch"] for place in places("killed/last")] < [place["epoch"] for place in places("whole/final")]
+        assert [place["epoch"] for place in places("killed/last")] < [
+            place["epoch"] for place in places("whole/final")
+        ]
         assert any(0 < place["row"] < 5 for place in places("killed/last"))
     run("run.name=killed", *options)
     assert "continuing checkpoints/killed/last.ckpt from step 6" in capsys.readouterr().err
-    assert same(weights_and_optimizer("checkpoints/killed/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
+    assert same(
+        weights_and_optimizer("checkpoints/killed/final.ckpt"),
+        weights_and_optimizer("checkpoints/whole/final.ckpt"),
+    )
 
 
 @pytest.mark.slow
@@ -236,16 +277,28 @@ def test_a_stream_with_other_workers_is_refused_and_nothing_is_lost(folder):
     """The command that it was begun with then still goes on to the same end."""
     options = [*STREAM, "hardware.num_workers=2"]
     run("run.name=whole", *options)
-    assert in_new_process("run.name=killed", *options, interrupt="SIGKILL").returncode == -signal.SIGKILL
+    assert (
+        in_new_process("run.name=killed", *options, interrupt="SIGKILL").returncode
+        == -signal.SIGKILL
+    )
     before = {p: p.read_bytes() for p in Path("checkpoints/killed").glob("*.ckpt")}
     refused = in_new_process("run.name=killed", *STREAM)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
-    assert refused.stderr.splitlines()[-1] == "error: a stream goes on only as it was dealt out: set hardware.num_workers to 2, not 0"
+    assert (
+        refused.stderr.splitlines()[-1]
+        == "error: a stream goes on only as it was dealt out: set hardware.num_workers to 2, not 0"
+    )
     assert {p: p.read_bytes() for p in Path("checkpoints/killed").glob("*.ckpt")} == before
     run("run.name=killed", *options)
-    assert same(weights_and_optimizer("checkpoints/killed/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
-    columns = [[row.split(",")[:6] for row in Path(f"logs/{name}/metrics.csv").read_text().splitlines()] for name in ("killed", "whole")]
+    assert same(
+        weights_and_optimizer("checkpoints/killed/final.ckpt"),
+        weights_and_optimizer("checkpoints/whole/final.ckpt"),
+    )
+    columns = [
+        [row.split(",")[:6] for row in Path(f"logs/{name}/metrics.csv").read_text().splitlines()]
+        for name in ("killed", "whole")
+    ]
     assert columns[0] == columns[1]
 
 
@@ -279,7 +332,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(folder, monkeypatc
 def test_a_finished_run_and_one_with_another_config_are_refused_and_left_alone(folder):
     run()
     before = {p: p.read_bytes() for p in Path("checkpoints").glob("*.ckpt")}
-    with pytest.raises(UserError, match=r"finished: 12 of 12 steps; raise training.max_steps.*--fresh.*run.name=NAME"):
+    with pytest.raises(
+        UserError,
+        match=r"finished: 12 of 12 steps; raise training.max_steps.*--fresh.*run.name=NAME",
+    ):
         run()
     with pytest.raises(UserError, match=r"another config \(training.lr: 0.004 -> 0.001\).*--fresh"):
         run("training.lr=1e-3")
@@ -299,11 +355,17 @@ def test_a_run_does_not_continue_on_a_text_that_has_changed(folder, monkeypatch)
 def test_fresh_moves_only_the_runs_own_files_aside_and_deletes_nothing(folder):
     run("training.max_steps=3")
     run("training.max_steps=3", "run.name=other")
-    files = {p.name: p.read_bytes() for p in Path("checkpoints").glob("*") if p.is_file() and p.name != ".lock"}
+    files = {
+        p.name: p.read_bytes()
+        for p in Path("checkpoints").glob("*")
+        if p.is_file() and p.name != ".lock"
+    }
     run("training.max_steps=3", flags=("--fresh",))
     [moved] = Path("checkpoints").glob("old-*")
     assert {p.name: p.read_bytes() for p in moved.glob("*")} == files
-    assert Path("checkpoints/other/final.ckpt").exists() and len(list(Path("logs").glob("old-*"))) == 1
+    assert (
+        Path("checkpoints/other/final.ckpt").exists() and len(list(Path("logs").glob("old-*"))) == 1
+    )
 
 
 def test_raising_max_steps_goes_on(folder, capsys):
@@ -315,13 +377,17 @@ def test_raising_max_steps_goes_on(folder, capsys):
 
 def test_epochs_are_the_steps_of_so_many_passes_and_may_be_raised(folder):
     text = Path("text.txt").read_bytes()
-    tokens = len(text) - len(text) // 20 + 2  # byte and an eos at both ends; the last twentieth is validation
+    tokens = (
+        len(text) - len(text) // 20 + 2
+    )  # byte and an eos at both ends; the last twentieth is validation
     steps = [math.ceil(epochs * math.ceil((tokens - 1) / 16) / 8) for epochs in (0.5, 2)]
     run("run.name=epochs", "training.max_epochs=0.5", "training.schedule=constant")
     assert read_checkpoint("checkpoints/epochs/final.ckpt")["global_step"] == steps[0] < steps[1]
     run("run.name=epochs", "training.max_epochs=2", "training.schedule=constant")
     run("run.name=steps", f"training.max_steps={steps[1]}", "training.schedule=constant")
-    assert same(*(weights_and_optimizer(f"checkpoints/{name}/final.ckpt") for name in ("epochs", "steps")))
+    assert same(
+        *(weights_and_optimizer(f"checkpoints/{name}/final.ckpt") for name in ("epochs", "steps"))
+    )
 
 
 NAMES = ["anna", "emma", "hannah", "ann", "em", "nan", "maanna", "emmann"]
@@ -330,40 +396,82 @@ NAMES = ["anna", "emma", "hannah", "ann", "em", "nan", "maanna", "emmann"]
 def test_a_run_on_lines_prints_the_facts_and_numbered_samples_as_microgpt_does(folder, capsys):
     """Few letters and few names, so that some of the samples are new and some are remembered."""
     Path("names.txt").write_text("\n".join(NAMES))
-    options = ["data.path=names.txt", "data.separator=line", "data.tokenizer=seen-bytes", "data.packing=padded", "data.val_share=0.3"]
-    run(*options, "sampling.prompts=['']", "sampling.num_samples=40", "sampling.max_new_tokens=6", "training.max_steps=60")
+    options = [
+        "data.path=names.txt",
+        "data.separator=line",
+        "data.tokenizer=seen-bytes",
+        "data.packing=padded",
+        "data.val_share=0.3",
+    ]
+    run(
+        *options,
+        "sampling.prompts=['']",
+        "sampling.num_samples=40",
+        "sampling.max_new_tokens=6",
+        "training.max_steps=60",
+    )
     said = capsys.readouterr()
     parameters = load_checkpoint("checkpoints/final.ckpt").model.state_dict()
-    assert f"num docs: 8\nvocab size: 6\nnum params: {sum(p.numel() for p in parameters.values())}\n" in said.err.replace(" \n", "\n")
-    samples = re.findall(r"^sample +(\d+): ([aehmn]*)(  \(a training document\))?$", said.out, re.MULTILINE)
+    assert (
+        f"num docs: 8\nvocab size: 6\nnum params: {sum(p.numel() for p in parameters.values())}\n"
+        in said.err.replace(" \n", "\n")
+    )
+    samples = re.findall(
+        r"^sample +(\d+): ([aehmn]*)(  \(a training document\))?$", said.out, re.MULTILINE
+    )
     assert [int(number) for number, _, _ in samples] == list(range(1, 41))
     trained_on = {name for name in NAMES if not is_validation(name, 0.3)}
     assert 0 < len(trained_on) < len(NAMES)
     assert [bool(mark) for _, _, mark in samples] == [text in trained_on for _, text, _ in samples]
     new = sum(text not in trained_on for _, text, _ in samples)
     assert 0 < new < 40
-    assert f"{new} of 40 are new: not among the {len(trained_on)} documents to train on." in said.out
+    assert (
+        f"{new} of 40 are new: not among the {len(trained_on)} documents to train on." in said.out
+    )
 
 
 def test_several_continuations_stand_behind_the_openings_they_continue(folder, capsys):
     """The openings of validation documents go in as one batch; each row's text begins anew for each of its two continuations."""
-    run("sampling.num_samples=2", "sampling.temperature=0", "sampling.max_new_tokens=5", "training.max_steps=3")
+    run(
+        "sampling.num_samples=2",
+        "sampling.temperature=0",
+        "sampling.max_new_tokens=5",
+        "training.max_steps=3",
+    )
     samples = re.findall(r"^sample +\d+: (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert len(samples) == 6 and samples[:3] == samples[3:]  # greedy: the second round is the first
     config = load_config("config.yaml", TINY)
     data = prepare(config.data)
-    model, ids = load_checkpoint("checkpoints/final.ckpt").model, openings(data, config.model.max_seq_len)
+    model, ids = (
+        load_checkpoint("checkpoints/final.ckpt").model,
+        openings(data, config.model.max_seq_len),
+    )
     for shown, opening in zip(samples, ids, strict=False):
-        alone = generate.generate(model, torch.from_numpy(opening)[None], SamplingParams(5, temperature=0.0), data.tokenizer.eos_id)
-        text = data.tokenizer.decode([*opening.tolist(), *(token for [token] in alone if token is not None)])
+        alone = generate.generate(
+            model,
+            torch.from_numpy(opening)[None],
+            SamplingParams(5, temperature=0.0),
+            data.tokenizer.eos_id,
+        )
+        text = data.tokenizer.decode(
+            [*opening.tolist(), *(token for [token] in alone if token is not None)]
+        )
         assert shown == text.replace("\n", " ⏎ ")
 
 
 def test_prompts_are_continued_by_the_model_of_the_last_step(folder, capsys):
-    run("sampling.prompts=['7 times', '1']", "sampling.temperature=0", "sampling.max_new_tokens=5", "training.max_steps=3")
+    run(
+        "sampling.prompts=['7 times', '1']",
+        "sampling.temperature=0",
+        "sampling.max_new_tokens=5",
+        "training.max_steps=3",
+    )
     said = capsys.readouterr().out
     for number, prompt in enumerate(["7 times", "1"], 1):
-        assert infer.main(["--ckpt", "checkpoints/final.ckpt", "--prompt", prompt, "--device", "cpu"]) == 0
+        assert (
+            infer.main(["--ckpt", "checkpoints/final.ckpt", "--prompt", prompt, "--device", "cpu"])
+            == 0
+        )
         text = capsys.readouterr().out.removesuffix("\n").replace("\n", " ⏎ ")
         assert f"sample {number:2d}: {prompt}{text}\n" in said
 
@@ -378,15 +486,30 @@ def test_what_no_run_can_do_is_refused_in_a_sentence(folder, options, told):
         run(*options)
 
 
-def test_a_vocabulary_that_leaves_characters_out_and_documents_that_do_not_fit_are_told_before_the_run(folder, capsys):
+def test_a_vocabulary_that_leaves_characters_out_and_documents_that_do_not_fit_are_told_before_the_run(
+    folder, capsys
+):
     """Digits are the rare ones: 50 lines of 'i times i is i*i'; a row of 16 holds no whole line with two-digit numbers."""
-    options = ["data.tokenizer=char:12", "data.separator=line", "data.packing=padded", "data.val_share=0.1"]
+    options = [
+        "data.tokenizer=char:12",
+        "data.separator=line",
+        "data.packing=padded",
+        "data.val_share=0.1",
+    ]
     assert train.main(["--config", "config.yaml", *TINY, *options, "--dry-run"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    lines = [line for line in Path("text.txt").read_text().splitlines() if not is_validation(line, 0.1)]
+    lines = [
+        line for line in Path("text.txt").read_text().splitlines() if not is_validation(line, 0.1)
+    ]
     different = len(set("".join(lines)))
-    assert f"the training text has {different} different characters; char:12 keeps the 10 commonest, and the other {different - 10}" in said
-    assert f"{sum(len(line) + 1 > 16 for line in lines)} of {len(lines)} do not fit a row of 16 tokens: each cut off there" in said
+    assert (
+        f"the training text has {different} different characters; char:12 keeps the 10 commonest, and the other {different - 10}"
+        in said
+    )
+    assert (
+        f"{sum(len(line) + 1 > 16 for line in lines)} of {len(lines)} do not fit a row of 16 tokens: each cut off there"
+        in said
+    )
 
 
 SUITE = """
@@ -404,20 +527,33 @@ def test_each_validation_scores_the_probe_cases_as_the_evaluator_does(folder, ca
     run("training.probe_cases=[sums.yaml]", "training.max_steps=10")
     assert capsys.readouterr().err.count("probes ") == 2
     with Path("logs/metrics.csv").open() as file:
-        macros = [(int(row["step"]), float(row["probe/macro"])) for row in csv.DictReader(file) if row["probe/macro"]]
+        macros = [
+            (int(row["step"]), float(row["probe/macro"]))
+            for row in csv.DictReader(file)
+            if row["probe/macro"]
+        ]
     [result] = results.evaluate(["checkpoints/final.ckpt"], load_suite("sums.yaml"))
     assert [step for step, _ in macros] == [5, 10] and macros[1][1] == result.macro
     events = EventAccumulator("logs")
     events.Reload()
-    logged = {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"] if name.startswith("probe/")}
+    logged = {
+        name: events.Scalars(name)[-1].value
+        for name in events.Tags()["scalars"]
+        if name.startswith("probe/")
+    }
     assert logged == pytest.approx(scalars(result), rel=1e-5)
     Path("other.yaml").write_text(SUITE.replace("id: a", "id: c"))
     run("training.probe_cases=[other.yaml]", "training.max_steps=12")
 
 
 def test_probe_cases_that_cannot_be_asked_are_refused_before_the_first_step(folder):
-    Path("long.yaml").write_text("[{name: a, prompt: much longer than a row of sixteen, target: ' x'}]")
-    for path, told in (("gone.yaml", "cannot read the cases gone.yaml"), ("long.yaml", "'a' has 36 tokens")):
+    Path("long.yaml").write_text(
+        "[{name: a, prompt: much longer than a row of sixteen, target: ' x'}]"
+    )
+    for path, told in (
+        ("gone.yaml", "cannot read the cases gone.yaml"),
+        ("long.yaml", "'a' has 36 tokens"),
+    ):
         with pytest.raises(UserError, match=told):
             run(f"training.probe_cases=[{path}]")
     assert not list(Path("checkpoints").glob("*.ckpt"))
@@ -426,7 +562,10 @@ def test_probe_cases_that_cannot_be_asked_are_refused_before_the_first_step(fold
 def test_a_second_process_in_the_same_folder_is_refused(folder):
     from pocketlm.checkpoint.runs import Run
 
-    with Run("").lock(), pytest.raises(UserError, match="another process is training in checkpoints"):
+    with (
+        Run("").lock(),
+        pytest.raises(UserError, match="another process is training in checkpoints"),
+    ):
         run()
 
 
@@ -465,10 +604,14 @@ def test_the_same_scalars_stand_in_tensorboard_and_csv_with_text_and_hparams(fol
         expected = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         assert expected and [s for s, _ in shown] == [s for s, _ in expected]
-        assert [v for _, v in shown] == pytest.approx([v for _, v in expected], rel=1e-4)  # the CSV has six digits
+        assert [v for _, v in shown] == pytest.approx(
+            [v for _, v in expected], rel=1e-4
+        )  # the CSV has six digits
     tags = events.Tags()["tensors"]
     assert "config/text_summary" in tags and "samples/text_summary" in tags
-    assert events.Scalars("hp/val_loss")[0].value == pytest.approx(float(rows[-1]["val/loss"]), rel=1e-4)
+    assert events.Scalars("hp/val_loss")[0].value == pytest.approx(
+        float(rows[-1]["val/loss"]), rel=1e-4
+    )
     assert Path("checkpoints/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -479,7 +622,10 @@ def test_validation_is_the_sum_over_every_target_divided_once(folder):
     data = prepare(checkpoint.config.data)
     windows = PackedLMDataset(data.val.shards[0], 16)
     rows = [windows[i] for i in range(len(windows))]
-    nats = sum(cross_entropy(checkpoint.model(row["input_ids"][None]), row["targets"]).item() for row in rows)
+    nats = sum(
+        cross_entropy(checkpoint.model(row["input_ids"][None]), row["targets"]).item()
+        for row in rows
+    )
     with Path("logs/metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     text = (folder / "text.txt").read_text()
@@ -493,7 +639,10 @@ def test_accumulated_small_batches_equal_one_large_batch_where_targets_are_missi
     options = ["model.dropout=0", "training.max_steps=8", "training.optimizer=adamw"]
     run("run.name=large", *options, "training.micro_batch_size=8", "training.grad_accum_steps=1")
     run("run.name=small", *options, "training.micro_batch_size=2", "training.grad_accum_steps=4")
-    large, small = (read_checkpoint(f"checkpoints/{name}/final.ckpt")["state_dict"] for name in ("large", "small"))
+    large, small = (
+        read_checkpoint(f"checkpoints/{name}/final.ckpt")["state_dict"]
+        for name in ("large", "small")
+    )
     for name in large:  # sums in another order: 1e-7 a step, magnified by AdamW's division
         torch.testing.assert_close(small[name], large[name], atol=2e-5, rtol=1e-4)
 
@@ -508,11 +657,15 @@ def test_the_gradient_is_the_mean_over_the_targets_there_are(folder):
     window = PackedLMDataset(prepare(config.data).train.shards[0], 64)[0]
     torch.manual_seed(config.training.seed)
     model = Transformer(config.model)
-    loss = torch.nn.functional.cross_entropy(model(window["input_ids"][None])[0], window["targets"])  # -100 is torch's default too
+    loss = torch.nn.functional.cross_entropy(
+        model(window["input_ids"][None])[0], window["targets"]
+    )  # -100 is torch's default too
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert 0 < (window["targets"] == -100).sum() < 64
-    assert float(logged["train/loss"]) == pytest.approx(loss.item(), rel=1e-5)  # the CSV has six digits
+    assert float(logged["train/loss"]) == pytest.approx(
+        loss.item(), rel=1e-5
+    )  # the CSV has six digits
     assert float(logged["train/grad_norm"]) == pytest.approx(norm.item(), rel=1e-5)
 
 
@@ -536,7 +689,11 @@ def test_the_learning_rate_of_each_step_is_the_schedules(folder):
     with Path("logs/metrics.csv").open() as file:
         rates = [float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]]
     assert rates == pytest.approx(
-        [4e-3 * lr_at_step(s, max_steps=12, warmup_steps=2, min_lr_ratio=0, schedule="linear") for s in range(12)], rel=1e-5
+        [
+            4e-3 * lr_at_step(s, max_steps=12, warmup_steps=2, min_lr_ratio=0, schedule="linear")
+            for s in range(12)
+        ],
+        rel=1e-5,
     )
 
 
@@ -560,13 +717,19 @@ def test_two_processes_end_with_the_weights_of_one_with_twice_the_rows(folder):
     options = ["model.dropout=0", "training.optimizer=adamw", "training.max_steps=6"]
     run("run.name=one", *options)
     command = [sys.executable, ROOT / "train.py", "--config", "config.yaml", *TINY, *options]
-    done = subprocess.run([*command, "run.name=two", "hardware.devices=2", "training.micro_batch_size=2"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "run.name=two", "hardware.devices=2", "training.micro_batch_size=2"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     one, two = (read_checkpoint(f"checkpoints/{name}/final.ckpt") for name in ("one", "two"))
     assert two["kit"]["tokens"] == one["kit"]["tokens"]
     assert two["kit"]["val_loss"] == pytest.approx(one["kit"]["val_loss"], abs=1e-4)
     for name in one["state_dict"]:  # sums in another order, magnified by AdamW's division
-        torch.testing.assert_close(two["state_dict"][name], one["state_dict"][name], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            two["state_dict"][name], one["state_dict"][name], atol=2e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.slow
@@ -578,13 +741,19 @@ def test_two_processes_on_a_stream_stop_and_end_as_the_uninterrupted_ones(folder
     options = [*STREAM, "model.dropout=0", "hardware.devices=2", "hardware.num_workers=0"]
     whole = in_new_process("run.name=whole", *options)
     assert whole.returncode == 0, whole.stderr
-    assert in_new_process("run.name=stopped", *options, interrupt="SIGTERM").returncode == 128 + signal.SIGTERM
+    assert (
+        in_new_process("run.name=stopped", *options, interrupt="SIGTERM").returncode
+        == 128 + signal.SIGTERM
+    )
     state = read_checkpoint("checkpoints/stopped/last.ckpt")
     assert state["global_step"] == 8
     again = in_new_process("run.name=stopped", *options)
     assert again.returncode == 0, again.stderr
     assert "continuing checkpoints/stopped/last.ckpt from step 8" in again.stderr
-    assert same(weights_and_optimizer("checkpoints/stopped/final.ckpt"), weights_and_optimizer("checkpoints/whole/final.ckpt"))
+    assert same(
+        weights_and_optimizer("checkpoints/stopped/final.ckpt"),
+        weights_and_optimizer("checkpoints/whole/final.ckpt"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -594,13 +763,24 @@ def test_two_processes_on_a_stream_stop_and_end_as_the_uninterrupted_ones(folder
         (["--config", "config.yaml", "training.lrr=1"], "did you mean lr"),
         (["--config", "config.yaml", "data.path=missing.txt"], "missing.txt is not a file"),
         (["--config", "config.yaml", "data.source=wikki"], "did you mean wiki"),
-        (["--config", "config.yaml", "hardware.accelerator=cuda", "data.path=text.txt", "data.tokenizer=byte"], "this machine has cpu"),
+        (
+            [
+                "--config",
+                "config.yaml",
+                "hardware.accelerator=cuda",
+                "data.path=text.txt",
+                "data.tokenizer=byte",
+            ],
+            "this machine has cpu",
+        ),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_status_2(folder, arguments, message):
     if "hardware.accelerator=cuda" in arguments and torch.cuda.is_available():
         arguments, message = [a.replace("cuda", "mps") for a in arguments], "this machine has"
-    done = subprocess.run([sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not Path("checkpoints").exists()
 
