@@ -10,21 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import ModelConfig, Transformer
-from pocketlm.corpus.chunks import Chunk
 from pocketlm.data.datasets import JoinedDataset, PackedLMDataset, PaddedLMDataset
-from pocketlm.data.shard_builder import encode
-from pocketlm.data.shards import ShardWriter, TokenShard
-from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bytes import ByteTokenizer
+from tests.support.rows import write_shard
 
 texts = st.text(alphabet="abé😀\n", min_size=1, max_size=12)
-
-
-def write_shard(path: Path, tokenizer: Tokenizer, documents: list[str]) -> TokenShard:
-    writer = ShardWriter(path, tokenizer)
-    writer.write(encode([Chunk(False, document) for document in documents], tokenizer)[False])
-    writer.close()
-    return TokenShard(path)
 
 
 def lists(batch: dict[str, torch.Tensor]) -> dict[str, list]:

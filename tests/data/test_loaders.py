@@ -25,7 +25,7 @@ from pocketlm.data.streaming import StreamLoader
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
-from tests.data.test_streaming import as_rows, plain_rows
+from tests.support.rows import as_rows, plain_rows
 
 ROOT = Path(__file__).parents[2]
 

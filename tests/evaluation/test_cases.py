@@ -20,6 +20,7 @@ from pocketlm.evaluation.cases import (
     merge_suites,
     read_blimp,
 )
+from tests.support.bigrams import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SUITES = sorted((ROOT / "cases").glob("*.yaml"))
@@ -596,8 +597,6 @@ def test_blimp_repeats_itself_and_stands_beside_other_suites_all_the_same(tmp_pa
 
 
 def test_blimp_is_scored_paradigm_by_paradigm(tmp_path, monkeypatch, capsys):
-    from tests.evaluation.test_evaluate import make_checkpoint
-
     monkeypatch.chdir(tmp_path)
     write_blimp(tmp_path)
     make_checkpoint("a.ckpt", "", context=40)

@@ -18,10 +18,8 @@ import pytest
 import torch
 
 import evaluate_checkpoints
-from model import Transformer
-from pocketlm.checkpoint.format import checkpoint_metadata, save_checkpoint
+from pocketlm.checkpoint.format import save_checkpoint
 from pocketlm.checkpoint.loading import load_checkpoint
-from pocketlm.config.loading import config_from_dict
 from pocketlm.errors import UserError, run_main
 from pocketlm.evaluation import exports, tables
 from pocketlm.evaluation.cases import Case, load_suite
@@ -34,12 +32,10 @@ from pocketlm.evaluation.results import (
 )
 from pocketlm.evaluation.scoring import Score, encode_case, score_cases
 from pocketlm.evaluation.statistics import DRAWS, SEED, mean_of_proportions, wilson
-from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
-from tests.evaluation.test_scoring import BIGRAM, bigram, table
+from tests.support.bigrams import BIGRAM, LETTERS, bigram, make_checkpoint, save, table
 
 ROOT = Path(__file__).parents[2]
-LETTERS = CharTokenizer("AB" + ascii_lowercase)
 EXACT = 1e-6  # float32 log-probabilities of one letter, made into a probability
 ASKED = ascii_lowercase[:24]  # a case each: is "A" likelier than "B" behind it?
 SUITE = (
@@ -49,57 +45,6 @@ SUITE = (
         for x in ASKED
     )
 )
-
-
-def save(
-    path: str,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    step: int = 1,
-    dropout: float = 0.0,
-    **settings,
-) -> None:
-    sizes = {
-        key: getattr(model.config, key)
-        for key in ("n_layers", "d_model", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-    }
-    config = config_from_dict(
-        {
-            "model": sizes | settings | {"dropout": dropout},
-            "data": {"tokenizer": "char"},
-            "training": {"seq_len": model.config.max_seq_len},
-        }
-    )
-    Path(path).parent.mkdir(exist_ok=True, parents=True)
-    save_checkpoint(
-        {
-            "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()},
-            "global_step": step,
-            "kit": checkpoint_metadata(config, tokenizer.state(), tokens=step * 10, val_loss=2.0),
-        },
-        Path(path),
-    )
-
-
-def make_checkpoint(
-    path: str,
-    right: str,
-    step: int = 1,
-    tied: str = "",
-    broken=False,
-    tokenizer=LETTERS,
-    context=16,
-    **more,
-) -> None:
-    """One that has the letters of `right` right, with probability 0.6 against 0.2, and the others wrong, but for those that tie."""
-    rows = {
-        x: {"A": 0.6, "B": 0.2} if x in right else {"A": 0.2, "B": 0.6} for x in ascii_lowercase
-    }
-    rows |= {x: {"A": 0.4, "B": 0.4} for x in tied}
-    model = bigram(table(tokenizer, rows), context)
-    if broken:
-        model.norm.weight.data[0] = math.nan
-    save(path, model, tokenizer, step, **BIGRAM | more)
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from pocketlm.tokenizer.base import END_OF_TEXT, Tokenizer
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
-from tests.model.test_model import random_model, reference_of
+from tests.support.models import random_model, reference_of
 
 ROOT = Path(__file__).parents[2]
 GPT2 = dict(mlp="gelu", position="learned", norm="layernorm", bias=True, n_kv_heads=None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import ModelConfig, Transformer
+from model import Transformer
 from pocketlm.checkpoint.loading import Checkpoint
 from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sampling import SamplingParams
@@ -25,8 +25,9 @@ from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
-from tests.model.test_model import reference_of
-from tests.properties.test_ancestors import gpt2_pair
+from tests.support.bigrams import bigram, table
+from tests.support.gpt2 import gpt2_pair
+from tests.support.models import reference_of
 
 ROUNDING = 1e-5  # nats of a sum of up to 20 log-probabilities in float32, each rounded at 1e-6; measured: 1e-6
 BPE = JsonTokenizer.train_bpe(["abc abc abc xyz one two three three"] * 50, 275)
@@ -76,48 +77,6 @@ def make_model(vocab_size: int = 257, **changes) -> Transformer:
     for p in transformer.parameters():
         p.data.mul_(5) if p.dim() == 2 else None
     return transformer
-
-
-BIGRAM = dict(
-    n_layers=1,
-    n_heads=1,
-    n_kv_heads=1,
-    d_ff=1,
-    mlp="relu",
-    position="learned",
-    tie_embeddings=False,
-    norm_eps=1e-12,
-)
-
-
-@torch.no_grad()
-def bigram(probabilities: Tensor, context: int = 16) -> Transformer:
-    """A Transformer of which each next token's probability is known: row i is what follows token i. Its layer adds nothing."""
-    size = len(probabilities)
-    torch.manual_seed(0)
-    model = Transformer(
-        ModelConfig(vocab_size=size, max_seq_len=context, d_model=size, **BIGRAM)
-    ).eval()
-    for p in (
-        model.embed_positions.weight,
-        model.layers[0].self_attn.o_proj.weight,
-        model.layers[0].mlp.down_proj.weight,
-    ):
-        p.zero_()
-    model.embed_tokens.weight.copy_(torch.eye(size))  # of length 1, which the norm makes sqrt(size)
-    model.lm_head.weight.copy_(probabilities.log().T / math.sqrt(size))
-    return model
-
-
-def table(tokenizer: CharTokenizer, rows: dict[str, dict[str, float]]) -> Tensor:
-    """The probabilities of `rows`, by symbols ("" ends and begins a document), and what is left spread over all other tokens."""
-    ids = {symbol: i for symbol, i in tokenizer.ids.items()} | {"": tokenizer.eos_id}
-    made = torch.full((tokenizer.vocab_size,) * 2, 1 / tokenizer.vocab_size)
-    for before, after in rows.items():
-        made[ids[before]] = (1 - sum(after.values())) / (tokenizer.vocab_size - len(after))
-        for symbol, p in after.items():
-            made[ids[before], ids[symbol]] = p
-    return made
 
 
 @torch.no_grad()

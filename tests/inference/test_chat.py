@@ -20,15 +20,11 @@ from pocketlm.errors import UserError
 from pocketlm.inference import generate
 from pocketlm.inference.chat import Chat
 from pocketlm.inference.conversation import Conversation, render
-from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.bytes import ByteTokenizer
-from tests.inference.test_generate import ROOT, write_checkpoint
+from tests.inference.test_generate import ROOT
+from tests.support.chat import CHATML, chat_tokenizer
+from tests.support.checkpoints import write_checkpoint
 
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start|>' + message['role'] + '<|sep|>\n\n' + "
     "message['content'] | trim + '<|im_end|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
@@ -56,17 +52,6 @@ TALKS = {
     "empty answer": ["a", "", "b"],
     "break": ["a", "b", "break"],
 }
-
-
-def chat_tokenizer() -> JsonTokenizer:
-    trained = json.loads(
-        JsonTokenizer.train_bpe(["hello what is up naive spaces around"], 300).text
-    )
-    first = max(trained["model"]["vocab"].values()) + 1
-    for n, content in enumerate(["<|im_start|>", "<|im_end|>", "<|start|>", "<|sep|>"]):
-        trained["added_tokens"].append(dict(id=first + n, content=content, single_word=False, lstrip=False, rstrip=False,
-                                            normalized=False, special=True))  # fmt: skip
-    return JsonTokenizer(json.dumps(trained), "chat", first, first + 1)
 
 
 def their_tokenizer(template: str):

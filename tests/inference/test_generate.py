@@ -14,40 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import infer
-from model import ModelConfig, Transformer
-from pocketlm.checkpoint.format import checkpoint_metadata
+from model import Transformer
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.config.sampling import SamplingConfig, SamplingParams
-from pocketlm.config.sections import Config, DataConfig, TrainingConfig
 from pocketlm.errors import UserError, run_main
 from pocketlm.inference.generate import complete, encode_prompt, generate, generate_texts
 from pocketlm.inference.text import until_stop
-from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
 from pocketlm.tokenizer.streaming import stream_text
+from tests.support.checkpoints import byte_ids, confident_model, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-SIZES = dict(vocab_size=61, max_seq_len=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2)
 PLAIN = SamplingParams(temperature=1.0, top_p=1.0)
-
-
-def random_model(seed: int = 0, **sizes: object) -> Transformer:
-    """A tiny model with weights so large that its greedy text does not repeat itself at once."""
-    torch.manual_seed(seed)
-    model = Transformer(ModelConfig(**SIZES | sizes)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(
-            p, std=2 * p.size(1) ** -0.5
-        ) if p.dim() == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
-    return model
-
-
-def random_ids(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(
-        SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(length)
-    )
 
 
 def tokens_of(
@@ -69,7 +49,7 @@ def tokens_of(
 def test_greedy_text_equals_transformers(tied):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = random_model(tie_embeddings=tied)
+    model = confident_model(tie_embeddings=tied)
     c = model.config
     theirs = LlamaForCausalLM(LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
@@ -84,7 +64,7 @@ def test_greedy_text_equals_transformers(tied):
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"] if tied else [], [])
     theirs.tie_weights()
-    prompt = random_ids(11)
+    prompt = byte_ids(11)
     expected = (
         theirs.eval()
         .generate(
@@ -111,7 +91,7 @@ def uncached(model: Transformer, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 40])
 def test_text_beyond_the_context_goes_on_from_its_last_half(length):
     """And a prompt longer than the context keeps its last tokens."""
-    model, prompt = random_model(max_seq_len=16), random_ids(length)
+    model, prompt = confident_model(max_seq_len=16), byte_ids(length)
     with torch.inference_mode():
         expected = uncached(model, prompt[0].tolist(), 40)
     assert len(set(expected)) > 8
@@ -120,15 +100,15 @@ def test_text_beyond_the_context_goes_on_from_its_last_half(length):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_smallest_contexts_work(size):
-    model, prompt = random_model(max_seq_len=size), random_ids(4)
+    model, prompt = confident_model(max_seq_len=size), byte_ids(4)
     with torch.inference_mode():
         expected = uncached(model, prompt[0].tolist(), 12)
     assert tokens_of(model, prompt, temperature=0, max_new_tokens=12) == [expected]
 
 
 def test_only_the_end_of_a_long_prompt_matters():
-    model = random_model(max_seq_len=16)
-    long = random_ids(40)
+    model = confident_model(max_seq_len=16)
+    long = byte_ids(40)
     for count in (1, 30):
         assert tokens_of(model, long, seed=1, max_new_tokens=count) == tokens_of(
             model, long[:, -16:], seed=1, max_new_tokens=count
@@ -136,7 +116,7 @@ def test_only_the_end_of_a_long_prompt_matters():
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another():
-    model, prompt = random_model(), random_ids(5)
+    model, prompt = confident_model(), byte_ids(5)
     torch.manual_seed(1)
     first = tokens_of(model, prompt, seed=7, max_new_tokens=30)
     torch.manual_seed(2)
@@ -147,7 +127,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another():
 
 
 def test_samples_of_one_prompt_differ_and_greedy_ones_do_not():
-    model, prompt = random_model(), random_ids(5)
+    model, prompt = confident_model(), byte_ids(5)
     rows = tokens_of(model, prompt, num_samples=4, seed=1, max_new_tokens=20)
     assert len(rows) == len({tuple(row) for row in rows}) == 4
     greedy = tokens_of(model, prompt, num_samples=3, temperature=0, max_new_tokens=20)
@@ -155,7 +135,7 @@ def test_samples_of_one_prompt_differ_and_greedy_ones_do_not():
 
 
 def test_the_rows_of_a_batch_do_not_meet():
-    model, prompts = random_model(), random_ids(6, batch=3)
+    model, prompts = confident_model(), byte_ids(6, batch=3)
     alone = [
         tokens_of(model, prompt[None], temperature=0, max_new_tokens=20)[0] for prompt in prompts
     ]
@@ -163,7 +143,7 @@ def test_the_rows_of_a_batch_do_not_meet():
 
 
 def test_the_end_of_a_document_ends_a_row_and_the_last_one_ends_it_all():
-    model, prompts = random_model(), random_ids(6, batch=3)
+    model, prompts = confident_model(), byte_ids(6, batch=3)
     free = tokens_of(model, prompts, temperature=0, max_new_tokens=40)
     eos = next(
         token for token in free[0][5:] if all(token in row for row in free)
@@ -214,7 +194,7 @@ def test_nothing_is_held_back_that_cannot_become_a_stop_text():
 
 def test_a_sample_that_comes_to_a_stop_text_ends_and_the_others_go_on():
     """Each text is cut where it would be alone, and no token is drawn for it after that."""
-    model, tokenizer = random_model(vocab_size=257), ByteTokenizer()
+    model, tokenizer = confident_model(vocab_size=257), ByteTokenizer()
     params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=60, num_samples=5, seed=3)
     free = generate_texts(model, tokenizer, [[65]], params)
     stop = free[0][20:22]
@@ -224,7 +204,7 @@ def test_a_sample_that_comes_to_a_stop_text_ends_and_the_others_go_on():
 
 
 def test_prompts_of_different_lengths_go_on_together_as_they_do_alone():
-    model, tokenizer = random_model(vocab_size=257), ByteTokenizer()
+    model, tokenizer = confident_model(vocab_size=257), ByteTokenizer()
     prompts = [list(b"a"), list(b"something longer"), list(b"x" * 100)]
     params = SamplingParams(temperature=1.0, max_new_tokens=30, num_samples=2, seed=5)
     together = generate_texts(model, tokenizer, prompts, params)
@@ -241,41 +221,6 @@ def test_nothing_is_drawn_after_a_stop_text():
         == "a"
     )
     assert drawn == ["a", "b"]
-
-
-# ---- the command line ------------------------------------------------------------------------------------------------
-
-
-def write_checkpoint(
-    path: Path,
-    *,
-    seed: int = 0,
-    val_loss: float | None = 1.0,
-    tokenizer: Tokenizer | None = None,
-    vocab_size: int | None = None,
-    sampling: SamplingConfig | None = None,
-    **sizes: object,
-) -> Path:
-    """What train.py would write for a tiny model of random weights."""
-    tokenizer = tokenizer or ByteTokenizer()
-    model = random_model(seed, vocab_size=vocab_size or tokenizer.vocab_size, **sizes)
-    config = Config(
-        model=model.config,
-        data=DataConfig(tokenizer=tokenizer.name),
-        training=TrainingConfig(seq_len=model.config.max_seq_len),
-        sampling=sampling or SamplingConfig(),
-    )
-    kit = checkpoint_metadata(config, tokenizer.state(), tokens=5, val_loss=val_loss)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        {
-            "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()},
-            "global_step": 7,
-            "kit": kit,
-        },
-        path,
-    )
-    return path
 
 
 @pytest.fixture

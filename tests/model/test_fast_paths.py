@@ -28,21 +28,23 @@ from pocketlm.model.attention import TiledAttention
 from pocketlm.model.loss import IGNORE_INDEX
 from pocketlm.optim import build_optimizer, clip_gradients
 from pocketlm.training import loop
-from tests.model.test_model import (
+from tests.model.test_model import (  # noqa: F401  a fixture
     BFLOAT16,
-    FLOAT32,
-    FLOAT64,
-    T,
     assert_parity,
     assert_same_ten_steps,
     assert_was_compiled,
-    float64,  # noqa: F401  a fixture
-    random_ids,
+    float64,
+)
+from tests.support.gpt2 import gpt2_pair, in_our_names
+from tests.support.models import (
+    FLOAT32,
+    FLOAT64,
+    T,
     random_model,
+    random_ids,
     reference_of,
     relative_error,
 )
-from tests.properties.test_ancestors import gpt2_pair, in_our_names
 
 ROUNDING = 1e-12  # in float64, of the largest value: 1e-16 a rounding, and sums of some 100 terms in two layers
 

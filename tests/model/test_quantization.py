@@ -25,8 +25,8 @@ from pocketlm.model.quantization import (
     quantize_int8,
     unpack_int4,
 )
-from tests.inference.test_engine import random_model
-from tests.inference.test_generate import write_checkpoint
+from tests.support.checkpoints import confident_model
+from tests.support.checkpoints import write_checkpoint
 
 WIDE = dict(d_model=64, d_ff=128, n_heads=4)
 
@@ -91,8 +91,8 @@ def test_an_int4_number_is_at_most_half_a_step_away():
 ], ids=["llama", "biases and a head", "gpt2"])  # fmt: skip
 def test_a_step_over_integers_equals_one_over_the_matrices_they_stand_for(sizes, kind, dtype):
     """In C and in torch; the reference is the float model whose weights are the unpacked ones. d_ff 100 is int8 under int4."""
-    model = quantize(random_model(**sizes), kind)
-    exact = random_model(**sizes)
+    model = quantize(confident_model(**sizes), kind)
+    exact = confident_model(**sizes)
     with torch.no_grad():
         for name, module in exact.named_modules():
             if name != "lm_head" and (
@@ -118,7 +118,7 @@ def test_a_step_over_integers_equals_one_over_the_matrices_they_stand_for(sizes,
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_the_logits_of_a_row_are_the_same_to_the_last_bit_whatever_the_batch(kind):
-    model = quantize(random_model(d_model=192, d_ff=320, n_heads=6), kind)
+    model = quantize(confident_model(d_model=192, d_ff=320, n_heads=6), kind)
     step, ids = (
         NativeStep(model),
         torch.randint(61, (11, 9), generator=torch.Generator().manual_seed(1)),
@@ -136,7 +136,7 @@ def test_the_logits_of_a_row_are_the_same_to_the_last_bit_whatever_the_batch(kin
 @pytest.mark.parametrize("width", [4096, 4112, 8200])
 def test_sums_of_many_large_integers_do_not_overflow(width):
     """All weights and all activations at their largest: 127 * 32767 in every place."""
-    model = random_model(
+    model = confident_model(
         d_model=width,
         n_layers=1,
         n_heads=1,
@@ -157,7 +157,7 @@ def test_sums_of_many_large_integers_do_not_overflow(width):
 
 
 def test_moving_a_quantised_model_leaves_its_integers_and_scales_alone():
-    model = quantize(random_model(**WIDE), "int4")
+    model = quantize(confident_model(**WIDE), "int4")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16
@@ -171,9 +171,9 @@ def test_moving_a_quantised_model_leaves_its_integers_and_scales_alone():
 
 
 def test_a_tied_head_is_one_matrix():
-    model = quantize(random_model(**WIDE), "int8")
+    model = quantize(confident_model(**WIDE), "int8")
     assert model.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
-    matrices = sum(p.numel() for p in random_model(**WIDE).parameters() if p.dim() == 2)
+    matrices = sum(p.numel() for p in confident_model(**WIDE).parameters() if p.dim() == 2)
     assert (
         matrices < quantization.weight_bytes(model) < 1.2 * matrices
     )  # a byte each; scales and norms
@@ -188,7 +188,7 @@ def test_int4_of_a_model_without_a_width_for_it_is_refused():
         UserError,
         match="int4 needs widths that 64 divides, and this model's are 32 and 96; use int8",
     ):
-        quantize(random_model(d_model=32, d_ff=96), "int4")
+        quantize(confident_model(d_model=32, d_ff=96), "int4")
 
 
 @pytest.mark.parametrize("width", [32, 48, 100, 576])

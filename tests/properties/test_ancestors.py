@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import KVCache, ModelConfig, Transformer
 from pocketlm.config.loading import load_config
 from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step
-from tests.model.test_model import (
+from tests.support.gpt2 import Weights, gpt2_pair, in_our_names, model_of, preset
+from tests.support.models import (
     FLOAT32,
     FLOAT64,
     PACKED,
@@ -33,8 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = dict(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 ROUNDING = 1e-12  # relative: 1,000 roundings of 1e-16, all in one direction, are 1e-13; what is left in float32 shows at 1e-7
 
-Weights = dict[str, Tensor]
-
 
 @pytest.fixture(autouse=True)
 def float64() -> Iterator[None]:
@@ -44,77 +42,8 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def preset(name: str, vocab_size: int, *overrides: str) -> ModelConfig:
-    return load_config(ROOT / f"presets/{name}.yaml", overrides).with_vocab_size(vocab_size).model
-
-
-@torch.no_grad()
-def randomise(model: torch.nn.Module, d_model: int) -> None:
-    """Every parameter far enough from its initial value to matter: matrices, gains around 1, biases around 0."""
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        p.normal_(std=d_model**-0.5) if p.dim() == 2 else p.normal_(
-            0.0 if name.endswith("bias") else 1.0, 0.3
-        )
-
-
-def random_model(config: ModelConfig) -> Transformer:
-    model = Transformer(config)
-    randomise(model, config.d_model)
-    return model
-
-
 def gradients(model: torch.nn.Module) -> Weights:
     return {name: p.grad for name, p in model.named_parameters()}
-
-
-# ---- GPT-2: Hugging Face's ----
-
-
-def gpt2_pair(n_layers: int, n_heads: int) -> tuple[Transformer, GPT2LMHeadModel]:
-    """Our preset's model and Hugging Face's, both small, with the same random parameters."""
-    keys = [
-        "model.d_model=32",
-        f"model.n_layers={n_layers}",
-        f"model.n_heads={n_heads}",
-        f"model.max_seq_len={T}",
-        f"training.seq_len={T}",
-    ]
-    ours = Transformer(preset("gpt2_124m", 61, *keys))
-    sizes = dict(vocab_size=61, n_positions=T, n_embd=32, n_layer=n_layers, n_head=n_heads)
-    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    theirs = GPT2LMHeadModel(
-        GPT2Config(**sizes, **no_dropout, attn_implementation="eager", use_cache=False)
-    )
-    randomise(theirs, d_model=32)
-    ours.load_state_dict(
-        in_our_names(dict(theirs.named_parameters()))
-    )  # strict: all of ours, and nothing else
-    return ours, theirs
-
-
-def in_our_names(theirs: Weights) -> Weights:
-    """Parameters or gradients of Hugging Face's GPT-2 by our names: its Conv1D matrices are (in, out), and c_attn is q, k, v in one."""
-    outer = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm"}
-    inner = {
-        "ln_1": "input_layernorm",
-        "ln_2": "post_attention_layernorm",
-        "attn.c_proj": "self_attn.o_proj",
-    }
-    inner |= {"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
-    ours = {}
-    for name, p in theirs.items():
-        place, kind = name.removeprefix("transformer.").rsplit(".", 1)
-        if place in outer:
-            ours[f"{outer[place]}.{kind}"] = p
-            continue
-        _, layer, module = place.split(".", 2)
-        if module == "attn.c_attn":
-            parts = zip("qkv", p.T.chunk(3) if p.dim() == 2 else p.chunk(3), strict=True)
-            ours |= {f"layers.{layer}.self_attn.{part}_proj.{kind}": chunk for part, chunk in parts}
-        else:
-            ours[f"layers.{layer}.{inner[module]}.{kind}"] = p.T if p.dim() == 2 else p
-    return ours
 
 
 def their_loss(logits: Tensor, ids: Tensor) -> Tensor:
@@ -297,7 +226,7 @@ def test_a_presets_model_is_its_ancestors_graph_in_logits_and_every_gradient(
     graph: Graph, config: ModelConfig
 ) -> None:
     model, ids = (
-        random_model(config),
+        model_of(config),
         random_ids(length=config.max_seq_len, vocab_size=config.vocab_size),
     )
     weights = {name: p.clone().requires_grad_() for name, p in model.state_dict().items()}
@@ -317,7 +246,7 @@ def test_a_presets_model_is_its_ancestors_graph_in_logits_and_every_gradient(
 def test_every_tensors_gradient_is_the_slope_of_the_loss() -> None:
     """Central differences of 24 numbers in each of microgpt's 9 tensors: 216 of the 4,192."""
     config = preset("microgpt", 27)
-    model, ids = random_model(config), random_ids(length=config.max_seq_len, vocab_size=27)
+    model, ids = model_of(config), random_ids(length=config.max_seq_len, vocab_size=27)
     mean_loss(model(ids), ids).backward()
     step = 1e-6  # so small that no ReLU passes its kink on the way
     slopes, expected = [], []
@@ -369,7 +298,7 @@ families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 @families
 @torch.no_grad()
 def test_cached_logits_in_chunks_equal_the_full_forward_pass(config: ModelConfig) -> None:
-    model, ids = random_model(config), random_ids(batch=3)
+    model, ids = model_of(config), random_ids(batch=3)
     cache = KVCache(config, 3, T, dtype=torch.float64, device=torch.device("cpu"))
     chunks = [model(piece, cache=cache) for piece in ids.split([6, 1, 2, 4], dim=1)]
     assert relative_error(torch.cat(chunks, dim=1), model(ids)) < ROUNDING
@@ -378,7 +307,7 @@ def test_cached_logits_in_chunks_equal_the_full_forward_pass(config: ModelConfig
 @families
 @torch.no_grad()
 def test_a_packed_document_has_the_logits_of_the_document_alone(config: ModelConfig) -> None:
-    model, ids = random_model(config), random_ids()
+    model, ids = model_of(config), random_ids()
     packed = model(ids, doc_ids=PACKED)
     for row, document in [(0, 4), (0, 9), (0, 2), (1, 0), (1, 1)]:
         inside = PACKED[row] == document
@@ -418,7 +347,7 @@ def test_weight_decay_touches_every_matrix_positions_too_but_no_bias_and_no_norm
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_sgd_is_the_momentum_update_written_out_with_decay_on_matrices(fused: bool) -> None:
-    model, ids = random_model(FAMILIES["gpt2_mini"]), random_ids()
+    model, ids = model_of(FAMILIES["gpt2_mini"]), random_ids()
     by_hand = copy.deepcopy(model)
     momenta = {name: torch.zeros_like(p) for name, p in by_hand.named_parameters()}
     optimizer = build_optimizer(model, optimizer="sgd", fused=fused, **SETTINGS)

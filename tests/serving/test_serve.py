@@ -42,8 +42,9 @@ from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.bytes import ByteTokenizer, SeenBytesTokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
-from tests.inference.test_chat import CHATML, chat_tokenizer
-from tests.inference.test_generate import ROOT, random_model
+from tests.inference.test_generate import ROOT
+from tests.support.chat import CHATML, chat_tokenizer
+from tests.support.checkpoints import confident_model
 
 CONTEXT = 256
 KEY = "a key 1234"
@@ -112,7 +113,7 @@ def write(
     path: Path, tokenizer: Tokenizer, template: str | None = None, context: int = CONTEXT
 ) -> Path:
     """A checkpoint of random weights, whose texts do not end by themselves too soon."""
-    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=context)
+    model = confident_model(vocab_size=tokenizer.vocab_size, max_seq_len=context)
     config = Config(
         model=model.config, data=DataConfig(tokenizer="byte"), training=TrainingConfig(seq_len=context),
         sampling=SamplingConfig(temperature=0.9, top_k=40, max_new_tokens=7),
@@ -753,7 +754,7 @@ def test_an_exception_in_the_engine_ends_the_texts_and_not_the_thread():
     import asyncio
 
     tokenizer = ByteTokenizer()
-    model = random_model(vocab_size=tokenizer.vocab_size)
+    model = confident_model(vocab_size=tokenizer.vocab_size)
     request = GenerationRequest([1, 2], SamplingParams(temperature=0, max_new_tokens=5))
 
     async def ask(batcher: Batcher) -> str:
@@ -921,7 +922,7 @@ def test_a_cache_that_does_not_fit_names_the_option(monkeypatch):
 
 
 def test_the_cache_takes_memory_only_as_it_is_written_to():
-    model = random_model(vocab_size=257, max_seq_len=4096)
+    model = confident_model(vocab_size=257, max_seq_len=4096)
     process = psutil.Process()
     before = process.memory_info().rss
     engine = Engine(model, max_rows=2000)
