@@ -1,56 +1,49 @@
-"""Models that others have trained, made into checkpoints of this kit: a Hugging Face folder, a GGUF file, or one by name.
+"""Convert a pretrained model to a checkpoint: a Hugging Face folder, a GGUF file, or one by name.
 
     python convert.py path/to/folder --to ckpt checkpoints/llama.ckpt
     python convert.py model.Q8_0.gguf --to ckpt checkpoints/model.ckpt
     python convert.py smollm2-135m --to ckpt checkpoints/smollm2.ckpt
 
-Llama and GPT-2 are read. What comes out is what `load_checkpoint` reads: the same numbers in float32 under our names, the config,
-the tokenizer. What model.py cannot express is refused by name, and so is a tensor that is missing, left over or misshapen.
+It reads Llama and GPT-2. The checkpoint has the same weights in float32 under the names of
+model.py, the config and the tokenizer. Whatever model.py cannot express is refused by name, and so
+is a tensor that is missing, unexpected or of the wrong shape.
 """
 
 import argparse
 from pathlib import Path
 
 from pocketlm.config.sections import DataConfig
-from pocketlm.conversion.pretrained import NAMED, WRITERS, read_pretrained
-from pocketlm.errors import UserError, run_main
+from pocketlm.conversion.pretrained import NAMED_MODELS, WRITERS, convert_pretrained
+from pocketlm.errors import run_main
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Make a checkpoint of a model that others have trained."
-    )
+    parser = argparse.ArgumentParser(description="Convert a pretrained model to a checkpoint.")
     parser.add_argument(
-        "path", help=f"a Hugging Face folder, a GGUF file, or a name: {', '.join(NAMED)}"
+        "path", help=f"Hugging Face folder, GGUF file, or name: {', '.join(NAMED_MODELS)}"
     )
     parser.add_argument(
         "--to",
         nargs=2,
         required=True,
         metavar=("FORMAT", "FILE"),
-        help=f"{', '.join(WRITERS)}, and the new file",
+        help=f"output format ({', '.join(WRITERS)}) and new file",
     )
     parser.add_argument(
         "--data-dir",
         default=DataConfig.cache_dir,
-        help="where a model that has a name is kept (default %(default)s)",
+        help="cache folder for named models (default: %(default)s)",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    form, file = args.to[0], Path(args.to[1])
-    if form not in WRITERS:
-        raise UserError(f"--to {form} is no format; there is {', '.join(WRITERS)}")
-    if file.exists():
-        raise UserError(f"{file} is there already; delete it, or name another file")
-    model = read_pretrained(args.path, args.data_dir)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    WRITERS[form](model, file)
-    config = model.config.model
+    output_format, file = args.to
+    model = convert_pretrained(args.path, output_format, Path(file), args.data_dir).config.model
     print(
-        f"{file}: {config.n_parameters:,} parameters, {config.vocab_size:,} entries, {config.max_seq_len:,} tokens of context"
+        f"{Path(file)}: {model.n_parameters:,} parameters, vocabulary of {model.vocab_size:,} "
+        f"tokens, context of {model.max_seq_len:,} tokens"
     )
     return 0
 

@@ -1,38 +1,116 @@
 """Continue a text with a trained model.
 
-    python infer.py --prompt "The history of Dubai is"                # the best checkpoint there is
+    python infer.py --prompt "The history of Dubai is"                # with the best checkpoint
     python infer.py --ckpt checkpoints/final.ckpt --temperature 0 < prompt.txt
     python infer.py --ckpt examples/microgpt.ckpt --new-document --num-samples 20
     python infer.py --ckpt checkpoints/smollm2.ckpt --dtype int8 --chat
 
-The completion of the raw prompt streams to stdout; nothing is wrapped around it. A text longer than the context keeps
-its last tokens: whenever the context is full, generation goes on from its last half.
+The completion of the raw prompt streams to stdout; nothing is wrapped around the prompt. A text
+longer than the context keeps its last tokens: when the context is full, generation continues from
+its last half.
 """
 
 import argparse
 import sys
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from pocketlm.checkpoint.loading import best_checkpoint, load_checkpoint
+from pocketlm.checkpoint.loading import Checkpoint, best_checkpoint, load_checkpoint
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import FieldError, UserError, run_main
-from pocketlm.inference.chat import talk
-from pocketlm.inference.conversation import ANSWER
+from pocketlm.inference.chat import run_chat
+from pocketlm.inference.conversation import MAX_ANSWER_TOKENS
 from pocketlm.inference.generate import complete, merge_sampling_params
-from pocketlm.inference.placement import DTYPES, place
-from pocketlm.model.quantization import QUANTIZED
+from pocketlm.inference.placement import DTYPES, move_to_device
+from pocketlm.model.quantization import QUANTIZED_DTYPES
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Continue a text with a trained model.",
+        epilog="Sampling options default to those of the checkpoint's config.",
+    )
+    add = parser.add_argument
+    add("--ckpt", help="checkpoint (default: the best one in checkpoints/)")
+    add("--tokenizer", help="tokenizer to compare the checkpoint's with (default: no check)")
+    add("--prompt", help="text to continue (default: --prompt-file, else standard input)")
+    add("--prompt-file", help="file with the text to continue")
+    add(
+        "--new-document",
+        action="store_true",
+        help="begin a document instead, such as a name or an article",
+    )
+    add("--chat", action="store_true", help="answer typed messages until /quit")
+    add("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"])
+    add(
+        "--dtype",
+        choices=[*DTYPES, *QUANTIZED_DTYPES],
+        help="data type of the weights (default: float32, or that of a quantised checkpoint)",
+    )
+    add_sampling_options(parser)
+    return parser.parse_args(argv)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of SamplingParams; those not given are absent from the namespace."""
+    add = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS).add_argument
+    add("--max-new-tokens", type=int, help="maximum number of new tokens")
+    add("--temperature", type=float, help="divisor of the logits (0: greedy)")
+    add("--top-k", type=int, help="number of most likely tokens to sample from (0: all)")
+    add("--top-p", type=float, help="probability of the nucleus to sample from (1: disabled)")
+    add("--min-p", type=float, help="minimum probability over the largest one (0: disabled)")
+    add("--repetition-penalty", type=float, help="penalty on tokens of the context (1: disabled)")
+    add(
+        "--no-repeat-ngram",
+        type=int,
+        metavar="N",
+        help="number of tokens in a row that may not occur twice (0: disabled)",
+    )
+    add(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="stop string, which ends the completion; may be repeated",
+    )
+    add("--seed", type=int, help="random seed, for the same text every time")
+    add("--num-samples", type=int, help="number of completions (default: 1)")
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of SamplingParams that were given. Raises UserError for a bad value."""
+    options = {
+        field.name: getattr(args, field.name)
+        for field in fields(SamplingParams)
+        if hasattr(args, field.name)
+    }
+    if "stop" in options:
+        options["stop"] = tuple(options["stop"])
+    try:
+        SamplingParams(**options)
+    except ValueError as error:
+        raise as_user_error(error) from None
+    return options
+
+
+def as_user_error(error: ValueError) -> UserError:
+    """Name the field of a FieldError as the command line does."""
+    if isinstance(error, FieldError):
+        return UserError(f"--{error.field.replace('_', '-')} {error.message}")
+    return UserError(str(error))
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The text to continue; empty for a new document."""
+    """Return the text to continue; empty for a new document."""
     if args.new_document:
         return ""
     if args.prompt is not None:
-        prompt = args.prompt
+        prompt: str = args.prompt
     elif args.prompt_file is None and sys.stdin.isatty():
         raise UserError(
-            "there is no prompt; give --prompt TEXT, --prompt-file FILE, text on standard input, or --new-document"
+            "there is no prompt; give --prompt TEXT, --prompt-file FILE, "
+            "text on standard input, or --new-document"
         )
     else:
         raw = Path(args.prompt_file).read_bytes() if args.prompt_file else sys.stdin.buffer.read()
@@ -44,101 +122,55 @@ def read_prompt(args: argparse.Namespace) -> str:
             ) from None
     if not prompt:
         raise UserError(
-            'the prompt is empty; give some text to continue, for example --prompt "The history of", or --new-document'
+            "the prompt is empty; give some text to continue, "
+            'for example --prompt "The history of", or --new-document'
         )
     return prompt
 
 
-def as_option(error: ValueError) -> str:
-    """The sentence of SamplingParams, or of the engine, in the words of the command line."""
-    return (
-        f"--{error.field.replace('_', '-')} {error.message}"
-        if isinstance(error, FieldError)
-        else str(error)
-    )
+def print_completions(prompt: str, completions: Iterator[tuple[int, str]], numbered: bool) -> None:
+    """Print the completions to stdout; a terminal shows the prompt before them, on stderr."""
+    if sys.stdout.isatty():
+        print(prompt, end="", file=sys.stderr, flush=True)
+    for number, text in completions:
+        if numbered:
+            print(f"--- {number + 1} ---\n{text}")
+        else:
+            print(text, end="", flush=True)
+    print()
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Continue a text with a trained model.",
-        epilog="How to sample is by default what the checkpoint's config says.",
-    )
-    parser.add_argument("--ckpt", help="checkpoint; by default the best there is")
-    parser.add_argument("--tokenizer", help="checked against the checkpoint's own; never needed")
-    parser.add_argument("--prompt", help="text to continue; else --prompt-file or standard input")
-    parser.add_argument("--prompt-file")
-    parser.add_argument(
-        "--new-document",
-        action="store_true",
-        help="begin a document instead: a new name, a new article",
-    )
-    parser.add_argument(
-        "--chat", action="store_true", help="talk: answers to what is typed, until /quit"
-    )
-    sampling = parser.add_argument_group("sampling", argument_default=argparse.SUPPRESS)
-    sampling.add_argument("--max-new-tokens", type=int)
-    sampling.add_argument("--temperature", type=float, help="0 is greedy")
-    sampling.add_argument("--top-k", type=int, help="0 is all")
-    sampling.add_argument("--top-p", type=float, help="1 is all")
-    sampling.add_argument("--min-p", type=float, help="0 is all")
-    sampling.add_argument("--repetition-penalty", type=float, help="1 is none")
-    sampling.add_argument(
-        "--no-repeat-ngram",
-        type=int,
-        metavar="N",
-        help="never write the same N tokens twice; 0 is may be",
-    )
-    sampling.add_argument(
-        "--stop", action="append", metavar="TEXT", help="ends the completion; may be given again"
-    )
-    sampling.add_argument("--seed", type=int, help="the same text every time")
-    sampling.add_argument("--num-samples", type=int, help="1 unless given")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "mps", "cuda"])
-    parser.add_argument(
-        "--dtype",
-        choices=[*DTYPES, *QUANTIZED],
-        help="of the weights; float32, or what a quantised checkpoint has",
-    )
-    return parser.parse_args(argv)
+def load(args: argparse.Namespace) -> tuple[Checkpoint, str]:
+    """Return the checkpoint on its device, and a description of both for the log."""
+    path = args.ckpt or best_checkpoint()
+    checkpoint = load_checkpoint(path, args.tokenizer)
+    placement = move_to_device(checkpoint, args.device, args.dtype)
+    return checkpoint, f"{path}: step {checkpoint.step}, {placement}"
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    given = {
-        field.name: getattr(args, field.name)
-        for field in fields(SamplingParams)
-        if hasattr(args, field.name)
-    }
-    given |= {"stop": tuple(given["stop"])} if "stop" in given else {}
-    try:
-        SamplingParams(**given)
-    except ValueError as error:
-        raise UserError(as_option(error)) from None
-    if args.chat and (args.prompt is not None or args.prompt_file or args.new_document):
-        raise UserError(
-            "--chat answers to what is typed; leave --prompt, --prompt-file and --new-document out"
-        )
-    prompt = "" if args.chat else read_prompt(args)
-    path = args.ckpt or best_checkpoint()
-    checkpoint = load_checkpoint(path, args.tokenizer)
-    params = merge_sampling_params(given, checkpoint)
-    placed = place(checkpoint, args.device, args.dtype)
-    try:
-        pieces = () if args.chat else complete(checkpoint, prompt, params)
-    except ValueError as error:
-        raise UserError(as_option(error)) from None
-    print(f"{path}: step {checkpoint.step}, {placed}", file=sys.stderr)
+    options = sampling_options(args)
     if args.chat:
-        talk(checkpoint, replace(params, max_new_tokens=given.get("max_new_tokens", ANSWER)))
+        if args.prompt is not None or args.prompt_file or args.new_document:
+            raise UserError(
+                "--chat answers typed messages; "
+                "leave --prompt, --prompt-file and --new-document out"
+            )
+        checkpoint, description = load(args)
+        params = merge_sampling_params({"max_new_tokens": MAX_ANSWER_TOKENS} | options, checkpoint)
+        print(description, file=sys.stderr)
+        run_chat(checkpoint, params)
         return 0
-    if sys.stdout.isatty():  # a person reads on from the prompt; a pipe gets the completion alone
-        print(prompt, end="", file=sys.stderr, flush=True)
-    for number, piece in pieces:
-        if params.num_samples > 1:
-            print(f"--- {number + 1} ---\n{piece}")
-        else:
-            print(piece, end="", flush=True)
-    print()
+    prompt = read_prompt(args)
+    checkpoint, description = load(args)
+    params = merge_sampling_params(options, checkpoint)
+    try:
+        completions = complete(checkpoint, prompt, params)
+    except ValueError as error:
+        raise as_user_error(error) from None
+    print(description, file=sys.stderr)
+    print_completions(prompt, completions, numbered=params.num_samples > 1)
     return 0
 
 

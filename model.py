@@ -1,10 +1,15 @@
-"""A decoder-only Transformer in the Llama style: RMSNorm, RoPE, grouped-query attention, SwiGLU; and its older relatives.
+"""A decoder-only Transformer in the Llama style: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-A config and tensors go in, logits come out. Nothing here knows of files, of training or of Lightning. The parameters
-carry the names of Hugging Face's Llama and RoPE is its half-split layout, so that an export is a prefix and no more.
+`ModelConfig` also describes its older relatives: GPT-2, microgpt, randyGPT and nn.zig.
 
-Letters in the shape comments: B batch, T tokens, C d_model, H heads, K key/value heads, D head_dim, V vocab_size,
-S tokens seen so far (those in the cache and the T new ones).
+    model = Transformer(ModelConfig(vocab_size=50_257, max_seq_len=256))
+    logits = model(input_ids)
+
+This file imports torch and no training code, and touches no files. Parameters have the names of
+Hugging Face's Llama, and RoPE has its half-split layout, so an export only adds a prefix.
+
+Letters in the shape comments: B batch, T tokens, C d_model, H query heads, K key/value heads,
+D head_dim, V vocab_size, S all tokens so far (those in the cache and the T new ones).
 """
 
 import math
@@ -20,94 +25,62 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pocketlm.errors import FieldError
-from pocketlm.model.attention import attend
+from pocketlm.model.attention import attend, document_mask, positions_in_document
+from pocketlm.model.sizes import check_heads, default_d_ff
 
-Rotary = (
-    tuple[Tensor, Tensor] | None
-)  # cosine and sine of the positions' angles, where RoPE is used
+# Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong.
+MPS_INNER_LIMIT = 32_767
 
+SIZES = ("vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff")
 
-MPS_INNER_LIMIT = (
-    32_767  # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong
-)
+Rotary = tuple[Tensor, Tensor] | None  # cosine and sine of each position's angles; None: no RoPE
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model; the defaults are the default run's. `None` means: derived, as the comment says.
+    """Architecture and sizes of the model. The defaults are those of config.yaml.
 
-    Raises ValueError with a sentence for a person where the sizes do not fit together.
+    Raises FieldError, which names the field, if a value is invalid or two values do not fit.
     """
 
-    vocab_size: int | None = None  # entries; from the tokenizer
-    max_seq_len: int | None = None  # tokens of context; training.seq_len
-    n_layers: int = 4
+    vocab_size: int | None = None  # size of the vocabulary; None: the tokenizer's
+    max_seq_len: int | None = None  # tokens of context; None: training.seq_len
+    n_layers: int = 4  # number of blocks
     d_model: int = 128  # width of the residual stream
     n_heads: int = 4  # query heads; head_dim = d_model / n_heads
-    n_kv_heads: int | None = (
-        2  # key/value heads; fewer than n_heads is grouped-query attention; None: n_heads
-    )
-    d_ff: int | None = (
-        None  # width inside the MLP; swiglu: 8/3 d_model rounded up to a multiple of 64, else 4 d_model
-    )
-    mlp: Literal["swiglu", "gelu", "relu", "relu2"] = (
-        "swiglu"  # gelu (by tanh): GPT-2; relu: microgpt; relu2, its square: randyGPT
-    )
-    position: Literal["rope", "learned"] = "rope"  # learned: GPT-2, microgpt, randyGPT
-    rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm: GPT-2
-    norm_gain: bool = True  # a trained factor behind each norm; false: microgpt, randyGPT
-    norm_eps: float = 1e-5
-    embed_norm: bool = False  # normalise what comes out of the embedding: microgpt
-    final_norm: bool = True  # false: microgpt, randyGPT
-    bias: bool = False  # in linear layers and layernorm: GPT-2
-    tie_embeddings: bool = True  # the head shares the embedding's matrix
-    init_std: float = 0.02  # of the matrices; what is added to the residual stream is smaller by sqrt(2 n_layers); 0.08: microgpt
-    dropout: float = 0.0  # probability, while training
-    gradient_checkpointing: bool = (
-        False  # recompute each block in the backward pass: less memory, a third more time
-    )
+    # key/value heads; fewer than n_heads: grouped-query attention; None: n_heads
+    n_kv_heads: int | None = 2
+    # hidden width of the MLP; None: 4 d_model, or, for swiglu, 8/3 d_model rounded up to a multiple
+    # of 64
+    d_ff: int | None = None
+    # swiglu; gelu (tanh approximation): GPT-2; relu: microgpt; relu2 (squared ReLU): randyGPT
+    mlp: Literal["swiglu", "gelu", "relu", "relu2"] = "swiglu"
+    position: Literal["rope", "learned"] = "rope"  # rope; learned: GPT-2, microgpt, randyGPT
+    rope_theta: float = 10_000.0  # base of the RoPE wavelengths
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # rmsnorm; layernorm: GPT-2
+    norm_gain: bool = True  # a trained gain in each norm; false: microgpt, randyGPT
+    norm_eps: float = 1e-5  # added to the mean square (RMSNorm) or the variance (LayerNorm)
+    embed_norm: bool = False  # normalise the embeddings; true: microgpt
+    final_norm: bool = True  # normalise before the output head; false: microgpt, randyGPT
+    bias: bool = False  # biases in linear layers and LayerNorm; true: GPT-2
+    tie_embeddings: bool = True  # the output head shares the embedding matrix
+    # standard deviation of the initial matrices; 0.08: microgpt; divided by sqrt(2 n_layers) for
+    # those that write to the residual stream
+    init_std: float = 0.02
+    dropout: float = 0.0  # dropout probability in training
+    # recompute each block in the backward pass: less memory, a third more time
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if self.n_kv_heads is None:
-            object.__setattr__(self, "n_kv_heads", self.n_heads)
-        if self.d_ff is None:
-            object.__setattr__(
-                self,
-                "d_ff",
-                64 * math.ceil(self.d_model * 8 / 3 / 64)
-                if self.mlp == "swiglu"
-                else 4 * self.d_model,
-            )
-        for name in (
-            "vocab_size",
-            "max_seq_len",
-            "n_layers",
-            "d_model",
-            "n_heads",
-            "n_kv_heads",
-            "d_ff",
-        ):
+        n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+        d_ff = default_d_ff(self.d_model, self.mlp) if self.d_ff is None else self.d_ff
+        object.__setattr__(self, "n_kv_heads", n_kv_heads)  # how to set a field of a frozen class
+        object.__setattr__(self, "d_ff", d_ff)
+        for name in SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FieldError(name, f"is {value}; it must be 1 or more")
-        if self.d_model % self.n_heads:
-            raise FieldError(
-                "d_model",
-                f"{self.d_model} is not divisible by n_heads {self.n_heads}; "
-                f"take d_model {self.d_model // self.n_heads * self.n_heads or self.n_heads} or another n_heads",
-            )
-        if self.n_heads % self.n_kv_heads:
-            divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            raise FieldError(
-                "n_heads",
-                f"{self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; take one of {divisors}",
-            )
-        if self.position == "rope" and self.head_dim % 2:
-            raise FieldError(
-                "d_model",
-                f"/ n_heads is {self.head_dim}; RoPE rotates pairs and needs an even number",
-            )
+        check_heads(self.d_model, self.n_heads, n_kv_heads, rope=self.position == "rope")
         if not 0 <= self.dropout < 1:
             raise FieldError("dropout", f"is {self.dropout}; it is a probability from 0 to below 1")
         for name in ("rope_theta", "norm_eps", "init_std"):
@@ -120,27 +93,30 @@ class ModelConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Count of trainable numbers; a tied head counts once."""
-        return sum(p.numel() for p in self._on_meta().parameters())
+        """Number of trainable parameters; a tied head counts once."""
+        return sum(p.numel() for p in self._on_meta_device().parameters())
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations to train on one token: 6 per weight used in a matmul, and causal attention's own."""
-        model = self._on_meta()
-        matmul_weights = model.head_weight.numel() + sum(
-            p.numel() for p in model.layers.parameters() if p.dim() == 2
-        )
+        """Return the floating-point operations of training on one token.
+
+        They are 6 per weight used in a matmul, and those of causal attention.
+        """
+        model = self._on_meta_device()
+        matrices = [model.head_weight, *(p for p in model.layers.parameters() if p.dim() == 2)]
+        matmul_weights = sum(matrix.numel() for matrix in matrices)
         return 6 * matmul_weights + 6 * self.n_layers * self.d_model * seq_len
 
-    def _on_meta(self) -> "Transformer":
-        """The model without its numbers."""
+    def _on_meta_device(self) -> "Transformer":
+        """Return the model on the meta device: shapes only, no storage."""
         with torch.device("meta"):
             return Transformer(self)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated and owned by the caller.
+    """Keys and values of the tokens so far, preallocated and owned by the caller.
 
-    keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled. engine.py has rows of different lengths.
+    keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled.
+    `SlotCache` in pocketlm/inference/cache.py has rows of different lengths.
     """
 
     def __init__(
@@ -152,12 +128,15 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
+        assert config.n_kv_heads is not None
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
-        self.keys, self.values = (self.zeros(shape, dtype, device) for _ in range(2))
+        self.keys = self.zeros(shape, dtype, device)
+        self.values = self.zeros(shape, dtype, device)
         self.length = 0
 
     @staticmethod
     def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate the keys or the values; subclasses may allocate them in another way."""
         return torch.zeros(shape, dtype=dtype, device=device)
 
     @property
@@ -165,22 +144,21 @@ class KVCache:
         return self.keys.size(3)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new (B, K, T, D) behind the filled part; return all (B, K, S, D) of the layer."""
+        """Append the new (B, K, T, D) to `layer`; return all of its (B, K, S, D)."""
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def mask(self, T: int) -> Tensor | None:
-        """What T new tokens may attend to, for `attend`."""
+        """Return the mask (T, S) of T new tokens for `attend`, or None if it needs none."""
         if self.length == 0 or T == 1:
             return None
-        return torch.ones(T, self.length + T, dtype=torch.bool, device=self.keys.device).tril(
-            self.length
-        )  # is_causal would align the ends
+        visible = torch.ones(T, self.length + T, dtype=torch.bool, device=self.keys.device)
+        return visible.tril(self.length)  # is_causal would align the first tokens, not the last
 
     def advance(self, T: int) -> None:
-        """Count the T tokens that every layer has taken in."""
+        """Count T more tokens as cached, once every layer has stored them."""
         self.length += T
 
 
@@ -203,9 +181,10 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def rope_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, each (length, D), in the default dtype (Su et al., arXiv 2104.09864).
+    """Return cosine and sine of every position's angles, each (length, D), in the default dtype.
 
-    The frequencies are rounded to float32 as in Hugging Face's Llama, whatever the dtype of the angles.
+    RoPE: Su et al. 2021, arXiv 2104.09864. The frequencies are rounded to float32, as in Hugging
+    Face's Llama, whatever the dtype of the angles.
     """
     frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     positions = torch.arange(length, dtype=torch.get_default_dtype())
@@ -214,25 +193,29 @@ def rope_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by its position's angle; cos, sin end in (T, D)."""
+    """Rotate each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by its position's angle.
+
+    cos, sin: (T, D), or (B, 1, T, D) where each row of the batch has its own positions.
+    """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023, arXiv 2305.13245), and RoPE where given."""
+    """Causal self-attention with grouped key/value heads, and with RoPE if `rotary` is given.
+
+    Grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
-        self.q_proj = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
-        self.k_proj = nn.Linear(
-            config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias
-        )
-        self.v_proj = nn.Linear(
-            config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias
-        )
-        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
+        assert config.n_kv_heads is not None
+        C, D, bias = config.d_model, config.head_dim, config.bias
+        self.layer, self.head_dim, self.dropout = layer, D, config.dropout
+        self.q_proj = nn.Linear(C, config.n_heads * D, bias=bias)
+        self.k_proj = nn.Linear(C, config.n_kv_heads * D, bias=bias)
+        self.v_proj = nn.Linear(C, config.n_kv_heads * D, bias=bias)
+        self.o_proj = nn.Linear(config.n_heads * D, C, bias=bias)
 
     def forward(
         self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None
@@ -240,13 +223,14 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         if rotary is not None:
             q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        output: Tensor = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        return output
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -262,23 +246,24 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        assert config.d_ff is not None
+        C, d_ff, bias = config.d_model, config.d_ff, config.bias
         self.activation = ACTIVATIONS[config.mlp]
-        self.gate_proj = (
-            nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-            if config.mlp == "swiglu"
-            else None
-        )
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.gate_proj = nn.Linear(C, d_ff, bias=bias) if config.mlp == "swiglu" else None
+        self.up_proj = nn.Linear(C, d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, C, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+            h = self.activation(self.up_proj(x))  # (B, T, d_ff)
+        else:
+            h = self.activation(self.gate_proj(x)) * self.up_proj(x)
+        output: Tensor = self.down_proj(h)
+        return output
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each normalised before and added to the residual stream after."""
+    """Attention and an MLP; each normalises its input and adds to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -292,69 +277,68 @@ class Block(nn.Module):
         self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        output: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        return output
 
 
 class Embedding(nn.Embedding):
-    """Ids (B, T) -> rows (B, T, C). `tied`: the head is the same matrix."""
+    """Token ids (B, T) -> vectors (B, T, C). `tied`: the head uses the same matrix."""
 
     def __init__(self, vocab_size: int, d_model: int, tied: bool):
         super().__init__(vocab_size, d_model)
         self.tied = tied
 
     def forward(self, input: Tensor) -> Tensor:
-        # added to the gradient of a tied head, the few rows in use save a matrix of zeros; only where eager, on a CPU
-        sparse = (
-            self.tied and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
-        )
+        # A sparse gradient has only the rows in use. Adding it to the dense gradient of a tied head
+        # saves a matrix of zeros. The compiler has no sparse tensors; a GPU gains nothing.
+        on_cpu = self.weight.device.type == "cpu"
+        sparse = self.tied and on_cpu and not torch.compiler.is_compiling()
         return F.embedding(input, self.weight, sparse=sparse)
 
 
 class Transformer(nn.Module):
-    """Token ids (B, T) -> logits (B, T, V). `hidden` is all but the head, for a loss that never holds all logits."""
+    """Token ids (B, T) -> logits (B, T, V).
+
+    `hidden` computes everything but the head, for a loss that never holds all logits at once.
+    """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        assert config.vocab_size and config.max_seq_len, (
-            "vocab_size and max_seq_len come from the tokenizer and training"
-        )
-        self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.d_model, config.tie_embeddings)
-        self.embed_positions = (
-            nn.Embedding(config.max_seq_len, config.d_model)
-            if config.position == "learned"
-            else None
-        )
+        V, C, context = config.vocab_size, config.d_model, config.max_seq_len
+        assert V and context, "vocab_size and max_seq_len come from the tokenizer and training"
+        self.config, self.max_seq_len = config, context
+        self.embed_tokens = Embedding(V, C, config.tie_embeddings)
+        self.embed_positions = nn.Embedding(context, C) if config.position == "learned" else None
         self.embed_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config) if config.final_norm else nn.Identity()
-        self.lm_head = (
-            None
-            if config.tie_embeddings
-            else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_embeddings else nn.Linear(C, V, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.reset_tables()
         self.reset_parameters()
 
     def reset_tables(self) -> None:
-        """Compute the rotary tables, which no checkpoint carries; call it after building the model on the meta device."""
-        config = self.config
-        if config.position != "rope":
-            return
-        cos, sin = rope_tables(config.head_dim, config.max_seq_len, config.rope_theta)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        """Compute the rotary tables. No checkpoint stores them: call it after `to_empty`."""
+        if self.config.position == "rope":
+            cos, sin = rope_tables(self.config.head_dim, self.max_seq_len, self.config.rope_theta)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
 
     def reset_parameters(self) -> None:
-        """Draw every matrix from N(0, init_std); what is added to the residual stream is smaller by sqrt(2 n_layers) (GPT-2)."""
+        """Draw every matrix from N(0, init_std^2); set biases to zero.
+
+        The matrices that write to the residual stream have a standard deviation smaller by
+        sqrt(2 n_layers), as in GPT-2.
+        """
         std = self.config.init_std
+        residual_std = std / math.sqrt(2 * self.config.n_layers)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(
-                    p, std=std / math.sqrt(2 * self.config.n_layers) if residual else std
-                )
+                nn.init.normal_(p, std=residual_std if residual else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -364,12 +348,14 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the hidden states; a quantised embedding says it, since its weight is of integers."""
-        return getattr(self.embed_tokens, "dtype", self.embed_tokens.weight.dtype)
+        """Data type of the hidden states."""
+        # A quantised embedding has the attribute `dtype`, since its weight has integers.
+        dtype: torch.dtype = getattr(self.embed_tokens, "dtype", self.embed_tokens.weight.dtype)
+        return dtype
 
     @property
     def head_weight(self) -> Tensor:
-        """The (V, C) matrix that turns a hidden state into logits."""
+        """The (V, C) matrix that maps a hidden state to logits."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden(
@@ -380,43 +366,24 @@ class Transformer(nn.Module):
         doc_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Final hidden states (B, T, C) of input_ids (B, T).
+        """Return the final hidden states (B, T, C) of input_ids (B, T).
 
-        positions (B, T): places in the context; by default they count on from the cache.
-        doc_ids (B, T): tokens attend only within equal ids, and positions restart with each document.
-        cache: holds the tokens before these and takes these in.
+        positions (B, T): position ids; by default they continue from the cache.
+        doc_ids (B, T): tokens attend only to equal ids, and positions restart in each document.
+        cache: holds the tokens before these; these are appended to it.
         """
-        B, T = input_ids.shape
+        T = input_ids.size(1)
         start = cache.length if cache is not None else 0
-        if start + T > self.config.max_seq_len:
-            raise ValueError(
-                f"{start + T} tokens do not fit the context of {self.config.max_seq_len}"
-            )
-        assert doc_ids is None or cache is None, "a cache holds one document a row"
+        if start + T > self.max_seq_len:
+            raise ValueError(f"{start + T} tokens do not fit the context of {self.max_seq_len}")
+        assert doc_ids is None or cache is None, "a cache holds one document per row"
         mask = cache.mask(T) if cache is not None else None
         if doc_ids is not None:
-            same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
-            mask = (
-                same & torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
-            )  # (B, 1, T, T)
+            mask = document_mask(doc_ids)  # (B, 1, T, T)
             if positions is None:
                 positions = positions_in_document(doc_ids)
-        x, rotary = self.embed_tokens(input_ids), None
-        if self.embed_positions is not None:
-            x = x + (
-                self.embed_positions.weight[start : start + T]
-                if positions is None
-                else self.embed_positions(positions)
-            )
-        elif positions is None:
-            rotary = self.rope_cos[start : start + T], self.rope_sin[start : start + T]  # (T, D)
-        else:
-            rotary = (
-                self.rope_cos[positions][:, None],
-                self.rope_sin[positions][:, None],
-            )  # (B, 1, T, D)
-
-        x = self.dropout(self.embed_norm(x))
+        x = self._embed(input_ids, positions, start)
+        rotary = self._rotary(positions, start, T)
         for layer in self.layers:
             if self.config.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
@@ -424,19 +391,34 @@ class Transformer(nn.Module):
                 x = layer(x, rotary, mask, cache)
         if cache is not None:
             cache.advance(T)
-        return self.norm(x)
+        output: Tensor = self.norm(x)
+        return output
+
+    def _embed(self, input_ids: Tensor, positions: Tensor | None, start: int) -> Tensor:
+        """Return the vectors (B, T, C) that enter the first block."""
+        x = self.embed_tokens(input_ids)
+        if self.embed_positions is not None and positions is None:
+            x = x + self.embed_positions.weight[start : start + input_ids.size(1)]
+        elif self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
+        output: Tensor = self.dropout(self.embed_norm(x))
+        return output
+
+    def _rotary(self, positions: Tensor | None, start: int, T: int) -> Rotary:
+        """Return the cosines and sines for `rotate`, or None if positions are learned."""
+        if self.embed_positions is not None:
+            return None
+        if positions is None:
+            return self.rope_cos[start : start + T], self.rope_sin[start : start + T]  # (T, D)
+        return self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]  # (B, 1, T, D)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: hidden (..., C) -> (..., V)."""
-        if not isinstance(self.lm_head, nn.Linear | None):  # a quantised one
-            return self.lm_head(hidden)
-        if (
-            hidden.device.type == "mps"
-        ):  # keep the inner dimension of the backward matmul, V, under the limit
-            return torch.cat(
-                [F.linear(hidden, part) for part in self.head_weight.split(MPS_INNER_LIMIT // 2)],
-                dim=-1,
-            )
+        """Apply the head: hidden (..., C) -> logits (..., V)."""
+        if not isinstance(self.lm_head, nn.Linear | None):  # quantize() has replaced it
+            return self.lm_head(hidden)  # type: ignore[unreachable]
+        if hidden.device.type == "mps":  # V is the inner dimension of the backward matmul
+            parts = torch.split(self.head_weight, MPS_INNER_LIMIT // 2)
+            return torch.cat([F.linear(hidden, part) for part in parts], dim=-1)
         return F.linear(hidden, self.head_weight)
 
     def forward(
@@ -447,19 +429,6 @@ class Transformer(nn.Module):
         doc_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits (B, T, V); the arguments are those of `hidden`."""
-        return self.logits(
-            self.hidden(input_ids, positions=positions, doc_ids=doc_ids, cache=cache)
-        )
-
-
-def positions_in_document(doc_ids: Tensor) -> Tensor:
-    """Each token's distance from its document's first token in the row.
-
-    >>> positions_in_document(torch.tensor([[7, 7, 7, 8, 8]])).tolist()
-    [[0, 1, 2, 0, 1]]
-    """
-    index = torch.arange(doc_ids.size(1), device=doc_ids.device).expand_as(doc_ids)
-    begins = torch.ones_like(doc_ids, dtype=torch.bool)
-    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    return index - torch.where(begins, index, 0).cummax(dim=1).values
+        """Return the logits (B, T, V). The arguments are those of `hidden`."""
+        hidden = self.hidden(input_ids, positions=positions, doc_ids=doc_ids, cache=cache)
+        return self.logits(hidden)

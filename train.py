@@ -1,10 +1,12 @@
 """Train a model.
 
     python train.py --config config.yaml                          # the default run, on real text
-    python train.py --config config.yaml training.max_steps=20    # any key, changed for this run
+    python train.py --config config.yaml training.max_steps=20    # with one key changed
     python train.py --config presets/shakespeare_char_cpu.yaml --dry-run
 
-The same command again continues an interrupted run from its last checkpoint. Outputs go to checkpoints/ and logs/.
+The same command again resumes an interrupted run from its last checkpoint. Outputs are written to
+checkpoints/ and logs/. This file holds the Lightning module and the command; pocketlm/training/
+holds the callbacks, the plan printed before a run and the verdict printed after it.
 """
 
 import argparse
@@ -18,14 +20,14 @@ from rich.console import Console, Group
 from torch import Tensor
 
 from model import Transformer
-from pocketlm.checkpoint.format import checkpoint_metadata
-from pocketlm.checkpoint.runs import Run, find_start, is_first_process, print_note
+from pocketlm.checkpoint.runs import ResumePoint, Run, find_resume_point
 from pocketlm.config.loading import load_config, to_yaml
 from pocketlm.config.sections import Config
-from pocketlm.data.loaders import validated_bytes, with_steps
+from pocketlm.data.loaders import resolve_max_steps, validation_target_bytes
 from pocketlm.data.prepare import PreparedData, prepare
 from pocketlm.errors import UserError, run_main
 from pocketlm.hardware.devices import (
+    Hardware,
     check_matmul_sizes,
     check_recomputation,
     choose_hardware,
@@ -33,61 +35,55 @@ from pocketlm.hardware.devices import (
 )
 from pocketlm.hardware.measure import keep_freed_memory
 from pocketlm.hardware.mps_check import check_mps
-from pocketlm.model.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
+from pocketlm.hardware.processes import is_first_process, print_note
+from pocketlm.model.loss import IGNORE_INDEX, batch_loss
 from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step
 from pocketlm.training.loop import fit, quiet_libraries
 from pocketlm.training.metrics import non_finite
+from pocketlm.training.module import TrainableModule, TrainingProgress
 from pocketlm.training.plan import plan, run_header, seconds_outside_head
 from pocketlm.training.verdict import print_verdict
 
 
-class LitTransformer(L.LightningModule):
-    """The Transformer as Lightning trains it: loss, optimizer, schedule, clip, and the counts behind the metrics."""
+class LitTransformer(TrainableModule):
+    """The Transformer as Lightning trains it: loss, optimizer, schedule, clipping, validation."""
 
     def __init__(self, config: Config, data: PreparedData, fused: bool = True):
         super().__init__()
         self.save_hyperparameters(config.to_dict())
-        self.config, self.tokenizer_state, self.fused = config, data.tokenizer.state(), fused
-        self.val_bytes, self.data_sha256 = validated_bytes(data, config), data.sha256
+        self.config, self.fused = config, fused
+        self.val_bytes = validation_target_bytes(config, data)
         self.model = Transformer(config.model)
-        self.train_loss_fn = (
-            self.loss_sum
-        )  # or what it compiles to; validation and generation stay plain
-        self.tokens_seen = 0  # targets trained on, up to the last interval
-        self.validation: dict[str, float] = {}
-        self.resumed: dict[str, Any] = {}
-        self.grad_norm = torch.zeros(())
-        self.begin_counts()
+        self.progress = TrainingProgress()
+        self.train_loss_fn = self.loss_sum  # `fit` may compile it; validation stays eager
+        self.step_targets = torch.zeros((), dtype=torch.long)
 
     def on_fit_start(self) -> None:
-        self.begin_counts()
-
-    def begin_counts(self) -> None:
-        """Zero counters, on the device that the batches will be on."""
-        self.interval_loss_sum = torch.zeros((), device=self.device)
-        self.interval_targets = torch.zeros((), dtype=torch.long, device=self.device)
+        """Create the counters on the device of the batches."""
+        self.progress.begin(self.device, self.total, self.trainer.is_global_zero)
         self.step_targets = torch.zeros((), dtype=torch.long, device=self.device)
+
+    def total(self, count: Tensor) -> Tensor:
+        """Return the sum of a count over all processes."""
+        if self.trainer.world_size == 1:
+            return count
+        total = self.trainer.strategy.reduce(count.clone(), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
 
     # ---- one step ----
 
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
-        """Summed cross-entropy of the batch's targets."""
-        hidden = self.model.hidden(batch["input_ids"], doc_ids=batch.get("doc_ids"))
-        if self.config.training.loss_chunk:
-            return chunked_cross_entropy(
-                hidden, self.model.head_weight, batch["targets"], self.config.training.loss_chunk
-            )
-        return cross_entropy(self.model.logits(hidden), batch["targets"])
+        """Return the summed cross-entropy of the batch's targets, in nats."""
+        return batch_loss(self.model, batch, self.config.training.loss_chunk)
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        nats, targets = self.train_loss_fn(batch), batch["targets"]
+        """Return the loss per position; `configure_gradient_clipping` makes it one per target."""
+        loss_sum, targets = self.train_loss_fn(batch), batch["targets"]
         count = (targets != IGNORE_INDEX).sum()
-        self.interval_loss_sum += nats.detach()
-        self.interval_targets += count
+        self.progress.add(loss_sum.detach(), count)
         self.step_targets += count
-        return (
-            nats / targets.numel()
-        )  # configure_gradient_clipping corrects this where targets are missing
+        return loss_sum / targets.numel()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         t = self.config.training
@@ -102,7 +98,7 @@ class LitTransformer(L.LightningModule):
         )
 
     def current_lr(self) -> float:
-        """Peak rate times the schedule, for the step in hand; a pure function of the step, so nothing of it is saved."""
+        """Return the learning rate of the current step, a pure function of its number."""
         t = self.config.training
         return t.lr * lr_at_step(
             self.trainer.global_step,
@@ -119,39 +115,16 @@ class LitTransformer(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any
     ) -> None:
-        """Make the step's gradient the mean over its targets, however they fell into batches, and clip its norm."""
+        """Make the gradient the mean over the step's targets in all batches; clip its norm."""
         t = self.config.training
         targets = self.total(self.step_targets)
-        full = t.grad_accum_steps * t.micro_batch_size * t.seq_len * self.trainer.world_size
-        self.grad_norm = clip_gradients(self.model.parameters(), t.grad_clip, full / targets)
+        positions = t.grad_accum_steps * t.micro_batch_size * t.seq_len * self.trainer.world_size
+        norm = clip_gradients(self.model.parameters(), t.grad_clip, positions / targets)
+        self.progress.grad_norm = norm
         self.step_targets.zero_()
-        if self.device.type == "cpu" and not torch.isfinite(
-            self.grad_norm
-        ):  # elsewhere a look would wait for the device
+        # only on a CPU: elsewhere reading the norm would wait for the device
+        if self.device.type == "cpu" and not torch.isfinite(norm):
             raise UserError(non_finite("the gradient", self.trainer.global_step + 1))
-
-    def total(self, count: Tensor) -> Tensor:
-        """The sum of a count over all processes."""
-        return (
-            self.trainer.strategy.reduce(count.clone(), reduce_op="sum")
-            if self.trainer.world_size > 1
-            else count
-        )
-
-    def take_interval(self) -> tuple[float, int]:
-        """Nats and targets since the last call."""
-        nats, targets = (
-            self.total(self.interval_loss_sum).item(),
-            int(self.total(self.interval_targets)),
-        )
-        self.interval_loss_sum.zero_()
-        self.interval_targets.zero_()
-        self.tokens_seen += targets
-        return nats, targets
-
-    def tokens_so_far(self) -> int:
-        """Targets trained on, those since the last interval too."""
-        return self.tokens_seen + int(self.total(self.interval_targets))
 
     # ---- validation: sums, divided once ----
 
@@ -164,48 +137,13 @@ class LitTransformer(L.LightningModule):
         self.val_targets += (batch["targets"] != IGNORE_INDEX).sum()
 
     def on_validation_epoch_end(self) -> None:
-        nats, targets = float(self.total(self.val_loss_sum)), int(self.total(self.val_targets))
-        loss = nats / targets
-        self.validation = {
+        loss_sum, targets = float(self.total(self.val_loss_sum)), int(self.total(self.val_targets))
+        loss = loss_sum / targets
+        self.progress.validation = {
             "loss": loss,
-            "bpb": nats / math.log(2) / self.val_bytes,
+            "bpb": loss_sum / math.log(2) / self.val_bytes,
             "perplexity": math.exp(min(loss, 700)),
         }
-
-    # ---- checkpoints ----
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        nats, targets = (
-            self.total(self.interval_loss_sum).item(),
-            int(self.total(self.interval_targets)),
-        )
-        tokens, val_loss = self.tokens_so_far(), self.validation.get("loss")
-        checkpoint["kit"] = checkpoint_metadata(
-            self.config,
-            self.tokenizer_state,
-            tokens=tokens,
-            val_loss=val_loss,
-            data_sha256=self.data_sha256,
-        )
-        checkpoint["interval"] = {
-            "nats": nats,
-            "targets": targets,
-            "tokens_seen": self.tokens_seen,
-            "validation": self.validation,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.resumed = checkpoint["interval"]
-
-    def on_train_start(self) -> None:
-        if self.resumed:
-            self.tokens_seen, self.validation = (
-                self.resumed["tokens_seen"],
-                self.resumed["validation"],
-            )
-            if self.trainer.is_global_zero:  # the counts were those of all processes
-                self.interval_loss_sum.fill_(self.resumed["nats"])
-                self.interval_targets.fill_(self.resumed["targets"])
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -213,17 +151,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config",
         default="config.yaml",
-        help="a YAML file with what differs from the defaults (default %(default)s)",
+        help="YAML file with the keys that differ from the defaults (default: %(default)s)",
     )
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="move this run's old outputs into old-<time>/ and begin anew",
+        help="move this run's old outputs to old-<time>/ and train from the beginning",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print parameters, memory, tokens, steps and time; train nothing",
+        help="print parameters, memory, tokens, steps and time, and stop",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved config as YAML and stop"
@@ -232,9 +170,40 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="changes a key, for example training.max_steps=20",
+        help="config keys to change, for example training.max_steps=20",
     )
     return parser.parse_intermixed_args(argv)
+
+
+def prepare_run(config: Config) -> tuple[Config, PreparedData, Hardware]:
+    """Return the data, the hardware, and the config with what the data decides.
+
+    Raises UserError if the device, or the device in this precision, cannot train this config.
+    """
+    hardware = choose_hardware(config.hardware, config.training.precision)
+    batch_tokens = config.training.micro_batch_size * config.training.seq_len
+    check_matmul_sizes(hardware.accelerator, batch_tokens)
+    check_recomputation(hardware.accelerator, config.model)
+    data = prepare(config.data)
+    config = resolve_max_steps(config.with_vocab_size(data.tokenizer.vocab_size), data)
+    compute = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
+    check_mps(hardware.accelerator, compute, config.model, config.training)
+    seconds = seconds_outside_head(config, hardware)
+    return config, data, with_compile(hardware, config.hardware.compile, seconds)
+
+
+def print_start(run: Run, start: ResumePoint | None, max_steps: int) -> None:
+    """Print whether the run begins or resumes; move the outputs of an earlier run aside."""
+    if start:
+        print_note(f"resuming from {start.path} at step {start.step}")
+        if start.max_steps != max_steps:
+            print_note(
+                f"training.max_steps {start.max_steps} -> {max_steps}: from here on the schedule "
+                "is the one of the new length"
+            )
+    elif is_first_process():  # --fresh, or logs without a checkpoint
+        for folder in run.move_aside():
+            print_note(f"moved the old outputs to {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -246,55 +215,24 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     keep_freed_memory()
     quiet_libraries()
-    hardware = choose_hardware(config.hardware, config.training.precision)
-    check_matmul_sizes(
-        hardware.accelerator, config.training.micro_batch_size * config.training.seq_len
-    )
-    check_recomputation(hardware.accelerator, config.model)
-    data = prepare(config.data)
-    config = with_steps(config.with_vocab_size(data.tokenizer.vocab_size), data)
-    compute = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
-    check_mps(hardware.accelerator, compute, config.model, config.training)
-    hardware = with_compile(
-        hardware, config.hardware.compile, seconds_outside_head(config, hardware)
-    )
+    config, data, hardware = prepare_run(config)
     summary = Group(plan(config, data, hardware), run_header(config, data))
     if args.dry_run:
         Console(highlight=False, soft_wrap=True, emoji=False).print(summary)
         return 0
     run = Run(config.run.name)
     with run.lock():
-        start = None if args.fresh else find_start(run, config, data.sha256)
-        Console(
-            stderr=True, quiet=not is_first_process(), highlight=False, soft_wrap=True, emoji=False
-        ).print(summary)
-        if start:
-            print_note(f"continuing {start.path} from step {start.step}")
-            if start.max_steps != (now := config.training.max_steps):
-                print_note(
-                    f"training.max_steps {start.max_steps} -> {now}: the schedule is that of the new length from here on"
-                )
-        elif is_first_process():  # --fresh, or logs that no checkpoint goes with
-            for folder in run.move_aside():
-                print_note(f"moved the old outputs to {folder}")
+        start = None if args.fresh else find_resume_point(run, config, data.sha256)
+        if is_first_process():
+            stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+            stderr.print(summary)
+        print_start(run, start, config.training.max_steps)
         L.seed_everything(config.training.seed, verbose=False)
         module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
-        trainer, samples, checkpoints = fit(module, config, data, hardware, run, start)
-        if not trainer.is_global_zero:
-            return 0
-        trainer.logger.log_hyperparams(
-            config.to_dict(), {f"hp/val_{name}": value for name, value in module.validation.items()}
-        )
-        trainer.logger.finalize("success")
-        print_verdict(
-            config,
-            data,
-            run,
-            module.validation,
-            checkpoints.best,
-            samples.latest,
-            time.perf_counter() - begin,
-        )
+        trained = fit(module, config, data, hardware, run, start)
+        if trained.trainer.is_global_zero:
+            picture = print_verdict(config, data, run, trained, time.perf_counter() - begin)
+            trained.tensorboard.add_loss_picture(picture, config.training.max_steps)
     return 0
 
 

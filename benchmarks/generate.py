@@ -1,8 +1,9 @@
-"""Generation beside transformers' `generate`, on the same weights and in the same run.
+"""Generation, compared with transformers' `generate` on the same weights and in the same run.
 
-Greedy, from a prompt of 32 random tokens, whose reading is part of the time; the batch is so many such prompts, in the engine as
-clients that come at once. The prompt of 512 is timed to its first token. Contenders take turns, `--repeat` times; the median is shown
-with all of them. The limit is what the weights alone take to be read, by the bandwidth measured here for a sum over 512 MB.
+Greedy, from a prompt of 32 random tokens, whose prefill is part of the time. The batch is several
+such prompts; they reach the engine together. The prompt of 512 tokens is timed to its first new
+token. Contenders take turns, `--repeat` times; the table shows the median and every run. The limit
+is the time to read the weights once, at the bandwidth of a sum over 512 MB measured here.
 """
 
 import argparse
@@ -17,28 +18,39 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import OUT
-from model import Transformer
+from model import ModelConfig, Transformer
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import UserError
-from pocketlm.inference.engine import Engine, GenerationRequest, decode_in_torch
-from pocketlm.inference.placement import place
+from pocketlm.inference.backend import TorchBackend
+from pocketlm.inference.engine import Engine, GenerationRequest
+from pocketlm.inference.placement import move_to_device
 from pocketlm.model.quantization import weight_bytes
 
 PROMPT, LONG = 32, 512
+Rates = dict[tuple[str, str], list[float]]  # (contender, workload): tokens per second of each run
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that generates: so many tokens behind each of these prompts (B, T); greedy, never ending early."""
+    """A generator: prompts (B, T) and a count of greedy tokens that never end early."""
 
     name: str
     generate: Callable[[Tensor, int], None]
-    bytes_per_step: int  # of weights
+    bytes_per_step: int  # of weights that a decoding step reads
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts (B, T), the number of tokens to generate after each, and the column's title."""
+
+    prompts: Tensor
+    count: int
+    title: str
 
 
 def bandwidth() -> float:
-    """Bytes a second of a sum over memory that no cache holds, the best of five."""
+    """Return the bytes per second of a sum over memory that no cache holds, the best of five."""
     numbers = torch.ones(2**26, dtype=torch.int64)
     seconds = []
     for _ in range(6):
@@ -49,137 +61,172 @@ def bandwidth() -> float:
 
 
 def ours(path: str, dtype: str, in_torch: bool = False) -> Contender:
+    """Return our engine on a checkpoint."""
     checkpoint = load_checkpoint(path)
-    place(checkpoint, "cpu", dtype)
+    move_to_device(checkpoint, "cpu", dtype)
     model = checkpoint.model
 
+    backend = TorchBackend(model) if in_torch else None
+
     def generate(prompts: Tensor, count: int) -> None:
-        engine = Engine(model, len(prompts), prompts.size(1) + count)
-        if in_torch:
-            engine.take = decode_in_torch
+        engine = Engine(model, len(prompts), prompts.size(1) + count, backend)
         for ids in prompts.tolist():
             engine.add(GenerationRequest(ids, SamplingParams(temperature=0, max_new_tokens=count)))
         while engine.busy:
             engine.step()
 
-    how = "in torch" if in_torch or Engine(model, 1, 1).why_torch else "in C"
-    embedding = (
-        0
-        if model.config.tie_embeddings
-        else model.embed_tokens.weight.numel() * model.embed_tokens.weight.element_size()
-    )
+    how = f"in {Engine(model, 1, 1, backend).backend.name}"
+    weight = model.embed_tokens.weight
+    # A step reads one row of an untied embedding.
+    embedding = 0 if model.config.tie_embeddings else weight.numel() * weight.element_size()
     return Contender(f"this, {dtype}, {how}", generate, weight_bytes(model) - embedding)
 
 
+def is_llama(config: ModelConfig) -> bool:
+    """Return whether transformers' LlamaForCausalLM computes the same model."""
+    kind = (config.mlp, config.position, config.norm)
+    flags = (config.norm_gain, config.embed_norm, config.final_norm)
+    return kind == ("swiglu", "rope", "rmsnorm") and flags == (True, False, True)
+
+
 def theirs(path: str, dtype: str) -> Contender:
-    """LlamaForCausalLM with the checkpoint's weights."""
+    """Return LlamaForCausalLM with the checkpoint's weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = load_checkpoint(path).model
     c = model.config
-    if (c.mlp, c.position, c.norm, c.norm_gain, c.embed_norm, c.final_norm) != (
-        "swiglu",
-        "rope",
-        "rmsnorm",
-        True,
-        False,
-        True,
-    ):
+    if not is_llama(c):
         raise UserError(
-            f"{path} is no Llama, which transformers has to be for the comparison; leave --beside out"
+            f"{path} is not a Llama, which the comparison with transformers needs; "
+            "pass --beside without a value"
         )
     config = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie_embeddings, attention_bias=c.bias, mlp_bias=c.bias,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=c.vocab_size,
+        hidden_size=c.d_model,
+        intermediate_size=c.d_ff,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads,
+        max_position_embeddings=c.max_seq_len,
+        rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tie_embeddings,
+        attention_bias=c.bias,
+        mlp_bias=c.bias,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     llama = LlamaForCausalLM(config).eval()
     weights = {
-        name if name.startswith("lm_head") else f"model.{name}": p
-        for name, p in model.state_dict().items()
+        name if name.startswith("lm_head") else f"model.{name}": weight
+        for name, weight in model.state_dict().items()
     }
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     llama.load_state_dict(weights)
     llama.to(getattr(torch, dtype))
+    itemsize = getattr(torch, dtype).itemsize
+    generate = transformers_generate(llama)
+    return Contender(f"transformers, {dtype}", generate, weight_bytes(model) * itemsize // 4)
+
+
+def transformers_generate(llama: torch.nn.Module) -> Callable[[Tensor, int], None]:
+    """Return a function that generates exactly `count` tokens."""
 
     @torch.inference_mode()
     def generate(prompts: Tensor, count: int) -> None:
-        made = llama.generate(
+        generated = llama.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=False,
             max_new_tokens=count,
             min_new_tokens=count,
         )
-        assert made.size(1) == prompts.size(1) + count
+        assert generated.size(1) == prompts.size(1) + count
 
-    return Contender(
-        f"transformers, {dtype}",
-        generate,
-        weight_bytes(model) * getattr(torch, dtype).itemsize // 4,
-    )
+    return generate
 
 
-def bench_generate(args: argparse.Namespace) -> int:
-    """Tokens a second alone and in a batch, and the time to the first token behind a long prompt."""
-    model: Transformer = load_checkpoint(args.ckpt).model
-    context, size = model.config.max_seq_len, model.config.vocab_size
+def workloads(args: argparse.Namespace, config: ModelConfig) -> dict[str, Workload]:
+    """Return the workloads of `--works`."""
+    context, size = config.max_seq_len, config.vocab_size
     if PROMPT + args.tokens > context:
         raise UserError(
-            f"--tokens {args.tokens} behind {PROMPT} do not fit the context of {context}; take {context - PROMPT} or fewer"
+            f"--tokens {args.tokens} after a prompt of {PROMPT} do not fit the context of "
+            f"{context}; use {context - PROMPT} or fewer"
         )
     draw = torch.Generator().manual_seed(0)
     short = torch.randint(size, (args.batch, PROMPT), generator=draw)
     long = torch.randint(size, (1, min(LONG, context - 1)), generator=draw)
-    contenders = [theirs(args.ckpt, dtype) for dtype in args.beside]
-    contenders += [ours(args.ckpt, dtype) for dtype in args.dtypes]
-    contenders += [ours(args.ckpt, "bfloat16", in_torch=True)] if args.torch else []
-    works = {"alone": (short[:1], args.tokens), "batch": (short, args.tokens), "first": (long, 1)}
-    works = {name: works[name] for name in args.works}
-    rates: dict[tuple[str, str], list[float]] = {}  # tokens a second of each run
-    for contender in contenders:
-        contender.generate(short[:1], 2)  # what only the first call takes
-    for _ in range(args.repeat):
-        for name, (prompts, count) in works.items():
+    every = {
+        "alone": Workload(short[:1], args.tokens, f"tokens/s, {args.tokens} tokens"),
+        "batch": Workload(short, args.tokens, f"tokens/s, {args.batch} prompts"),
+        "first": Workload(long, 1, f"ms to the first token after {long.size(1)}"),
+    }
+    return {name: every[name] for name in args.works}
+
+
+def time_in_turn(contenders: list[Contender], works: dict[str, Workload], repeat: int) -> Rates:
+    """Run every contender on every workload, `repeat` times."""
+    rates: Rates = {}
+    for _ in range(repeat):
+        for name, work in works.items():
             for contender in contenders:
                 begin = time.perf_counter()
-                contender.generate(prompts, count)
-                rates.setdefault((contender.name, name), []).append(
-                    len(prompts) * count / (time.perf_counter() - begin)
-                )
-    memory = bandwidth()
-    OUT.print(
-        f"{args.ckpt}: {model.config.n_parameters:,} parameters; {platform.platform()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}; memory is read at {memory / 1e9:.1f} GB/s"
-    )
-    columns = {
-        "alone": f"tokens/s, {args.tokens} tokens",
-        "batch": f"tokens/s, {args.batch} prompts",
-        "first": f"ms to the first token behind {long.size(1)}",
-    }
+                contender.generate(work.prompts, work.count)
+                seconds = time.perf_counter() - begin
+                rate = len(work.prompts) * work.count / seconds
+                rates.setdefault((contender.name, name), []).append(rate)
+    return rates
+
+
+def cells(name: str, each: list[float], first: float, of_limit: float) -> list[str]:
+    """Return a contender's cells of one workload; `first` is the first contender's rate."""
+    middle = median(each)
+    ratio = f"{middle / first:.2f}x"
+    if name == "first":
+        return [f"{1e3 / middle:,.0f}", ratio, " ".join(f"{1e3 / rate:.0f}" for rate in each)]
+    limit = [f"{middle * of_limit:.0%}"] if name == "alone" else []
+    return [f"{middle:,.1f}", ratio, *limit, " ".join(f"{rate:.1f}" for rate in each)]
+
+
+def rates_table(
+    contenders: list[Contender], works: dict[str, Workload], rates: Rates, memory: float
+) -> Table:
+    """Return a table with a row for each contender; `memory` is the bandwidth in bytes/s."""
     table = Table(box=None)
     table.add_column("")
-    for name in works:
-        for column in (
-            columns[name],
-            "ratio",
-            *(["of the limit"] if name == "alone" else []),
-            "each",
-        ):
+    for name, work in works.items():
+        limit = ["of the limit"] if name == "alone" else []
+        for column in (work.title, "ratio", *limit, "each"):
             table.add_column(column, justify="right")
     for contender in contenders:
         row = [contender.name]
         for name in works:
-            each, middle = rates[contender.name, name], median(rates[contender.name, name])
-            ratio = f"{middle / median(rates[contenders[0].name, name]):.2f}x"
-            if name == "first":
-                row += [f"{1e3 / middle:,.0f}", ratio, " ".join(f"{1e3 / one:.0f}" for one in each)]
-            else:
-                limit = (
-                    [f"{middle * contender.bytes_per_step / memory:.0%}"] if name == "alone" else []
-                )
-                row += [f"{middle:,.1f}", ratio, *limit, " ".join(f"{one:.1f}" for one in each)]
+            first = median(rates[contenders[0].name, name])
+            each = rates[contender.name, name]
+            row += cells(name, each, first, contender.bytes_per_step / memory)
         table.add_row(*row)
-    OUT.print(table)
+    return table
+
+
+def bench_generate(args: argparse.Namespace) -> int:
+    """Print tokens per second for one prompt and for a batch, and the time to a first token."""
+    model: Transformer = load_checkpoint(args.ckpt).model
+    works = workloads(args, model.config)
+    contenders = [theirs(args.ckpt, dtype) for dtype in args.beside]
+    contenders += [ours(args.ckpt, dtype) for dtype in args.dtypes]
+    if args.torch:
+        contenders.append(ours(args.ckpt, "bfloat16", in_torch=True))
+    warm_up = torch.zeros(1, PROMPT, dtype=torch.long)
+    for contender in contenders:
+        contender.generate(warm_up, 2)
+    rates = time_in_turn(contenders, works, args.repeat)
+    memory = bandwidth()
+    OUT.print(
+        f"{args.ckpt}: {model.config.n_parameters:,} parameters; {platform.platform()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"memory is read at {memory / 1e9:.1f} GB/s"
+    )
+    OUT.print(rates_table(contenders, works, rates, memory))
     return 0

@@ -1,4 +1,4 @@
-"""Running a contender in a process of its own, and what it took."""
+"""Running a contender in a process of its own, and measuring its time and memory."""
 
 import os
 import re
@@ -6,6 +6,8 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +22,28 @@ OUT = Console(highlight=False, emoji=False, soft_wrap=True, width=200)
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of a process."""
+    """One run of a contender."""
 
     seconds: float
-    work_seconds: float  # of them after its imports, by its own clock
+    work_seconds: float  # the part of it after the imports, by the process's own clock
     megabytes: float  # highest private memory
     tokens: int
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended, or that was ended after enough output."""
+
+    seconds: float
+    megabytes: float  # highest private memory
+    stdout: str
+
+
 def private_memory(process: psutil.Process) -> int:
-    """Bytes of memory that no file stands behind, of a process and its children; where the system does not tell, all of it."""
+    """Return the bytes of anonymous memory of a process and its children.
+
+    Where the system does not report it (outside Linux), return all resident memory.
+    """
     total = 0
     for one in [process, *process.children(recursive=True)]:
         try:
@@ -41,13 +55,29 @@ def private_memory(process: psutil.Process) -> int:
     return total
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A process that has ended, or that has said enough."""
+@contextmanager
+def watch_memory(process: subprocess.Popen, every: float):
+    """Sample the memory of a process every so many seconds; yield a function that returns the peak.
 
-    seconds: float
-    megabytes: float  # highest private memory
-    stdout: str
+    A sample takes 5 ms of a core, which delays a program that uses all cores.
+    """
+    highest, watched = 0, psutil.Process(process.pid)
+
+    def watch() -> None:
+        nonlocal highest
+        while process.poll() is None:
+            try:
+                highest = max(highest, private_memory(watched))
+            except psutil.NoSuchProcess:
+                return
+            time.sleep(every)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: highest
+    finally:
+        watcher.join()
 
 
 def run_watched(
@@ -57,9 +87,9 @@ def run_watched(
     enough: tuple[str, int] | None = None,
     every: float = 1.0,
 ) -> Finished:
-    """Run a command; `enough` is a pattern, and the count of output lines that hold it after which the process is ended.
+    """Run a command and sample its memory every `every` seconds.
 
-    Its memory is looked at `every` so many seconds. A look takes 5 ms of a core, for which a program on all cores may wait.
+    `enough` is a pattern and a count: the process is ended after so many matching output lines.
     """
     begin = time.perf_counter()
     with tempfile.TemporaryFile("w+") as stderr:
@@ -71,49 +101,50 @@ def run_watched(
             stderr=stderr,
             text=True,
         )
-        highest, watched = 0, psutil.Process(process.pid)
-
-        def watch() -> None:
-            nonlocal highest
-            while process.poll() is None:
-                try:
-                    highest = max(highest, private_memory(watched))
-                except psutil.NoSuchProcess:
-                    return
-                time.sleep(every)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        lines, left = [], enough[1] if enough else -1
-        for line in process.stdout:
-            lines.append(line)
-            left -= bool(enough and re.search(enough[0], line))
-            if left == 0:
-                process.kill()
-                break
-        process.wait()
-        process.stdout.close()
-        seconds = time.perf_counter() - begin
-        watcher.join()
+        with watch_memory(process, every) as highest:
+            lines, left = [], enough[1] if enough else -1
+            for line in process.stdout:
+                lines.append(line)
+                left -= bool(enough and re.search(enough[0], line))
+                if left == 0:
+                    process.kill()
+                    break
+            process.wait()
+            process.stdout.close()
+            seconds = time.perf_counter() - begin
         if process.returncode and left != 0:
             stderr.seek(0)
             raise UserError(
-                f"{' '.join(command)[:200]} ended with status {process.returncode}: {stderr.read().strip()[-400:]}"
+                f"{' '.join(command)[:200]} ended with status {process.returncode}: "
+                f"{stderr.read().strip()[-400:]}"
             )
-    return Finished(seconds, highest / 1e6, "".join(lines))
+    return Finished(seconds, highest() / 1e6, "".join(lines))
 
 
 def measure(
     command: list[str], folder: Path, environment: dict[str, str] | None = None
 ) -> Measured:
-    """Run a command that prints, as its last line, `<seconds after the imports> <tokens>`."""
-    done = run_watched(command, folder, environment, every=0.05)
-    work, tokens = done.stdout.strip().splitlines()[-1].split()
-    return Measured(done.seconds, float(work), done.megabytes, int(tokens))
+    """Run a command whose last line is `<seconds after the imports> <tokens>`."""
+    finished = run_watched(command, folder, environment, every=0.05)
+    work, tokens = finished.stdout.strip().splitlines()[-1].split()
+    return Measured(finished.seconds, float(work), finished.megabytes, int(tokens))
+
+
+def timed(work: Callable[[], object]) -> tuple[float, object]:
+    """Return the seconds that a call takes, and its result."""
+    begin = time.perf_counter()
+    result = work()
+    return time.perf_counter() - begin, result
 
 
 def commit_of(checkout: Path) -> str:
-    done = subprocess.run(
+    """Return the short commit of a checkout."""
+    shown = subprocess.run(
         ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     )
-    return done.stdout.strip() or "of no known commit"
+    return shown.stdout.strip() or "of no known commit"
+
+
+def parse_peers(arguments: list[str]) -> dict[str, str]:
+    """Return {name: path} of `--peer NAME=PATH` arguments."""
+    return dict(argument.partition("=")[::2] for argument in arguments)

@@ -1,7 +1,8 @@
-"""Other programs that train the shapes of a config: how each is started, and how it tells the time of a step.
+"""Other programs that train the shapes of a config: how each is started, and its time per step.
 
-Peers run from their own checkouts as they are, but for llm.c, whose batch size stands in its source: there two numbers are put
-in before it is compiled. Models of transformers and litgpt are trained by the plainest loop: autocast, fused AdamW, a clip.
+Peers run from their own checkouts, unchanged except for llm.c, whose batch size is in its source:
+two numbers are replaced there before it is compiled. Models of transformers and litgpt are trained
+by the plainest loop: autocast, fused AdamW, a clip.
 """
 
 import pickle
@@ -10,11 +11,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.measure import Finished, commit_of, run_watched
+from model import ModelConfig
 from pocketlm.config.sections import Config
 from pocketlm.data.bin_files import write_bin
 from pocketlm.data.prepare import PreparedData
@@ -25,7 +28,7 @@ MILLISECONDS = r"(?:time |took )([\d.]+) ?ms"
 
 @dataclass(frozen=True)
 class Shape:
-    """What all contenders train: the config's sizes, on the config's tokens, on one device."""
+    """The task of all contenders: the config's sizes, on the config's tokens, on one device."""
 
     config: Config
     data: PreparedData
@@ -35,15 +38,17 @@ class Shape:
 
     @property
     def dtype(self) -> str:
+        """Name of the dtype of matmuls."""
         return {"32-true": "float32", "16-mixed": "float16"}.get(self.precision, "bfloat16")
 
 
-def step_times(done: Finished) -> list[float]:
-    """Seconds of each step, out of a program's own lines."""
-    return [float(found) / 1e3 for found in re.findall(MILLISECONDS, done.stdout)]
+def step_times(finished: Finished) -> list[float]:
+    """Return the seconds of each step, read from a program's own lines."""
+    return [float(milliseconds) / 1e3 for milliseconds in re.findall(MILLISECONDS, finished.stdout)]
 
 
-def needs(path: str, name: str, file: str) -> Path:
+def find_checkout(path: str, name: str, file: str) -> Path:
+    """Return the path of a checkout; raise UserError if the file is not in it."""
     if not (Path(path) / file).is_file():
         raise UserError(
             f"--peer {name}={path}: there is no {file} in it; give a checkout of {name}"
@@ -51,27 +56,23 @@ def needs(path: str, name: str, file: str) -> Path:
     return Path(path).resolve()
 
 
+def round_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple that is not below the number."""
+    return -(-number // multiple) * multiple
+
+
 def nanogpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
-    """Its train.py as it is: float32 on a CPU, for it knows nothing else there, and bfloat16, compiled, on a GPU."""
-    checkout = needs(path, "nanogpt", "train.py")
+    """Run its train.py: float32 on a CPU, where it supports nothing else, or compiled bfloat16."""
+    checkout = find_checkout(path, "nanogpt", "train.py")
     model, training = shape.config.model, shape.config.training
-    (folder / "data" / "bench").mkdir(parents=True)
+    tokens = folder / "data" / "bench"
+    tokens.mkdir(parents=True)
     for name in ("train", "val"):
-        write_bin(
-            folder / "data" / "bench" / f"{name}.bin",
-            getattr(shape.data, name).shards[0],
-            "nanogpt",
-        )
-    with (folder / "data" / "bench" / "meta.pkl").open("wb") as file:
-        pickle.dump(
-            {
-                "vocab_size": -(-model.vocab_size // 64) * 64
-                if model.vocab_size > 1000
-                else model.vocab_size
-            },
-            file,
-        )
-    shutil.copy(checkout / "configurator.py", folder)  # which it looks for where it is started
+        write_bin(tokens / f"{name}.bin", getattr(shape.data, name).shards[0], "nanogpt")
+    size = model.vocab_size
+    with (tokens / "meta.pkl").open("wb") as file:
+        pickle.dump({"vocab_size": round_up(size, 64) if size > 1000 else size}, file)
+    shutil.copy(checkout / "configurator.py", folder)  # nanoGPT looks for it in the current folder
     on_gpu = shape.accelerator == "cuda"
     flags = {
         "dataset": "bench",
@@ -92,62 +93,56 @@ def nanogpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
         "lr_decay_iters": shape.steps,
         "out_dir": "out",
     }
-    command = [
-        sys.executable,
-        str(checkout / "train.py"),
-        *(f"--{key}={value}" for key, value in flags.items()),
-    ]
+    command = [sys.executable, str(checkout / "train.py")]
+    command += [f"--{key}={value}" for key, value in flags.items()]
     return f"nanoGPT {commit_of(checkout)}, {flags['dtype']}", run_watched(command, folder)
 
 
+def is_gpt2(model: ModelConfig) -> bool:
+    """Return whether llm.c can train this model."""
+    kind = (model.mlp, model.position, model.norm)
+    return kind == ("gelu", "learned", "layernorm") and model.bias and model.tie_embeddings
+
+
 def llmc(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
-    """train_gpt2.c with the batch's two numbers put in, compiled as its Makefile does; the weights are random."""
-    checkout = needs(path, "llmc", "train_gpt2.c")
-    model, training = shape.config.model, shape.config.training
-    if (
-        model.mlp != "gelu"
-        or model.position != "learned"
-        or model.norm != "layernorm"
-        or not model.bias
-        or not model.tie_embeddings
-    ):
+    """Compile train_gpt2.c as its Makefile does, with our batch, and run it on random weights."""
+    checkout = find_checkout(path, "llmc", "train_gpt2.c")
+    if not is_gpt2(shape.config.model):
         raise UserError(
-            "--peer llmc trains GPT-2 only; give it a config of that kind, such as presets/gpt2_124m.yaml"
+            "--peer llmc trains GPT-2 only; give it a config of that kind, "
+            "such as presets/gpt2_124m.yaml"
         )
     compiler = next((name for name in ("clang", "gcc") if shutil.which(name)), None)
     if compiler is None:
         raise UserError("--peer llmc needs clang or gcc on the PATH")
+    training = shape.config.training
     source = (checkout / "train_gpt2.c").read_text()
-    source = source.replace("int B = 4;", f"int B = {training.micro_batch_size};").replace(
-        "int T = 64;", f"int T = {training.seq_len};"
-    )
+    source = source.replace("int B = 4;", f"int B = {training.micro_batch_size};")
+    source = source.replace("int T = 64;", f"int T = {training.seq_len};")
     (folder / "train_gpt2.c").write_text(source)
     flags = ["-Ofast", "-march=native", "-fopenmp", "-DOMP", f"-I{checkout}", "-Wno-unused-result"]
-    subprocess.run(
-        [compiler, *flags, "train_gpt2.c", "-lm", "-o", "train_gpt2"],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-    )
-    V, C, L, T = model.vocab_size, model.d_model, model.n_layers, model.max_seq_len
-    padded = -(-V // 128) * 128
-    numbers = padded * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
-    random = np.random.default_rng(0)
-    with (folder / "gpt2_124M.bin").open("wb") as file:
-        header = np.zeros(256, np.int32)
-        header[:8] = 20240326, 3, T, V, L, model.n_heads, C, padded
-        file.write(header.tobytes())
-        file.write((random.standard_normal(numbers, np.float32) * 0.02).tobytes())
+    command = [compiler, *flags, "train_gpt2.c", "-lm", "-o", "train_gpt2"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    write_llmc_weights(folder / "gpt2_124M.bin", shape.config.model)
     for name in ("train", "val"):
-        write_bin(
-            folder / "dev" / "data" / "tinyshakespeare" / f"tiny_shakespeare_{name}.bin",
-            getattr(shape.data, name).shards[0],
-            "llmc",
-        )
-    done = run_watched(
-        ["stdbuf", "-oL", "./train_gpt2"], folder, enough=(MILLISECONDS, shape.steps)
-    )
-    return f"llm.c {commit_of(checkout)}, {compiler}, float32", done
+        file = folder / "dev" / "data" / "tinyshakespeare" / f"tiny_shakespeare_{name}.bin"
+        write_bin(file, getattr(shape.data, name).shards[0], "llmc")
+    command = ["stdbuf", "-oL", "./train_gpt2"]
+    finished = run_watched(command, folder, enough=(MILLISECONDS, shape.steps))
+    return f"llm.c {commit_of(checkout)}, {compiler}, float32", finished
+
+
+def write_llmc_weights(path: Path, model: ModelConfig) -> None:
+    """Write random weights in llm.c's file format, version 3."""
+    V, C, L, T = model.vocab_size, model.d_model, model.n_layers, model.max_seq_len
+    padded = round_up(V, 128)
+    count = padded * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+    header = np.zeros(256, np.int32)
+    header[:8] = 20240326, 3, T, V, L, model.n_heads, C, padded
+    weights = np.random.default_rng(0).standard_normal(count, np.float32) * 0.02
+    with path.open("wb") as file:
+        file.write(header.tobytes())
+        file.write(weights.tobytes())
 
 
 LOOP = """
@@ -188,7 +183,8 @@ loss_of = lambda x: chunked_cross_entropy(model(x[:, :-1]), x[:, 1:], chunk_size
 """
 
 
-def looped(model: str, shape: Shape, folder: Path) -> Finished:
+def run_loop(model: str, shape: Shape, folder: Path) -> Finished:
+    """Train a model, given as source text, by the plainest loop."""
     training = shape.config.training
     code = LOOP.format(
         model=model,
@@ -202,34 +198,62 @@ def looped(model: str, shape: Shape, folder: Path) -> Finished:
     return run_watched([sys.executable, "-c", code], folder)
 
 
-def transformers(_: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
-    """Its GPT-2 for a config with gelu, else its Llama, in the precision of our run."""
-    from importlib.metadata import version
+def keywords(**values: object) -> str:
+    """Return keyword arguments as source text."""
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
+
+def transformers(_: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
+    """Train its GPT-2 for a config with gelu, else its Llama, in the precision of our run."""
     m = shape.config.model
     if m.mlp == "gelu":
         kind, model_class = "GPT2", "GPT2LMHeadModel"
-        sizes = f"vocab_size={m.vocab_size}, n_positions={m.max_seq_len}, n_embd={m.d_model}, n_layer={m.n_layers}, n_head={m.n_heads}"
-        sizes += f", resid_pdrop={m.dropout}, embd_pdrop={m.dropout}, attn_pdrop={m.dropout}"
+        sizes = keywords(
+            vocab_size=m.vocab_size,
+            n_positions=m.max_seq_len,
+            n_embd=m.d_model,
+            n_layer=m.n_layers,
+            n_head=m.n_heads,
+            resid_pdrop=m.dropout,
+            embd_pdrop=m.dropout,
+            attn_pdrop=m.dropout,
+        )
     else:
         kind, model_class = "Llama", "LlamaForCausalLM"
-        sizes = f"vocab_size={m.vocab_size}, hidden_size={m.d_model}, intermediate_size={m.d_ff}, num_hidden_layers={m.n_layers}"
-        sizes += f", num_attention_heads={m.n_heads}, num_key_value_heads={m.n_kv_heads}, max_position_embeddings={m.max_seq_len}"
-        sizes += f", tie_word_embeddings={m.tie_embeddings}"
-    done = looped(
-        TRANSFORMERS.format(kind=kind, model_class=model_class, sizes=sizes), shape, folder
-    )
-    return f"transformers {version('transformers')}, {kind}, {shape.dtype}", done
+        sizes = keywords(
+            vocab_size=m.vocab_size,
+            hidden_size=m.d_model,
+            intermediate_size=m.d_ff,
+            num_hidden_layers=m.n_layers,
+            num_attention_heads=m.n_heads,
+            num_key_value_heads=m.n_kv_heads,
+            max_position_embeddings=m.max_seq_len,
+            tie_word_embeddings=m.tie_embeddings,
+        )
+    source = TRANSFORMERS.format(kind=kind, model_class=model_class, sizes=sizes)
+    finished = run_loop(source, shape, folder)
+    return f"transformers {version('transformers')}, {kind}, {shape.dtype}", finished
 
 
 def litgpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
-    """Its GPT of a Llama's kind; its own requirements have to be installed."""
-    checkout, m = needs(path, "litgpt", "litgpt/model.py"), shape.config.model
-    sizes = f"block_size={m.max_seq_len}, padded_vocab_size={-(-m.vocab_size // 64) * 64}, n_layer={m.n_layers}, n_embd={m.d_model}"
-    sizes += f", n_head={m.n_heads}, n_query_groups={m.n_kv_heads}, intermediate_size={m.d_ff}, rotary_percentage=1.0, bias=False"
-    sizes += ", norm_class_name='RMSNorm', mlp_class_name='LLaMAMLP', parallel_residual=False"
-    done = looped(LITGPT.format(path=str(checkout), sizes=sizes), shape, folder)
-    return f"litgpt {commit_of(checkout)}, {shape.dtype}", done
+    """Train its GPT with a Llama's parts; its own requirements have to be installed."""
+    checkout, m = find_checkout(path, "litgpt", "litgpt/model.py"), shape.config.model
+    sizes = keywords(
+        block_size=m.max_seq_len,
+        padded_vocab_size=round_up(m.vocab_size, 64),
+        n_layer=m.n_layers,
+        n_embd=m.d_model,
+        n_head=m.n_heads,
+        n_query_groups=m.n_kv_heads,
+        intermediate_size=m.d_ff,
+        rotary_percentage=1.0,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        parallel_residual=False,
+    )
+    finished = run_loop(LITGPT.format(path=str(checkout), sizes=sizes), shape, folder)
+    return f"litgpt {commit_of(checkout)}, {shape.dtype}", finished
 
 
 PEERS = {"nanogpt": nanogpt, "llmc": llmc, "transformers": transformers, "litgpt": litgpt}

@@ -1,19 +1,23 @@
-"""The one exception for a user's mistake, and how a command line reports it."""
+"""Exceptions for a user's mistakes, and how a command reports them."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A sentence for a person: what is wrong, where, and how to mend it. Ends the program with status 2."""
+    """A mistake of the user. Its text says what is wrong, where, and how to fix it.
+
+    `run_main` prints it and exits with status 2.
+    """
 
 
 class FieldError(ValueError):
-    """A field of a dataclass has a value that it cannot have.
+    """A field of a dataclass has an invalid value.
 
-    The text is `field message`. A caller that has another name for the field, such as a command line or an API, puts the two
-    together itself.
+    The text is `<field> <message>`. A caller that has another name for the field, such as a command
+    line or an HTTP API, combines its own name with `message`.
     """
 
     def __init__(self, field: str, message: str):
@@ -22,24 +26,25 @@ class FieldError(ValueError):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Exit with main's status. A UserError, and whatever the system refuses (a full or read-only disk, a folder that is
-    a file), becomes one line on stderr and status 2.
+    """Run a command's `main` and exit with its status.
+
+    A UserError, or an error of the operating system such as a full disk, a read-only disk or a file
+    where a folder is needed, is printed as one line on stderr; the status is then 2.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale is
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the program that reads our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(
-            f"error: {place}{error.strerror or error}; mend that, or choose another place",
-            file=sys.stderr,
-        )
+        file = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or error
+        print(f"error: {file}{reason}; fix this, or choose another location", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

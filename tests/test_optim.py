@@ -1,7 +1,8 @@
-"""The optimizer against torch's AdamW and Muon, the clip against torch's, the schedule against torch's schedulers."""
+"""The optimizers, the gradient clip and the schedule, each against torch's own."""
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
 
 from model import ModelConfig, Transformer
-from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step, orthogonalise
+from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step, newton_schulz
 
 SETTINGS = dict(lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 RATES = (0.01, 0.02, 0.005, 0.01, 0.001)  # a schedule of five steps
@@ -34,7 +36,7 @@ def tiny_model(tie_embeddings: bool = False) -> Transformer:
 
 
 def set_gradients(model: nn.Module, seed: int) -> None:
-    """The same gradients for the same seed: of rank and size unlike the weights'."""
+    """Set random gradients, the same for the same seed; their size is not that of the weights."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator) * 0.1
@@ -56,11 +58,11 @@ def take_steps(
 def torch_adamw(
     model: nn.Module, fused: bool, leave_out: set[str] = frozenset()
 ) -> torch.optim.AdamW:
-    """Torch's AdamW with decay on matrices only."""
-    kept = [p for name, p in model.named_parameters() if name not in leave_out]
+    """Return torch's AdamW with weight decay on matrices only."""
+    params = [p for name, p in model.named_parameters() if name not in leave_out]
     groups = [
-        dict(params=[p for p in kept if p.dim() == 2], weight_decay=0.1),
-        dict(params=[p for p in kept if p.dim() == 1], weight_decay=0.0),
+        dict(params=[p for p in params if p.dim() == 2], weight_decay=0.1),
+        dict(params=[p for p in params if p.dim() == 1], weight_decay=0.0),
     ]
     return torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
@@ -87,7 +89,9 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay(
 ) -> None:
     model = tiny_model(tie_embeddings)
     groups = build_optimizer(model, optimizer=optimizer, fused=False, **SETTINGS).param_groups
-    grouped = [(p, group) for group in groups for p in group["params"]]
+    grouped = []
+    for group in groups:
+        grouped += [(p, group) for p in group["params"]]
     assert sorted(id(p) for p, _ in grouped) == sorted(id(p) for p in model.parameters())
     assert all(group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0) for p, group in grouped)
     in_muon = {id(p) for p, group in grouped if group["muon"]}
@@ -102,33 +106,27 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay(
 @fusing
 def test_adamw_equals_torch_step_for_step(fused: bool) -> None:
     ours, theirs = tiny_model(), tiny_model()
-    optimizer, reference = (
-        build_optimizer(ours, optimizer="adamw", fused=fused, **SETTINGS),
-        torch_adamw(theirs, fused),
-    )
+    optimizer = build_optimizer(ours, optimizer="adamw", fused=fused, **SETTINGS)
+    reference = torch_adamw(theirs, fused)
     for seed, rate in enumerate(RATES):
         take_steps(ours, optimizer, (rate,), seed)
         take_steps(theirs, reference, (rate,), seed)
-        assert all(
-            torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
-        )
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 @fusing
 def test_with_muon_all_but_the_blocks_matrices_equal_torch_adamw_exactly(fused: bool) -> None:
     ours, theirs = tiny_model(), tiny_model()
     muon = block_matrices(ours).keys()
-    optimizer, reference = (
-        build_optimizer(ours, optimizer="muon", fused=fused, **SETTINGS),
-        torch_adamw(theirs, fused, set(muon)),
-    )
+    optimizer = build_optimizer(ours, optimizer="muon", fused=fused, **SETTINGS)
+    reference = torch_adamw(theirs, fused, set(muon))
     for seed, rate in enumerate(RATES):
         take_steps(ours, optimizer, (rate,), seed)
         take_steps(theirs, reference, (rate,), seed)
         expected = dict(theirs.named_parameters())
-        assert {
-            name for name, p in ours.named_parameters() if torch.equal(p, expected[name])
-        } == expected.keys() - muon
+        same = {name for name, p in ours.named_parameters() if torch.equal(p, expected[name])}
+        assert same == expected.keys() - muon
 
 
 def test_muon_moves_every_matrix_the_way_of_torch_muon() -> None:
@@ -147,8 +145,10 @@ def test_muon_moves_every_matrix_the_way_of_torch_muon() -> None:
     take_steps(theirs, reference, RATES)
     expected = block_matrices(theirs)
     for name, p in block_matrices(ours).items():
-        change, their_change = ((x.detach() - before[name]).flatten() for x in (p, expected[name]))
-        # both run Newton-Schulz in bfloat16 (2^-9 a rounding), torch with its sums fused and ours not: 3 % an entry
+        change = (p.detach() - before[name]).flatten()
+        their_change = (expected[name].detach() - before[name]).flatten()
+        # both run Newton-Schulz in bfloat16 (2^-9 per rounding), torch with fused sums: 3 % per
+        # value
         assert F.cosine_similarity(change, their_change, dim=0) > 0.999, name
         assert change.norm().item() == pytest.approx(their_change.norm().item(), rel=0.03), name
 
@@ -161,10 +161,8 @@ def test_muon_momentum_is_the_moving_average_that_torch_keeps() -> None:
     take_steps(theirs, reference, RATES)
     expected = block_matrices(theirs)
     for name, p in block_matrices(ours).items():
-        assert torch.equal(
-            optimizer.state[p]["momentum_buffer"],
-            reference.state[expected[name]]["momentum_buffer"],
-        )
+        momentum = reference.state[expected[name]]["momentum_buffer"]
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], momentum)
 
 
 @optimizers
@@ -176,7 +174,8 @@ def test_gradients_of_zero_leave_the_decay_of_matrices_alone(optimizer: str) -> 
         p.grad = torch.zeros_like(p)
     stepper.step()
     for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True):
-        assert torch.equal(p, q * (1 - 0.01 * 0.1) if q.dim() == 2 else q), name
+        expected = q * (1 - 0.01 * 0.1) if q.dim() == 2 else q
+        assert torch.equal(p, expected), name
 
 
 @optimizers
@@ -189,11 +188,8 @@ def test_a_parameter_without_a_gradient_is_left_as_it_is(optimizer: str) -> None
         p.grad = None
     before = copy.deepcopy(model)
     stepper.step()
-    unchanged = {
-        name
-        for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True)
-        if torch.equal(p, q)
-    }
+    pairs = zip(model.named_parameters(), before.parameters(), strict=True)
+    unchanged = {name for (name, p), q in pairs if torch.equal(p, q)}
     assert unchanged == {"embed_tokens.weight", "layers.0.mlp.up_proj.weight"}
 
 
@@ -215,7 +211,10 @@ def test_step_calls_the_closure_once_with_gradients_on_and_returns_its_loss(opti
 @fusing
 @optimizers
 def test_a_saved_and_loaded_optimizer_continues_bit_equal(optimizer: str, fused: bool) -> None:
-    """AdamW's loading reads a `step` of every parameter's state; Muon's once had none, and no such run could continue."""
+    """AdamW's loading reads a `step` of every parameter's state.
+
+    Muon's state once had none, and no such run could be resumed.
+    """
     straight = tiny_model()
     stepper = build_optimizer(straight, optimizer=optimizer, fused=fused, **SETTINGS)
     take_steps(straight, stepper, RATES[:3])
@@ -230,12 +229,11 @@ def test_a_saved_and_loaded_optimizer_continues_bit_equal(optimizer: str, fused:
     stepper = build_optimizer(resumed, optimizer=optimizer, fused=fused, **SETTINGS)
     stepper.load_state_dict(saved["optimizer"])
     take_steps(resumed, stepper, RATES[3:], first_seed=3)
-    assert all(
-        torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True)
-    )
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
-# ---- orthogonalise ----
+# ---- Newton-Schulz ----
 
 matrices = pytest.mark.parametrize(
     "shape", [(4, 24, 56), (4, 56, 24), (2, 16, 128)], ids=["wide", "tall", "wider"]
@@ -243,30 +241,29 @@ matrices = pytest.mark.parametrize(
 
 
 @matrices
-def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_directions(
+def test_newton_schulz_brings_every_singular_value_near_one_and_keeps_the_directions(
     shape: tuple[int, int, int],
 ) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    y = orthogonalise(x)
+    y = newton_schulz(x)
     values = torch.linalg.svdvals(y)
     assert (values >= 0.6).all(), values
     assert (values <= 1.3).all(), values
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    # singular values spread over 0.67 to 1.15 have a cosine with all ones of 0.99, and bfloat16 takes a little
+    # singular values from 0.67 to 1.15 have a cosine of 0.99 with all ones, and bfloat16 lowers it
+    # a little
     assert F.cosine_similarity(y.flatten(1), (u @ vh).flatten(1)).min() > 0.97
 
 
 @matrices
-@pytest.mark.parametrize(
-    "scale", [2.0**-10, 2.0**10]
-)  # a power of two, which bfloat16 holds exactly
-def test_orthogonalise_forgets_the_size_of_a_matrix_and_its_neighbours_in_the_batch(
+@pytest.mark.parametrize("scale", [2.0**-10, 2.0**10])  # bfloat16 has powers of two exactly
+def test_newton_schulz_forgets_the_size_of_a_matrix_and_its_neighbours_in_the_batch(
     shape: tuple[int, int, int], scale: float
 ) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     other = torch.cat([x[:1] * scale, -x[1:]])
-    assert torch.equal(orthogonalise(x)[0], orthogonalise(other)[0])
-    assert torch.equal(-orthogonalise(x)[1:], orthogonalise(other)[1:])
+    assert torch.equal(newton_schulz(x)[0], newton_schulz(other)[0])
+    assert torch.equal(-newton_schulz(x)[1:], newton_schulz(other)[1:])
 
 
 # ---- clip ----
@@ -280,15 +277,14 @@ def test_clip_is_torchs_clip_of_the_scaled_gradients(
     ours, theirs = tiny_model(), tiny_model()
     for model in (ours, theirs):
         set_gradients(model, 0)
-        model.embed_tokens.weight.grad = None  # as a frozen parameter's
+        model.embed_tokens.weight.grad = None  # like that of a frozen parameter
     for p in theirs.parameters():
         if p.grad is not None:
             p.grad *= scale
     norm = clip_gradients(ours.parameters(), max_norm, scale)
+    expected_norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
     # scale and clip are one factor here and two in torch: a few float32 roundings (6e-8)
-    torch.testing.assert_close(
-        norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(norm, expected_norm, rtol=1e-6, atol=0)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)
@@ -301,31 +297,28 @@ def test_a_max_norm_of_zero_scales_and_does_not_clip(scale: float | Tensor) -> N
     set_gradients(model, 0)
     before = [p.grad.clone() for p in model.parameters()]
     norm = clip_gradients(model.parameters(), 0.0, scale)
-    assert all(
-        torch.equal(p.grad, grad * scale)
-        for p, grad in zip(model.parameters(), before, strict=True)
-    )
+    for p, grad in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.grad, grad * scale)
     exact = torch.cat([grad.flatten() for grad in before]).double().norm() * scale
     assert norm.item() == pytest.approx(exact.item(), rel=1e-6)  # float32
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1e6])
 @pytest.mark.parametrize(
-    "scale, written",
+    "scale, writes",
     [(1.0, 0), (torch.tensor(1.0), 0), (0.5, 1)],
     ids=["1", "tensor of 1", "a half"],
 )
 def test_gradients_that_keep_their_size_are_not_written_to(
-    max_norm: float, scale: float | Tensor, written: int
+    max_norm: float, scale: float | Tensor, writes: int
 ) -> None:
-    """The version that autograd keeps of each counts the writes."""
+    """The version number that autograd keeps of each gradient counts the writes."""
     model = tiny_model()
     set_gradients(model, 0)
     before = [p.grad._version for p in model.parameters()]
     clip_gradients(model.parameters(), max_norm, scale)
-    assert [
-        p.grad._version - version for p, version in zip(model.parameters(), before, strict=True)
-    ] == [written] * len(before)
+    for p, version in zip(model.parameters(), before, strict=True):
+        assert p.grad._version - version == writes
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
@@ -350,17 +343,9 @@ lengths = st.tuples(st.integers(1, 300), st.integers(0, 299)).map(
 def factors(
     schedule: str, *, max_steps: int, warmup_steps: int, min_lr_ratio: float
 ) -> list[float]:
-    """The factor of every step of a run, and of the one after its last."""
-    return [
-        lr_at_step(
-            s,
-            max_steps=max_steps,
-            warmup_steps=warmup_steps,
-            min_lr_ratio=min_lr_ratio,
-            schedule=schedule,
-        )
-        for s in range(max_steps + 1)
-    ]
+    """Return the factor of every step of a run, and of the one after its last."""
+    run = dict(max_steps=max_steps, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+    return [lr_at_step(step, **run, schedule=schedule) for step in range(max_steps + 1)]
 
 
 @pytest.mark.parametrize(
@@ -380,9 +365,8 @@ def test_factors_of_a_worked_example(schedule: str, expected: list[float]) -> No
 
 
 def test_cosine_is_at_its_middle_half_way() -> None:
-    assert lr_at_step(
-        60, max_steps=100, warmup_steps=20, min_lr_ratio=0.2, schedule="cosine"
-    ) == pytest.approx(0.6)
+    run = dict(max_steps=100, warmup_steps=20, min_lr_ratio=0.2)
+    assert lr_at_step(60, **run, schedule="cosine") == pytest.approx(0.6)
 
 
 @schedules
@@ -391,15 +375,13 @@ def test_the_factor_rises_to_one_at_the_end_of_the_warmup_then_never_rises(
     schedule: str, length: dict[str, int], ratio: float
 ) -> None:
     values, end = factors(schedule, **length, min_lr_ratio=ratio), length["warmup_steps"]
-    assert all(0 < value <= 1 for value in values[: end + 1])
+    warmup, decay = values[: end + 1], values[end:]
+    assert all(0 < value <= 1 for value in warmup)
     assert values[end] == pytest.approx(1)
-    rise = 1 / (end + 1)
-    assert all(
-        b - a == pytest.approx(rise) for a, b in zip(values[:end], values[1 : end + 1], strict=True)
-    )  # no jump at its end
-    assert all(
-        0 <= b <= a + 1e-15 for a, b in zip(values[end:-1], values[end + 1 :], strict=True)
-    )  # one rounding of float64
+    for a, b in itertools.pairwise(warmup):
+        assert b - a == pytest.approx(1 / (end + 1))  # no jump at the end of the warm-up
+    for a, b in itertools.pairwise(decay):
+        assert 0 <= b <= a + 1e-15  # one rounding of float64
 
 
 @falling
@@ -419,13 +401,9 @@ def test_the_fall_equals_torchs_scheduler(
     steps = length["max_steps"] - length["warmup_steps"]
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     if schedule == "cosine":
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, T_max=steps, eta_min=ratio
-        )
+        scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps, eta_min=ratio)
     else:
-        scheduler = torch.optim.lr_scheduler.PolynomialLR(
-            optimizer, total_iters=steps
-        )  # of power 1, down to 0
+        scheduler = lr_scheduler.PolynomialLR(optimizer, total_iters=steps)  # linear, down to 0
         ratio = 0.0
     expected = []
     for _ in range(steps + 1):
@@ -433,6 +411,5 @@ def test_the_fall_equals_torchs_scheduler(
         optimizer.step()
         scheduler.step()
     values = factors(schedule, **length, min_lr_ratio=ratio)[length["warmup_steps"] :]
-    assert values == pytest.approx(
-        expected, abs=1e-9
-    )  # torch multiplies its way down, and rounds at every step
+    # torch multiplies the previous factor, and so rounds at every step
+    assert values == pytest.approx(expected, abs=1e-9)

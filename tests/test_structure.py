@@ -1,4 +1,4 @@
-"""The layers of the code: every import points down, none is hidden in a function, nothing imports a command."""
+"""The structure of the code: imports point down, and files, functions and packages stay small."""
 
 import ast
 import subprocess
@@ -15,7 +15,8 @@ LAYERS = [  # from the ground up; a module imports from its own package and from
     {"model"},
     {"config"},
     {"tokenizer"},
-    {"corpus", "checkpoint", "hardware"},
+    {"corpus", "hardware"},
+    {"checkpoint"},
     {"conversion"},
     {"data"},
     {"inference"},
@@ -32,7 +33,10 @@ MODULES = {
 
 
 def layer(module: str) -> int:
-    """The number of a module's layer; the root's model.py is the layer of pocketlm/model/, the other files there are commands."""
+    """The number of a module's layer.
+
+    The root's model.py belongs to the layer of pocketlm/model/; the other root files are commands.
+    """
     top, _, rest = module.partition(".")
     package = module if module == "model" else rest.partition(".")[0]
     return (
@@ -136,3 +140,45 @@ def test_importing_prints_nothing_and_opens_no_network():
         text=True,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+# ---- sizes ----
+
+
+def test_a_package_has_three_to_nine_modules():
+    packages = [path.parent for path in (ROOT / "pocketlm").glob("*/__init__.py")]
+    sizes = {path.name: len(list(path.glob("*.py"))) - 1 for path in packages}
+    assert {name: size for name, size in sizes.items() if not 3 <= size <= 9} == {}
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+SOURCES = [*FILES, *(ROOT / "benchmarks").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_have_at_most_fifty_lines_and_seven_parameters(path):
+    for function in functions(path):
+        arguments = function.args
+        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        parameters = len(named) + bool(arguments.vararg) + bool(arguments.kwarg)
+        assert function.end_lineno - function.lineno < 50, function.name
+        assert parameters <= 7, function.name
+
+
+def test_no_test_file_is_longer_than_five_hundred_lines():
+    lengths = {
+        path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")
+    }
+    assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
+def test_no_test_file_imports_another():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            assert not (module and module.split(".")[-1].startswith("test_")), path

@@ -1,8 +1,9 @@
-"""What a checkpoint holds, writing one so that it is never half there, and reading one so that damage is noticed.
+"""Loading a checkpoint for inference: the model, its tokenizer and its config.
 
-A checkpoint is a Lightning checkpoint (`torch.load`s with `weights_only=True`) with one more entry, `kit`: the format's
-number, the config, the tokenizer's state and the run's counters, all in plain types. It is enough by itself.
-No Lightning here: inference must not wait for it.
+    checkpoint = load_checkpoint(best_checkpoint())
+    logits = checkpoint.model(ids)
+
+pocketlm/checkpoint/format.py describes the files.
 """
 
 import math
@@ -10,12 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from model import Transformer
+from torch import Tensor
+
+from model import ModelConfig, Transformer
 from pocketlm.checkpoint.format import (
+    WEIGHT_PREFIX,
     hash_weights,
     known_checkpoints,
     read_checkpoint,
-    save_checkpoint,
+    save_weights,
 )
 from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sections import Config
@@ -27,7 +31,7 @@ from pocketlm.tokenizer.build import build_tokenizer, from_state
 
 @dataclass
 class Checkpoint:
-    """A trained model and all that belongs to it."""
+    """A trained model with its tokenizer, its config and the counters of its training."""
 
     path: Path
     model: Transformer  # in evaluation mode
@@ -35,77 +39,96 @@ class Checkpoint:
     config: Config
     step: int  # optimizer steps
     tokens: int  # targets trained on
-    val_loss: float | None  # nats per token when it was last measured
-    quantized: str | None = None  # int8 or int4, where the weights are
-    chat_template: str | None = None  # Jinja, of a model that was taught to answer
+    val_loss: float | None  # nats per token at the last validation; None before the first
+    quantized: str | None = None  # int8 or int4 if the weights are quantised
+    chat_template: str | None = None  # Jinja template of a model that was trained to chat
 
     @cached_property
     def weights_sha256(self) -> str:
+        """SHA-256 that identifies the weights."""
         return hash_weights(self.model.state_dict())
 
 
 def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Checkpoint:
-    """The model (float32 or quantised, CPU, evaluation mode) and what belongs to it; `tokenizer_name` is checked against its own."""
+    """Load a checkpoint: the model is on the CPU, in float32 or quantised, in evaluation mode.
+
+    Raises UserError if it cannot be read, or if `tokenizer_name` is not the tokenizer that the
+    model was trained with.
+    """
     state = read_checkpoint(path)
-    kit = state["kit"]
-    tokenizer = from_state(kit["tokenizer"])
-    config = config_from_dict(kit["config"], origin=str(path))
-    if (
-        tokenizer_name is not None and not tokenizer_name == tokenizer.name == "gpt2"
-    ):  # which need not be fetched for this
-        other = build_tokenizer(tokenizer_name, config.data.cache_dir)
-        if other.fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                f"{path} was trained with the tokenizer {tokenizer.name!r}, not {tokenizer_name!r}; leave --tokenizer out"
-            )
-    weights = {name.removeprefix("model."): tensor for name, tensor in state["state_dict"].items()}
-    model = Transformer(
-        config.model
-    )  # on the meta device it would not draw weights, and take 0.8 s to import what that needs
-    if quantized := kit.get("quantized"):
+    metadata = state["kit"]
+    tokenizer = from_state(metadata["tokenizer"])
+    config = config_from_dict(metadata["config"], origin=str(path))
+    if tokenizer_name is not None:
+        check_tokenizer(tokenizer, tokenizer_name, config.data.cache_dir, path)
+    quantized = metadata.get("quantized")
+    return Checkpoint(
+        Path(path),
+        load_model(config.model, quantized, state["state_dict"], path),
+        tokenizer,
+        config,
+        state["global_step"],
+        metadata["tokens"],
+        metadata["val_loss"],
+        quantized,
+        metadata.get("chat_template"),
+    )
+
+
+def load_model(
+    config: ModelConfig, quantized: str | None, weights: dict[str, Tensor], path: str | Path
+) -> Transformer:
+    """Return the model with these weights. Raises UserError if they do not fit the config."""
+    # Building it on the meta device would save drawing random weights, but importing what that
+    # needs takes 0.8 s.
+    model = Transformer(config)
+    if quantized:
         model = quantize(model, quantized)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict({k.removeprefix(WEIGHT_PREFIX): v for k, v in weights.items()})
     except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the weights of {path} do not fit its config: {reason}") from None
+    return model.eval()
+
+
+def check_tokenizer(tokenizer: Tokenizer, name: str, cache_dir: str, path: str | Path) -> None:
+    """Raise UserError if the tokenizer called `name` is not the checkpoint's own."""
+    if name == tokenizer.name == "gpt2":
+        return  # there is one only, which then need not be fetched
+    if build_tokenizer(name, cache_dir).fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"the weights of {path} do not fit its config: {' '.join(str(error).split())[:300]}"
-        ) from None
-    counters = state["global_step"], kit["tokens"], kit["val_loss"]
-    return Checkpoint(
-        Path(path), model.eval(), tokenizer, config, *counters, quantized, kit.get("chat_template")
-    )
+            f"{path} was trained with the tokenizer {tokenizer.name!r}, not {name!r}; "
+            "leave --tokenizer out"
+        )
 
 
 def best_checkpoint() -> Path:
-    """checkpoints/best.ckpt (last.ckpt, if none is validated yet), else the named run's with the lowest validation loss."""
-    for unnamed in (Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt")):
+    """Return the checkpoint that a command uses if none is given.
+
+    It is checkpoints/best.ckpt, or last.ckpt if that run has no validation yet, or else the best of
+    the named runs by validation loss. Raises UserError if there is none.
+    """
+    folder = Path("checkpoints")
+    for unnamed in (folder / "best.ckpt", folder / "last.ckpt"):
         if unnamed.is_file():
             return unnamed
-    runs = [
-        p
-        for p in sorted(Path("checkpoints").glob("*/best.ckpt"))
-        if not p.parent.name.startswith("old-")
-    ]
-    if not runs:
-        raise UserError(f"there is no checkpoint yet in {unnamed.parent}; {known_checkpoints()}")
-    losses = {path: read_checkpoint(path)["kit"]["val_loss"] for path in runs}
-    return min(runs, key=lambda path: math.inf if losses[path] is None else losses[path])
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
+    named = sorted(folder.glob("*/best.ckpt"))
+    current = [path for path in named if not path.parent.name.startswith("old-")]
+    if not current:
+        raise UserError(f"there is no checkpoint yet in {folder}; {known_checkpoints()}")
+    losses = {path: read_checkpoint(path)["kit"]["val_loss"] for path in current}
+    return min(current, key=lambda path: math.inf if losses[path] is None else losses[path])
 
 
 def write_quantized(source: Path, target: Path, dtype: str) -> Transformer:
-    """The checkpoint `source` with quantised weights, for `load_checkpoint`; optimizer state is left out."""
-    model, state = quantize(load_checkpoint(source).model, dtype), read_checkpoint(source)
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    """Write the checkpoint `source` with quantised weights to `target`; return the quantised model.
+
+    The state of the training run is left out.
+    """
+    model = quantize(load_checkpoint(source).model, dtype)
+    state = read_checkpoint(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(
-        {
-            "state_dict": weights,
-            "global_step": state["global_step"],
-            "kit": state["kit"] | {"quantized": dtype},
-        },
-        target,
-    )
+    metadata = state["kit"] | {"quantized": dtype}
+    save_weights(model.state_dict(), state["global_step"], metadata, target)
     return model

@@ -1,7 +1,8 @@
-"""The folders of a run and what is in them already: continue it, refuse, or move it aside. Nothing is overwritten."""
+"""The folders of a run and the outputs in them: resume from them, refuse, or move them aside.
 
-import os
-import sys
+Nothing is overwritten.
+"""
+
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from filelock import FileLock, Timeout
 
 from pocketlm.checkpoint.format import read_checkpoint
 from pocketlm.config.loading import config_from_dict
-from pocketlm.config.sections import Config
+from pocketlm.config.sections import TENSORBOARD_RUNS, Config
 from pocketlm.errors import UserError
+from pocketlm.hardware.processes import is_first_process, print_note
 
-# keys that may change between a run and its continuation, since no weight depends on them
-FREE_KEYS = {
+# Keys on which no weight depends: they may differ between a run and its continuation.
+RESUMABLE_CHANGES = {
     "run.name",
     "data.cache_dir",
     "training.max_steps",
@@ -27,11 +29,16 @@ FREE_KEYS = {
     "training.save_every_steps",
     "training.keep_checkpoints",
 }
+RESUMABLE_SECTIONS = ("hardware", "sampling")  # the same for all keys of these sections
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run keeps its outputs: with a name in folders of its own, else the files directly in the two top ones."""
+    """The location of a run's outputs.
+
+    A named run has folders of its own in checkpoints/ and logs/; an unnamed one writes directly
+    into these two.
+    """
 
     name: str
 
@@ -48,13 +55,14 @@ class Run:
         return self.logs / "metrics.csv"
 
     def numbered(self) -> list[Path]:
-        """The checkpoints with a step in their name, newest first."""
+        """Return the checkpoints with a step in their name, newest first."""
         return sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
 
-    def lock(self) -> AbstractContextManager:
-        """Make the folders and keep other runs out until this one ends. Raises UserError where one is in already.
+    def lock(self) -> AbstractContextManager[Any]:
+        """Create the folders and keep other runs out of them until the context ends.
 
-        Of the processes of one run, which share the folders, the first locks for all.
+        The first process of a run locks for all of them. Raises UserError if another run has the
+        lock.
         """
         if not is_first_process():
             return nullcontext()
@@ -62,38 +70,54 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.checkpoints / ".lock")
         try:
-            held = lock.acquire(timeout=0)
+            acquired = lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"another process is training in {self.checkpoints}; wait for it, or give this run a name: run.name=NAME"
+                f"another process is training in {self.checkpoints}; wait until it ends, or give "
+                "this run a name: run.name=NAME"
             ) from None
         for leftover in self.checkpoints.glob(".*.unfinished"):
             leftover.unlink()
-        return held
+        return acquired
 
     def move_aside(self) -> list[Path]:
-        """Move this run's files into old-<time>/ beside them; return where to."""
+        """Move this run's outputs into subfolders old-<time>/; return these folders."""
         stamp = time.strftime("old-%Y%m%d-%H%M%S")
         moved = []
         for folder in (self.checkpoints, self.logs):
-            files = [p for p in folder.glob("*") if p.is_file() and p.name != ".lock"]
-            if files:
+            outputs = [p for p in folder.glob("*") if p.is_file() and p.name != ".lock"]
+            if folder == self.logs:
+                outputs += self.tensorboard_folders()
+            if outputs:
                 target = folder / stamp
                 target.mkdir(parents=True)
-                for file in files:
-                    file.rename(target / file.name)
+                for output in outputs:
+                    output.rename(target / output.name)
                 moved.append(target)
         return moved
 
+    def tensorboard_folders(self) -> list[Path]:
+        """Return the folders of this run's event files.
+
+        A folder of such a name with a metrics.csv in it is not one of them: it is the log folder
+        of a run that earlier versions allowed to be named "train" or "validation".
+        """
+        folders = [self.logs / name for name in TENSORBOARD_RUNS]
+        return [
+            folder
+            for folder in folders
+            if folder.is_dir() and not (folder / "metrics.csv").exists()
+        ]
+
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """last.ckpt and its content, or else the newest readable checkpoint; damaged ones are passed over, and named."""
+        """Return last.ckpt, or else the newest readable checkpoint, and its content.
+
+        Damaged checkpoints are skipped with a note that names them. None if the run has no
+        checkpoint. Raises UserError if all of them are damaged.
+        """
+        others = [self.checkpoints / "final.ckpt", self.checkpoints / "best.ckpt"]
         damaged: list[str] = []
-        for path in [
-            self.checkpoints / "last.ckpt",
-            *self.numbered(),
-            self.checkpoints / "final.ckpt",
-            self.checkpoints / "best.ckpt",
-        ]:
+        for path in [self.checkpoints / "last.ckpt", *self.numbered(), *others]:
             if not path.exists():
                 continue
             try:
@@ -106,65 +130,57 @@ class Run:
             return path, state
         if damaged:
             raise UserError(
-                f"{'; '.join(damaged)}; no checkpoint of this run is left to continue from: --fresh begins anew"
+                f"{'; '.join(damaged)}; no checkpoint of this run is left to resume from: use "
+                "--fresh to start again"
             )
         return None
 
 
-def print_note(text: str) -> None:
-    """A line on stderr, once a run."""
-    if is_first_process():
-        print(text, file=sys.stderr, flush=True)
-
-
-def is_first_process() -> bool:
-    """Whether this is the first of the processes of a run on several devices or machines, or the only one."""
-    return all(
-        os.environ.get(name, "0") == "0"
-        for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    )
-
-
 @dataclass(frozen=True)
-class Start:
-    """The checkpoint a run goes on from, its step, and the length the run had."""
+class ResumePoint:
+    """The checkpoint from which a run resumes."""
 
     path: Path
     step: int
-    max_steps: int
+    max_steps: int  # length of the run when the checkpoint was saved
 
 
-def find_start(run: Run, config: Config, data_sha256: str) -> Start | None:
-    """The checkpoint that `config` continues, or None to begin. Raises UserError for a finished or a different run."""
-    found = run.newest()
-    if found is None:
+def find_resume_point(run: Run, config: Config, data_sha256: str) -> ResumePoint | None:
+    """Return the checkpoint that `config` resumes, or None to start from step 0.
+
+    Raises UserError if the run is finished, or has another config or other data.
+    """
+    newest = run.newest()
+    if newest is None:
         return None
-    path, state = found
+    path, state = newest
     step = state["global_step"]
-    ways_out = "--fresh moves the old outputs aside and begins anew; run.name=NAME keeps both"
-    before = config_from_dict(state["kit"]["config"], origin=str(path))
-    changed = differences(before, config)
+    remedy = "--fresh moves the old outputs aside and starts again; run.name=NAME keeps both"
+    previous = config_from_dict(state["kit"]["config"], origin=str(path))
+    changes = changed_keys(previous, config)
     if state["kit"].get("data_sha256") != data_sha256:
-        changed.append("the tokens to train on")
-    if changed:
+        changes.append("the tokens to train on")
+    if changes:
         raise UserError(
-            f"{run.checkpoints} holds a run with another config ({', '.join(changed)}); {ways_out}"
+            f"{run.checkpoints} holds a run with another config ({', '.join(changes)}); {remedy}"
         )
     if step >= config.training.max_steps:
         raise UserError(
-            f"the run in {run.checkpoints} is finished: {step} of {config.training.max_steps} steps; "
-            f"raise training.max_steps to go on; {ways_out}"
+            f"the run in {run.checkpoints} is finished: {step} of {config.training.max_steps} "
+            f"steps; raise training.max_steps to continue it; {remedy}"
         )
-    return Start(path, step, before.training.max_steps)
+    return ResumePoint(path, step, previous.training.max_steps)
 
 
-def differences(before: Config, now: Config) -> list[str]:
-    """`key: before -> now` for each key that decides the weights and differs."""
-    old, new = before.to_dict(), now.to_dict()
-    return [
-        f"{section}.{key}: {value!r} -> {new[section][key]!r}"
-        for section, values in old.items()
-        if section not in ("hardware", "sampling")
-        for key, value in values.items()
-        if f"{section}.{key}" not in FREE_KEYS and value != new[section][key]
-    ]
+def changed_keys(previous: Config, current: Config) -> list[str]:
+    """Return `key: previous -> current` of each changed key on which the weights depend."""
+    old, new = previous.to_dict(), current.to_dict()
+    changes = []
+    for section, values in old.items():
+        if section in RESUMABLE_SECTIONS:
+            continue
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if name not in RESUMABLE_CHANGES and value != new[section][key]:
+                changes.append(f"{name}: {value!r} -> {new[section][key]!r}")
+    return changes

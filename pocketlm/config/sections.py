@@ -1,6 +1,8 @@
-"""The settings of a run: six frozen sections with the defaults of config.yaml, each checked as far as it can be by itself.
+"""Settings of a run: six frozen dataclasses, one for each section of config.yaml.
 
-Where sizes do not fit, ValueError says so in a sentence that begins with the key. `config_file.py` reads and writes them.
+Every section has the defaults of config.yaml and checks its own values: it raises FieldError with
+the key and the reason. The comments of the fields are those of config.yaml. `loading.py` reads and
+writes the settings; sampling.py and the root's model.py define two of the sections.
 """
 
 import dataclasses
@@ -12,54 +14,61 @@ from model import ModelConfig
 from pocketlm.config.sampling import SamplingConfig
 from pocketlm.errors import FieldError, UserError
 
+TENSORBOARD_RUNS = ("train", "validation")  # folders of event files in a run's log folder
+
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str = ""  # outputs go to checkpoints/<name> and logs/<name>; empty: straight into checkpoints and logs
+    """Name of the run, which decides where its files are written."""
+
+    # outputs go to checkpoints/<name> and logs/<name>; empty: directly to checkpoints and logs
+    name: str = ""
 
     def __post_init__(self) -> None:
-        if self.name.startswith((".", "old-")) or not all(
-            c.isascii() and (c.isalnum() or c in "._-") for c in self.name
-        ):
+        characters_fit = all(c.isascii() and (c.isalnum() or c in "._-") for c in self.name)
+        if not characters_fit or self.name.startswith((".", "old-")):
             raise FieldError(
                 "name",
-                f"{self.name!r} is a folder's name: letters, digits, '.', '_', '-', not beginning '.' or 'old-'",
+                f"{self.name!r} is not a valid folder name; use letters, digits, '.', '_' and '-', "
+                "and do not begin it with '.' or 'old-'",
+            )
+        if self.name in TENSORBOARD_RUNS:
+            raise FieldError(
+                "name",
+                f"{self.name!r} is the name of a folder of TensorBoard files; use another name",
             )
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where documents come from."""
+    """Location and format of the documents."""
 
-    source: str = "wiki"  # a corpus by name: wiki, shakespeare, names, korean_names, dialogue, sotu; or a Hugging Face dataset, OWNER/NAME
-    path: str | None = None  # a file, a folder or a pattern; takes the place of `source`
-    optional_path: str | None = (
-        None  # a file or folder that is read in place of `source` where it is there
-    )
-    val_path: str | None = (
-        None  # the same, of which all is validation; None: val_share of the training text
-    )
-    text_field: str = (
-        "text"  # the field of jsonl, csv, parquet and Hugging Face rows that holds a document
-    )
-    separator: str | None = (
-        None  # between the documents of a text file: line, blank_line, or a text; None: a file is one
-    )
-    errors: Literal["strict", "replace"] = (
-        "strict"  # of bytes that are not UTF-8: refuse, or put U+FFFD there
-    )
+    # named corpus: wiki, shakespeare, names, korean_names, dialogue, sotu; or a Hugging Face
+    # dataset, OWNER/NAME
+    source: str = "wiki"
+    # file, folder or glob pattern: txt, jsonl, csv, parquet (.gz and .zst too), or token .bin;
+    # replaces source
+    path: str | None = None
+    # file or folder that replaces source if it exists: train.txt in the randygpt presets
+    optional_path: str | None = None
+    # file, folder or glob pattern of held-out documents; None: val_share of the training text
+    val_path: str | None = None
+    text_field: str = "text"  # field of jsonl, csv, parquet and Hugging Face rows with the document
+    # between documents of a text file: line, blank_line, or a string; None: a file is one document
+    separator: str | None = None
+    # bytes that are not UTF-8: strict refuses them, replace reads U+FFFD
+    errors: Literal["strict", "replace"] = "strict"
     config_name: str | None = None  # Hugging Face: configuration, also called subset
-    split: str = "train"  # Hugging Face: split
-    val_split: str | None = (
-        None  # Hugging Face: split of which all is validation; None: val_share of the training text
-    )
+    split: str = "train"  # Hugging Face: split to train on
+    # Hugging Face: split to hold out; None: val_share of the training text
+    val_split: str | None = None
     revision: str | None = None  # Hugging Face: commit, tag or branch
 
     def __post_init__(self) -> None:
         if self.separator == "":
             raise FieldError(
                 "separator",
-                "is empty; it is line, blank_line, a text, or null for one document a file",
+                "is empty; it is line, blank_line, a string, or null for one document per file",
             )
         if self.val_split == self.split:
             raise FieldError(
@@ -75,34 +84,37 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class MixtureConfig(SourceConfig):
-    """One of several sources."""
+    """One source of a mixture."""
 
-    weight: float = 1.0  # its share of the rows, beside the other weights
+    weight: float = 1.0  # share of the rows, relative to the other sources' weights
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.weight < math.inf:
-            raise FieldError("weight", f"is {self.weight}; it must be above 0 and finite")
+        require_positive(self, "weight")
 
 
 @dataclass(frozen=True)
 class DataConfig(SourceConfig):
-    mixture: tuple[
-        MixtureConfig, ...
-    ] = ()  # several sources at once; takes the place of the keys above
-    tokenizer: str = "gpt2"  # byte, seen-bytes, char, char:SIZE, bpe:SIZE, gpt2, a tokenizer.json, a Hugging Face folder or name
-    bos: bool | None = None  # a begin token before each document; None: where the tokenizer has one
-    eos: bool | None = None  # an end token behind each document; None: where the tokenizer has one
-    val_share: float = (
-        0.05  # share of the documents (of a single document's end) kept for validation
-    )
-    packing: Literal["packed", "padded"] = (
-        "packed"  # rows cut from one stream of tokens, or a document a row
-    )
-    document_mask: bool = True  # tokens attend within their own document only
-    streaming: bool = False  # tokenise while training, and keep no tokens on the disk but those of the first documents
+    """Documents, tokenizer and rows."""
+
+    # several sources at once: a list of the keys above, each with its weight; replaces the keys
+    # above
+    mixture: tuple[MixtureConfig, ...] = ()
+    # byte, seen-bytes, char, char:SIZE, bpe:SIZE, gpt2, a tokenizer.json, or a Hugging Face folder
+    # or name
+    tokenizer: str = "gpt2"
+    bos: bool | None = None  # begin-of-document token: true, false; None: if the tokenizer has one
+    eos: bool | None = None  # end-of-document token: true, false; None: if the tokenizer has one
+    # share of the documents to hold out for validation; of a single document, its end
+    val_share: float = 0.05
+    # packed: rows are cut from one stream of tokens; padded: a row is one document
+    packing: Literal["packed", "padded"] = "packed"
+    document_mask: bool = True  # tokens attend only within their own document
+    # tokenise during training and store only the first documents' tokens: for text that does not
+    # fit on the disk twice
+    streaming: bool = False
     shuffle_buffer: int = 1000  # rows that streaming shuffles at a time, in each worker
-    cache_dir: str = "data"  # fetched corpora and token shards
+    cache_dir: str = "data"  # folder for downloaded corpora and token shards
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,61 +122,56 @@ class DataConfig(SourceConfig):
             raise FieldError(
                 "val_share", f"is {self.val_share}; it is a share between 0 and 1, for example 0.05"
             )
-        if self.shuffle_buffer < 1:
-            raise FieldError("shuffle_buffer", f"is {self.shuffle_buffer}; it must be 1 or more")
+        require_at_least(1, self, "shuffle_buffer")
         if self.mixture and self.path:
-            raise FieldError(
-                "path",
-                f"{self.path!r} and mixture are both given; set the one that is not meant to null",
-            )
+            raise FieldError("path", f"{self.path!r} and mixture are both set; set one to null")
         if self.mixture and self.streaming:
-            raise FieldError("streaming", "reads a single source; leave out streaming or mixture")
+            raise FieldError("streaming", "reads a single source; remove streaming or mixture")
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
-        """Where the documents come from: the parts of the mixture, or the one source."""
+        """The sources of the mixture, or the single source."""
         return self.mixture or (self,)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    """Batches, length of the run, optimizer and checkpoints."""
+
     seq_len: int = 256  # tokens in a row
-    micro_batch_size: int = 8  # rows in one forward pass, on each device
-    grad_accum_steps: int = 1  # forward passes in one optimizer step
+    micro_batch_size: int = 8  # rows in a forward pass, on each device
+    grad_accum_steps: int = 1  # forward passes in an optimizer step
     max_steps: int = 600  # optimizer steps
-    max_epochs: float | None = None  # passes over the rows; takes the place of `max_steps`
-    optimizer: Literal["adamw", "muon", "sgd"] = (
-        "muon"  # muon: the blocks' matrices by Muon, the rest by AdamW
-    )
+    # passes over the training rows, for example 0.5 or 3; replaces max_steps
+    max_epochs: float | None = None
+    # muon: Muon for the blocks' matrices, AdamW for the rest; adamw; sgd
+    optimizer: Literal["adamw", "muon", "sgd"] = "muon"
     lr: float = 6e-3  # peak learning rate
     min_lr_ratio: float = 0.0  # final learning rate as a share of the peak
-    schedule: Literal["cosine", "linear", "constant"] = "linear"  # from the peak to the end
-    warmup_steps: int = 30  # optimizer steps from 0 to the peak
-    weight_decay: float = 0.1  # on matrices, not on norm gains
-    betas: tuple[float, float] = (0.9, 0.998)  # AdamW; the first is SGD's momentum
-    eps: float = 1e-8  # AdamW
-    grad_clip: float = 1.0  # largest global gradient norm; 0: no clip
-    loss_chunk: int = 1024  # tokens whose logits exist at a time; 0: all of them
+    # learning rate from the peak to the end: linear, cosine, constant
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    warmup_steps: int = 30  # optimizer steps in which the learning rate rises from 0 to the peak
+    # of matrices, per step, as a share of the learning rate; none on norm gains
+    weight_decay: float = 0.1
+    # AdamW: decay per step of its two moments; SGD: the first is the momentum
+    betas: tuple[float, float] = (0.9, 0.998)
+    eps: float = 1e-8  # AdamW: added to the root of the second moment
+    grad_clip: float = 1.0  # maximum global gradient norm; 0: no clipping
+    loss_chunk: int = 1024  # tokens whose logits are in memory at a time; 0: all
+    # auto, 32-true, bf16-mixed, 16-mixed; auto prints its choice and why
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    seed: int = 42
+    seed: int = 42  # random seed of the weights, the data order and dropout
     log_every_steps: int = 10  # optimizer steps between logged points
-    val_every_steps: int = 100  # optimizer steps between validations
-    probe_cases: tuple[str, ...] = ()  # probe suites that each validation scores
+    # optimizer steps between validations; one always follows the last step
+    val_every_steps: int = 100
+    # probe suites to score at each validation, for example [cases/wiki_basics.yaml]
+    probe_cases: tuple[str, ...] = ()
     save_every_steps: int = 100  # optimizer steps between checkpoints
-    keep_checkpoints: int = 3  # numbered checkpoints kept, newest first; 0: all
+    keep_checkpoints: int = 3  # numbered checkpoints to keep, newest first; 0: all
 
     def __post_init__(self) -> None:
-        for name in (
-            "seq_len",
-            "micro_batch_size",
-            "grad_accum_steps",
-            "max_steps",
-            "log_every_steps",
-            "val_every_steps",
-            "save_every_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise FieldError(name, f"is {getattr(self, name)}; it must be 1 or more")
+        require_at_least(1, self, "seq_len", "micro_batch_size", "grad_accum_steps", "max_steps")
+        require_at_least(1, self, "log_every_steps", "val_every_steps", "save_every_steps")
         for name in (
             "min_lr_ratio",
             "warmup_steps",
@@ -174,40 +181,52 @@ class TrainingConfig:
             "keep_checkpoints",
             "seed",
         ):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise FieldError(
-                    name, f"is {getattr(self, name)}; it must be 0 or more, and below 2^32"
-                )
-        if not (0 < self.lr < math.inf and 0 < self.eps < math.inf):
-            raise FieldError("lr", f"{self.lr} and eps {self.eps} must be above 0 and finite")
+            value = getattr(self, name)
+            if not 0 <= value < 2**32:
+                raise FieldError(name, f"is {value}; it must be 0 or more, and below 2^32")
+        require_positive(self, "lr", "eps")
         if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
             raise FieldError(
                 "max_epochs", f"is {self.max_epochs}; it must be above 0 and finite, or null"
             )
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise FieldError("betas", f"are {list(self.betas)}; each lies from 0 to below 1")
+            raise FieldError("betas", f"are {list(self.betas)}; each must be from 0 to below 1")
 
     def validates(self, step: int) -> bool:
-        """Whether a validation follows optimizer step `step`; one always follows the last."""
+        """Return whether a validation follows optimizer step `step`."""
         return step % self.val_every_steps == 0 or step == self.max_steps
 
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    accelerator: Literal["auto", "cpu", "mps", "cuda", "gpu"] = (
-        "auto"  # auto: mps, else cuda, else cpu; gpu is cuda
-    )
-    devices: int = 1  # how many of them
+    """Devices and how to use them."""
+
+    # auto: mps, else cuda, else cpu; or cpu, mps, cuda; gpu means cuda
+    accelerator: Literal["auto", "cpu", "mps", "cuda", "gpu"] = "auto"
+    devices: int = 1  # number of devices
     num_workers: int = 0  # processes that prepare batches; 0: the training process itself
-    compile: Literal["auto", "on", "off"] = (
-        "auto"  # torch.compile; auto: on CUDA, and on a CPU in a run of many minutes
-    )
+    # torch.compile: auto, on, off; auto: on CUDA, and on a CPU in a run of many minutes
+    compile: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.devices < 1:
-            raise FieldError("devices", f"is {self.devices}; it must be 1 or more")
-        if self.num_workers < 0:
-            raise FieldError("num_workers", f"is {self.num_workers}; it must be 0 or more")
+        require_at_least(1, self, "devices")
+        require_at_least(0, self, "num_workers")
+
+
+def require_at_least(minimum: int, config: object, *names: str) -> None:
+    """Raise FieldError for the first of these fields that is below `minimum`."""
+    for name in names:
+        value = getattr(config, name)
+        if value < minimum:
+            raise FieldError(name, f"is {value}; it must be {minimum} or more")
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raise FieldError for the first of these fields that is not above 0 and finite."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise FieldError(name, f"is {value}; it must be above 0 and finite")
 
 
 SECTIONS = {
@@ -222,6 +241,8 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run. Raises ValueError if two sections do not fit together."""
+
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -230,38 +251,46 @@ class Config:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
+        seq_len = self.training.seq_len
         if self.model.max_seq_len is None:
-            object.__setattr__(
-                self, "model", dataclasses.replace(self.model, max_seq_len=self.training.seq_len)
-            )
-        if self.model.max_seq_len < self.training.seq_len:
+            model = dataclasses.replace(self.model, max_seq_len=seq_len)
+            object.__setattr__(self, "model", model)  # the dataclass is frozen
+        max_seq_len = self.model.max_seq_len
+        assert max_seq_len is not None
+        if max_seq_len < seq_len:
             raise ValueError(
-                f"training.seq_len {self.training.seq_len} does not fit model.max_seq_len {self.model.max_seq_len}"
+                f"training.seq_len {seq_len} does not fit model.max_seq_len {max_seq_len}"
             )
 
     def with_vocab_size(self, vocab_size: int) -> "Config":
-        """This config for a tokenizer of `vocab_size`. Raises UserError where the model was given a smaller one."""
-        given = self.model.vocab_size
-        if given is not None and given < vocab_size:
+        """Return this config for a tokenizer with `vocab_size` tokens.
+
+        A larger model.vocab_size is kept. Raises UserError if it is smaller.
+        """
+        configured = self.model.vocab_size
+        if configured is not None and configured < vocab_size:
             raise UserError(
-                f"model.vocab_size is {given}, but the tokenizer {self.data.tokenizer!r} has {vocab_size} entries; leave it empty"
+                f"model.vocab_size is {configured}, but the vocabulary of the tokenizer "
+                f"{self.data.tokenizer!r} has {vocab_size} tokens; leave it null"
             )
-        return dataclasses.replace(
-            self, model=dataclasses.replace(self.model, vocab_size=given or vocab_size)
-        )
+        model = dataclasses.replace(self.model, vocab_size=configured or vocab_size)
+        return dataclasses.replace(self, model=model)
 
     def with_max_steps(self, max_steps: int) -> "Config":
-        """This config for a run of so many optimizer steps."""
-        return dataclasses.replace(
-            self, training=dataclasses.replace(self.training, max_steps=max_steps)
-        )
+        """Return this config for a run of `max_steps` optimizer steps."""
+        training = dataclasses.replace(self.training, max_steps=max_steps)
+        return dataclasses.replace(self, training=training)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain dicts, lists, numbers and strings: what a checkpoint and YAML hold."""
+        """Return the settings as nested dicts, lists, numbers and strings, for checkpoints."""
+        sections = dataclasses.asdict(self)
+        return {name: to_plain(section) for name, section in sections.items()}
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: plain(each) for key, each in value.items()}
-            return [plain(each) for each in value] if isinstance(value, tuple) else value
 
-        return plain(dataclasses.asdict(self))
+def to_plain(value: Any) -> Any:
+    """Return `value` with lists in place of tuples, at every depth."""
+    if isinstance(value, dict):
+        return {key: to_plain(each) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return [to_plain(each) for each in value]
+    return value

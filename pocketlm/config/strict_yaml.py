@@ -1,189 +1,267 @@
-"""YAML read strictly, with the place of every key, and values built into dataclasses."""
+"""YAML 1.2 read strictly, with the position of every key, and dataclasses built from plain values.
+
+    values, positions = parse_yaml(text, "c.yaml")
+    section = build_dataclass(Kind, values["section"], ("section",), positions, "c.yaml")
+
+A *key path* is the tuple of keys and list indices that lead to a value; a *position* is
+`file:line`. Every mistake is a UserError that names the position, the value and the remedy.
+"""
 
 import difflib
 import json
 import re
 import typing
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from pocketlm.config.sections import SECTIONS, MixtureConfig
 from pocketlm.errors import FieldError, UserError
+
+T = TypeVar("T")
+
+KeyPath = tuple[str, ...]
+Positions = dict[KeyPath, str]
+
+MAX_DEPTH = 9  # no file of ours is nested deeper than 4
+
+TAG = "tag:yaml.org,2002:"
 
 
 class Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: 3e-4 is a number, 010 is ten, `no` and 12:30 are text."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes the texts that Loader would take for something else."""
+    """YAML writer that quotes the texts that Loader would read as another type."""
 
     yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
 
-SCALARS = {  # tag: pattern, first characters, meaning
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text[0] in "tT"),
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
-    "int": (r"[-+]?[0-9]+", "-+0123456789", int),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-        lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+class Scalar(NamedTuple):
+    """One type of scalar."""
+
+    pattern: str
+    first_characters: list[str]  # of plain text that is tried as this type; empty: none is
+    convert: Callable[[str], Any]
+
+
+def parse_bool(text: str) -> bool:
+    """Return whether the text is a spelling of true."""
+    return text[0] in "tT"
+
+
+def parse_null(text: str) -> None:
+    """Return None."""
+
+
+def parse_float(text: str) -> float:
+    """Return the number; YAML writes infinity as .inf and not-a-number as .nan."""
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+
+SCALARS = {
+    "bool": Scalar(r"true|True|TRUE|false|False|FALSE", list("tTfF"), parse_bool),
+    "null": Scalar(r"~|null|Null|NULL|", ["~", "n", "N", ""], parse_null),
+    "int": Scalar(r"[-+]?[0-9]+", list("-+0123456789"), int),
+    "float": Scalar(
+        FLOAT + r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789"), parse_float
     ),
-    "str": (r"(?s:.*)", None, str),
+    "str": Scalar(r"(?s:.*)", [], str),
 }
 
-
-for tag, (pattern, first, _) in SCALARS.items():
-    if first:
+for _tag, _scalar in SCALARS.items():
+    if _scalar.first_characters:
         Loader.add_implicit_resolver(
-            f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first)
+            TAG + _tag, re.compile(f"^(?:{_scalar.pattern})$"), _scalar.first_characters
         )
 
 
-def parse_yaml(text: str, place: str) -> tuple[Any, dict[tuple[str, ...], str]]:
-    """The value of a YAML text in plain types, and for the path of each key and list item its place, as `file:line`.
+class StrictYaml:
+    """Parser of one YAML text; `positions` has the position of every key and list item.
 
-    Nothing but mappings, lists and scalars is built: no aliases, no other tags, no duplicate keys, no depth beyond 9.
+    It builds mappings, lists and scalars and nothing else. Aliases, other tags, duplicate keys and
+    nesting beyond MAX_DEPTH are errors.
     """
-    places: dict[tuple[str, ...], str] = {}
 
-    def refuse(node: yaml.Node | yaml.Event, reason: str) -> UserError:
-        return UserError(f"{place}:{node.start_mark.line + 1}: {reason}")
+    def __init__(self, origin: str):
+        self.origin = origin
+        self.positions: Positions = {}
 
-    def build(node: yaml.Node, path: tuple[str, ...]) -> Any:
-        places[path] = f"{place}:{node.start_mark.line + 1}"
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if len(path) == 10:
-            raise refuse(node, "this is nested more than 9 deep")
+    def parse(self, text: str) -> Any:
+        """Return the text's value in plain types. Raises UserError with the position."""
+        try:
+            for event in yaml.parse(text, Loader):
+                if isinstance(event, yaml.AliasEvent):
+                    raise self.error(
+                        event, "aliases (*name) are not supported; write the value out"
+                    )
+            node = yaml.compose(text, Loader)
+            return None if node is None else self.read_node(node, ())
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+            raise UserError(f"{self.origin}{line}: not valid YAML: {reason}") from error
+        except RecursionError:
+            raise UserError(f"{self.origin}: not valid YAML: nested too deeply") from None
+
+    def read_node(self, node: yaml.Node, path: KeyPath) -> Any:
+        """Return the value of a node in plain types."""
+        self.positions[path] = self.position(node)
+        if len(path) > MAX_DEPTH:
+            raise self.error(node, f"this value is nested more than {MAX_DEPTH} levels deep")
+        kind = node.tag.removeprefix(TAG)
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [build(item, (*path, str(index))) for index, item in enumerate(node.value)]
+            return [self.read_node(item, (*path, str(i))) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and kind == "map":
-            values = {}
-            for key, value in node.value:
-                at = (*path, str(key.value))
-                if at in places:
-                    raise refuse(key, f"{'.'.join(at)} stands already at {places[at]}; remove one")
-                values[str(key.value)] = build(value, at)
-                places[at] = f"{place}:{key.start_mark.line + 1}"
-            return values
-        if (
-            not isinstance(node, yaml.ScalarNode)
-            or kind not in SCALARS
-            or not re.fullmatch(SCALARS[kind][0], node.value)
-        ):
-            raise refuse(
-                node,
-                f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} does not go with this value",
-            )
+            return self.read_mapping(node, path)
+        return self.read_scalar(node, kind)
+
+    def read_mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        """Return the mapping; its keys become text."""
+        values = {}
+        for key, value in node.value:
+            key_path = (*path, str(key.value))
+            if key_path in self.positions:
+                first = self.positions[key_path]
+                name = ".".join(key_path)
+                raise self.error(key, f"{name} is already set at {first}; remove one of them")
+            values[str(key.value)] = self.read_node(value, key_path)
+            self.positions[key_path] = self.position(key)
+        return values
+
+    def read_scalar(self, node: yaml.Node, kind: str) -> Any:
+        """Return the scalar, converted to the type that its tag names."""
+        scalar = SCALARS.get(kind)
+        matches = (
+            isinstance(node, yaml.ScalarNode)
+            and scalar is not None
+            and re.fullmatch(scalar.pattern, node.value)
+        )
+        if scalar is None or not matches:
+            tag = node.tag.replace(TAG, "!!")
+            raise self.error(node, f"the tag {tag} does not fit this value")
         try:
             node.value.encode()
-            return SCALARS[kind][2](node.value)
-        except ValueError as error:  # half a character, or thousands of digits
-            raise refuse(node, f"not a value: {error}") from None
+            return scalar.convert(node.value)
+        except ValueError as error:  # half a surrogate pair, or thousands of digits
+            raise self.error(node, f"not a value: {error}") from None
 
-    try:
-        if (
-            alias := next(
-                (e for e in yaml.parse(text, Loader) if isinstance(e, yaml.AliasEvent)), None
-            )
-        ) is not None:
-            raise refuse(alias, "aliases (*name) are not used here; write the value out")
-        node = yaml.compose(text, Loader)
-        return (None if node is None else build(node, ())), places
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise UserError(f"{place}{line}: not valid YAML: {reason}") from error
-    except RecursionError:
-        raise UserError(f"{place}: not valid YAML: nested too deep") from None
+    def position(self, node: yaml.Node | yaml.Event) -> str:
+        """Return the `file:line` where the node begins."""
+        assert node.start_mark is not None
+        return f"{self.origin}:{node.start_mark.line + 1}"
+
+    def error(self, node: yaml.Node | yaml.Event, reason: str) -> UserError:
+        """Return the UserError for a node."""
+        return UserError(f"{self.position(node)}: {reason}")
+
+
+def parse_yaml(text: str, origin: str) -> tuple[Any, Positions]:
+    """Return the text's value in plain types and the positions of its keys and list items.
+
+    `origin` names the text in positions and messages, usually its file. Raises UserError.
+    """
+    parser = StrictYaml(origin)
+    return parser.parse(text), parser.positions
 
 
 @cache
-def types_of(kind: type, keys: tuple[str, ...]) -> type[BaseModel]:
-    """What pydantic checks the given keys of a dataclass against."""
+def checking_model(kind: type, keys: tuple[str, ...]) -> type[BaseModel]:
+    """Return the pydantic model that checks these fields of a dataclass."""
     hints = typing.get_type_hints(kind)
-    return create_model(
-        kind.__name__,
-        __config__=ConfigDict(strict=True),
-        **{key: (hints[key], ...) for key in keys},
-    )
+    fields: dict[str, Any] = {key: (hints[key], ...) for key in keys}
+    return create_model(kind.__name__, __config__=ConfigDict(strict=True), **fields)
 
 
-def build(
-    kind: type, given: Any, path: tuple[str, ...], places: dict[tuple[str, ...], str], origin: str
-) -> Any:
-    """The dataclass `kind` from plain values, which stand at `path` in the config; the parts of a mixture likewise."""
+def build_dataclass(
+    kind: Callable[..., T],
+    values: Any,
+    path: KeyPath,
+    positions: Positions,
+    origin: str,
+    *,
+    other_names: Mapping[str, str] | None = None,
+    built: Mapping[str, Any] | None = None,
+) -> T:
+    """Return the dataclass `kind` with the plain `values` that were read at `path`.
+
+    `other_names` are hints for keys of other programs. `built` are fields that already have their
+    final value and are not checked again. Raises UserError for the first mistake.
+    """
+    assert isinstance(kind, type)
     name = ".".join(path)
-
-    def place(*key: str) -> str:
-        return next(
-            (places[at] for at in ((*path, *key), path[:2], path[:1]) if at in places), origin
-        )
-
-    if not isinstance(given, dict):
-        raise UserError(f"{place()}: {name} is a section with keys of its own, not {given!r}")
+    if not isinstance(values, dict):
+        position = nearest_position(path, positions, origin)
+        raise UserError(f"{position}: {name} is a section with keys of its own, not {values!r}")
     hints = typing.get_type_hints(kind)
-    for key in given:
-        check_key(key, list(hints), place(str(key)), name)
-    values = dict(given)
-    if isinstance(parts := values.pop("mixture", None), list):
-        values["mixture"] = tuple(
-            build(MixtureConfig, part, (*path, "mixture", str(i)), places, origin)
-            for i, part in enumerate(parts)
-        )
-    elif parts is not None:
-        raise UserError(
-            f"{place('mixture')}: {name}.mixture is a list of sources, each with its weight, not {parts!r}"
-        )
-    plain = {key: value for key, value in values.items() if key != "mixture"}
+    for key in values:
+        position = nearest_position((*path, str(key)), positions, origin)
+        check_key(key, hints.keys(), position, f"{name} has no key", other_names or {})
     try:
-        checked = types_of(kind, tuple(plain)).model_validate_json(json.dumps(plain))
+        # in JSON, a list becomes a tuple, and a whole number a float, where the field asks for one
+        checked = checking_model(kind, tuple(values)).model_validate_json(json.dumps(values))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = first["loc"][0]
-        said = (
-            first["msg"].removeprefix("Input should be ")
-            if len(first["loc"]) == 1
-            else str(hints[key])
-        )
+        field, expected = first_mistake(error, hints)
+        position = nearest_position((*path, field), positions, origin)
         raise UserError(
-            f"{place(key)}: {name}.{key} is {given[key]!r}; it should be {said}"
+            f"{position}: {name}.{field} is {values[field]!r}; it should be {expected}"
         ) from None
+    fields = {key: getattr(checked, key) for key in values}
     try:
-        return kind(**values | {k: getattr(checked, k) for k in plain})
+        return typing.cast(T, kind(**fields, **(built or {})))
     except FieldError as error:
-        raise UserError(f"{place(error.field)}: {name}.{error}") from None
+        position = nearest_position((*path, error.field), positions, origin)
+        raise UserError(f"{position}: {name}.{error}") from None
 
 
-ELSEWHERE = {  # what other programs call a key: nanoGPT, Hugging Face, llm-mini
-    "n_layer": "model.n_layers", "num_hidden_layers": "model.n_layers", "n_head": "model.n_heads", "num_attention_heads": "model.n_heads",
-    "num_key_value_heads": "model.n_kv_heads", "n_embd": "model.d_model", "hidden_size": "model.d_model",
-    "intermediate_size": "model.d_ff", "tie_word_embeddings": "model.tie_embeddings", "block_size": "training.seq_len",
-    "batch_size": "training.micro_batch_size", "gradient_accumulation_steps": "training.grad_accum_steps",
-    "learning_rate": "training.lr", "min_lr": "training.min_lr_ratio, a share of the peak", "max_iters": "training.max_steps",
-    "warmup_iters": "training.warmup_steps", "warmup_ratio": "training.warmup_steps, a number of steps",
-    "eval_interval": "training.val_every_steps", "log_interval": "training.log_every_steps", "save_every": "training.save_every_steps",
-    "out_dir": "run.name", "dtype": "training.precision", "device": "hardware.accelerator", "dataset": "data.source",
-    "config": "data.config_name", "tokenizer_name": "data.tokenizer", "pack_sequences": "data.packing",
-    "train_docs": "data.path, of a file that holds so many", "val_docs": "data.val_share",
-    "early_stopping": "not there: best.ckpt is the checkpoint of the lowest validation loss",
-    "reduce_on_plateau": "not there: training.schedule says how the rate falls", "swa_window": "not there: attention is full",
-}  # fmt: skip
+def first_mistake(error: ValidationError, hints: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the field of pydantic's first complaint and a description of the expected value."""
+    first = error.errors()[0]
+    location = first["loc"]
+    field = str(location[0])
+    if len(location) > 1:  # inside a list: describe the whole field
+        return field, str(hints[field])
+    return field, first["msg"].removeprefix("Input should be ")
 
 
-def check_key(key: str, known: list[str], place: str, section: str = "") -> None:
-    """Raise UserError with the nearest known key unless `key` is one."""
-    if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        if key in ELSEWHERE and section in SECTIONS:
-            hint = f"here that is {ELSEWHERE[key]}"
-        what = f"{section} has no key {key!r}" if section else f"there is no section {key!r}"
-        raise UserError(f"{place}: {what}; {hint}")
+def nearest_position(path: KeyPath, positions: Positions, origin: str) -> str:
+    """Return the position of the key, or of the nearest enclosing key that has one, or `origin`.
+
+    >>> nearest_position(("data", "path"), {("data",): "c.yaml:3"}, "c.yaml")
+    'c.yaml:3'
+    """
+    for length in range(len(path), 0, -1):
+        if path[:length] in positions:
+            return positions[path[:length]]
+    return origin
+
+
+def check_key(
+    key: str,
+    known: Collection[str],
+    position: str,
+    problem: str,
+    other_names: Mapping[str, str] | None = None,
+) -> None:
+    """Raise UserError with the most similar known key unless `key` is known.
+
+    `problem` begins the sentence, for example "training has no key".
+    """
+    if key in known:
+        return
+    similar = difflib.get_close_matches(str(key), known, n=1)
+    if other_names and key in other_names:
+        hint = other_names[key]
+    elif similar:
+        hint = f"did you mean {similar[0]}?"
+    else:
+        hint = f"the choices are {', '.join(known)}"
+    raise UserError(f"{position}: {problem} {key!r}; {hint}")

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face folder."""
+"""Pretrained models in a Hugging Face folder, as `save_pretrained` writes it."""
 
 import json
 from collections.abc import Callable
@@ -9,27 +9,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pocketlm.conversion.layout import (
-    OF_GPT2,
+    GPT2_SETTINGS,
     Layout,
     Pretrained,
+    Source,
     Tensors,
     Values,
     assemble,
-    drop_second_copy,
+    drop_tied_head,
     require_key,
+    require_keys,
     require_supported,
 )
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.bpe import JsonTokenizer
 
 GPT2_NAMES = {
-    "layers": "h", "embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "input_layernorm": "ln_1",
-    "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
-    **{f"self_attn.{part}_proj": "attn.c_attn" for part in "qkv"},
-}  # fmt: skip
+    "layers": "h",
+    "embed_tokens": "wte",
+    "embed_positions": "wpe",
+    "norm": "ln_f",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "self_attn.q_proj": "attn.c_attn",
+    "self_attn.k_proj": "attn.c_attn",
+    "self_attn.v_proj": "attn.c_attn",
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
 
-
-HUGGING_FACE = {
+LAYOUTS = {
     "llama": Layout({}, "model.", buffers=r".*\brotary_emb\.inv_freq"),
     "gpt2": Layout(
         GPT2_NAMES,
@@ -40,85 +50,95 @@ HUGGING_FACE = {
     ),
 }
 
+# keys of config.json by our names
+LLAMA_KEYS = {
+    "n_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "d_ff": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+GPT2_KEYS = {
+    "n_layers": "n_layer",
+    "d_model": "n_embd",
+    "n_heads": "n_head",
+    "max_seq_len": "n_positions",
+    "vocab_size": "vocab_size",
+}
 
-# ---- Hugging Face ----------------------------------------------------------------------------------------------------
+# defaults of LlamaConfig and GPT2Config in transformers
+LLAMA_DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+GPT2_DEFAULTS = {
+    "n_positions": 1024,
+    "n_inner": None,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+ROPE_SUPPORTED = {
+    "rope_type": ("default",),
+    "type": ("default",),
+    "partial_rotary_factor": (1.0,),
+}
+GPT2_SUPPORTED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "add_cross_attention": (False,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+}
 
 
 def llama_settings(values: Values, origin: str) -> Values:
-    """Our model section of Hugging Face's LlamaConfig, whose defaults these are."""
-    usual = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    values = usual | {"attention_bias": False, "mlp_bias": False} | values
-    keys = {
-        "n_layers": "num_hidden_layers",
-        "d_model": "hidden_size",
-        "n_heads": "num_attention_heads",
-        "d_ff": "intermediate_size",
-    }
-    keys |= {"max_seq_len": "max_position_embeddings", "vocab_size": "vocab_size"}
-    settings = {ours: require_key(values, key, int, origin) for ours, key in keys.items()}
-    key = next((key for key in ("rope_parameters", "rope_scaling") if values.get(key)), None)
-    rope = {"rope_theta": values.get("rope_theta", 10_000.0)} | (
-        require_key(values, key, dict, origin) if key else {}
-    )
-    require_supported(
-        values,
-        origin,
-        {"hidden_act": ("silu",), "head_dim": (settings["d_model"] // settings["n_heads"], None)},
-    )
-    require_supported(
-        values,
-        f"{origin}, where attention_bias is {values['attention_bias']}",
-        {"mlp_bias": (values["attention_bias"],)},
-    )
-    require_supported(
-        rope,
-        f"{origin}: {key}",
-        {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0,)},
-    )
-    others = {
+    """Return our model section for the values of a LlamaConfig."""
+    values = LLAMA_DEFAULTS | values
+    sizes = require_keys(values, LLAMA_KEYS, origin)
+    rope_key, rope = read_rope(values, origin)
+    head_dim = sizes["d_model"] // sizes["n_heads"]
+    require_supported(values, {"hidden_act": ("silu",), "head_dim": (head_dim, None)}, origin)
+    bias = values["attention_bias"]
+    where = f"{origin}, where attention_bias is {bias}"
+    require_supported(values, {"mlp_bias": (bias,)}, where)
+    require_supported(rope, ROPE_SUPPORTED, f"{origin}: {rope_key}")
+    return sizes | {
         "n_kv_heads": values.get("num_key_value_heads"),
-        "bias": values["attention_bias"],
+        "bias": bias,
         "rope_theta": rope["rope_theta"],
+        "norm_eps": values["rms_norm_eps"],
+        "tie_embeddings": values["tie_word_embeddings"],
     }
-    return (
-        settings
-        | others
-        | {"norm_eps": values["rms_norm_eps"], "tie_embeddings": values["tie_word_embeddings"]}
-    )
+
+
+def read_rope(values: Values, origin: str) -> tuple[str, Values]:
+    """Return the key of config.json that has the options of RoPE, and the options."""
+    rope: Values = {"rope_theta": values.get("rope_theta", 10_000.0)}
+    for key in ("rope_parameters", "rope_scaling"):
+        if values.get(key):
+            return key, rope | require_key(values, key, dict, origin)
+    return "rope_theta", rope
 
 
 def gpt2_settings(values: Values, origin: str) -> Values:
-    """Our model section of Hugging Face's GPT2Config, whose defaults these are."""
-    values = {
-        "n_positions": 1024,
-        "n_inner": None,
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-    } | values
-    known = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "add_cross_attention": (False,),
-    }
-    require_supported(
-        values,
-        origin,
-        known | {"scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,)},
+    """Return our model section for the values of a GPT2Config."""
+    values = GPT2_DEFAULTS | values
+    require_supported(values, GPT2_SUPPORTED, origin)
+    sizes = require_keys(values, GPT2_KEYS, origin)
+    return (
+        GPT2_SETTINGS
+        | sizes
+        | {
+            "d_ff": values["n_inner"],
+            "norm_eps": values["layer_norm_epsilon"],
+            "tie_embeddings": values["tie_word_embeddings"],
+        }
     )
-    keys = {
-        "n_layers": "n_layer",
-        "d_model": "n_embd",
-        "n_heads": "n_head",
-        "max_seq_len": "n_positions",
-        "vocab_size": "vocab_size",
-    }
-    settings = {ours: require_key(values, key, int, origin) for ours, key in keys.items()}
-    others = {
-        "d_ff": values["n_inner"],
-        "norm_eps": values["layer_norm_epsilon"],
-        "tie_embeddings": values["tie_word_embeddings"],
-    }
-    return OF_GPT2 | settings | others
 
 
 SETTINGS: dict[str, Callable[[Values, str], Values]] = {
@@ -127,7 +147,8 @@ SETTINGS: dict[str, Callable[[Values, str], Values]] = {
 }
 
 
-def read_json(path: Path) -> Values:
+def read_json_object(path: Path) -> Values:
+    """Return the object in a JSON file. Raises UserError if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -138,66 +159,65 @@ def read_json(path: Path) -> Values:
 
 
 def read_safetensors(folder: Path) -> Tensors:
-    """The tensors of model.safetensors, or of the files that model.safetensors.index.json lists."""
+    """Return the tensors of model.safetensors, or of the files that its index lists."""
     index = folder / "model.safetensors.index.json"
-    listed = (
-        require_key(read_json(index), "weight_map", dict, str(index)) if index.is_file() else {}
-    )
+    names = ["model.safetensors"]
+    if index.is_file():
+        weight_map = require_key(read_json_object(index), "weight_map", dict, str(index))
+        names = sorted({str(name) for name in weight_map.values()}) or names
     tensors: Tensors = {}
-    for file in sorted({folder / str(name) for name in listed.values()}) or [
-        folder / "model.safetensors"
-    ]:
+    for file in (folder / name for name in names):
         if not file.is_file():
-            old = (
-                " (a pytorch_model.bin is not read: save the model again, as safetensors)"
-                if [*folder.glob("*.bin")]
-                else ""
-            )
-            raise UserError(f"there is no {file}{old}; fetch or save the model again")
+            hint = ""
+            if any(folder.glob("*.bin")):
+                hint = " (a pytorch_model.bin is not read: save the model again, as safetensors)"
+            raise UserError(f"there is no {file}{hint}; download or save the model again")
         try:
             tensors |= load_file(file)
         except SafetensorError as error:
             raise UserError(
-                f"{file} is damaged or not a safetensors file ({error}); fetch or save the model again"
+                f"{file} is damaged or not a safetensors file ({error}); "
+                "download or save the model again"
             ) from None
     return tensors
 
 
 def read_folder(folder: Path) -> Pretrained:
-    """A Llama or GPT-2 as `save_pretrained` writes it: config.json, safetensors, tokenizer.json."""
+    """Read a Llama or GPT-2: config.json, safetensors, tokenizer.json. Raises UserError."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json; give the folder of a Hugging Face model")
-    values, origin = read_json(file), str(file)
-    if (kind := values.get("model_type")) not in SETTINGS:
-        raise UserError(
-            f"{file} is of a model of the type {kind!r}; {' and '.join(SETTINGS)} can be converted"
-        )
-    require_supported(values, origin, {"quantization_config": (None,)})
+    values, origin = read_json_object(file), str(file)
+    kind = values.get("model_type")
+    if kind not in SETTINGS:
+        supported = " and ".join(SETTINGS)
+        raise UserError(f"{file} is of a model of type {kind!r}; only {supported} can be converted")
+    require_supported(values, {"quantization_config": (None,)}, origin)
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} has no tokenizer.json; save its tokenizer there, as a fast one")
+        raise UserError(f"{folder} has no tokenizer.json; save its fast tokenizer in it")
     settings, tensors = SETTINGS[kind](values, origin), read_safetensors(folder)
-    layout = HUGGING_FACE[kind]
+    layout = LAYOUTS[kind]
     if not any(name.startswith(layout.prefix) for name in tensors):
         layout = replace(layout, prefix="")
     if settings["tie_embeddings"]:
-        drop_second_copy(tensors, layout.name("lm_head.weight"), layout.name("embed_tokens.weight"))
-    return assemble(
-        settings,
-        tensors,
-        layout,
-        JsonTokenizer.from_file(folder),
-        folder_template(folder),
-        str(folder),
-    )
+        head = layout.foreign_name("lm_head.weight")
+        drop_tied_head(tensors, head, layout.foreign_name("embed_tokens.weight"))
+    tokenizer = JsonTokenizer.from_file(folder)
+    source = Source(str(folder), settings, tokenizer, read_chat_template(folder))
+    return assemble(source, tensors, layout)
 
 
-def folder_template(folder: Path) -> str | None:
-    """The chat template beside the tokenizer: a file of its own, or in tokenizer_config.json, there perhaps one of several."""
-    if (file := folder / "chat_template.jinja").is_file():
+def read_chat_template(folder: Path) -> str | None:
+    """Return the chat template: a file of its own, or a key of tokenizer_config.json.
+
+    The key may hold several templates by name.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
         return file.read_text(encoding="utf-8")
     file = folder / "tokenizer_config.json"
-    template = read_json(file).get("chat_template") if file.is_file() else None
+    template = read_json_object(file).get("chat_template") if file.is_file() else None
     if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}.get("default")
+        by_name = {each["name"]: each["template"] for each in template}
+        template = by_name.get("default")
     return template

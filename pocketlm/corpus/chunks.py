@@ -1,90 +1,136 @@
-"""Documents split into train and validation, and cut into chunks for a tokenizer."""
+"""Chunks: documents assigned to the train or validation split, and cut to sizes for a tokenizer.
+
+    Source.pieces() -> split_source -> at_token_boundaries -> batch_chunks -> Tokenizer
+
+The split of a document is a hash of its text, so it is the same on every machine and in every run.
+A corpus of a single document is cut in two instead.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from pocketlm.corpus.pieces import Piece, Source
 from pocketlm.tokenizer.base import Tokenizer
 
-UNCUT = 2**22  # characters; a longer word is cut all the same
+MAX_UNCUT_CHARACTERS = 2**22  # a longer text without a token boundary is cut anyway
 
-
-# ---- documents -> train and validation -------------------------------------------------------------------------------
-
-
-def is_validation(document: str, share: float) -> bool:
-    """Whether a hash of the text falls into the validation share: the same everywhere, and for equal texts."""
-    digest = hashlib.sha256(document.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A document, or a part of one."""
+    """A document, or a part of one, with the split that the document belongs to."""
 
-    validation: bool
+    split: Split
     text: str
-    begins: bool = True  # a document begins with it
-    ends: bool = True
+    starts_document: bool = True
+    ends_document: bool = True
+
+
+# ---- documents -> train and validation ----
+
+
+def is_validation(document: str, val_share: float) -> bool:
+    """Return whether a hash of the text falls into the validation share.
+
+    The answer is the same everywhere, and equal texts have the same answer.
+    """
+    digest = hashlib.sha256(document.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < val_share * 2**64
+
+
+def split_source(source: Source, val_share: float) -> Iterator[Chunk]:
+    """Yield the documents of a source with their splits.
+
+    If there is only one document, its last `val_share` is the validation split.
+    """
+    single_bytes = single_document_bytes(source.pieces()) if 0 < val_share < 1 else None
+    if single_bytes is None:
+        yield from split_documents(source.pieces(), val_share)
+    else:
+        yield from split_single_document(source.pieces(), int(single_bytes * (1 - val_share)))
 
 
 def single_document_bytes(pieces: Iterable[Piece]) -> int | None:
-    """UTF-8 bytes of the only document, or None where there are more, or none."""
-    size, over = 0, False
-    for text, ends in pieces:
-        if over:
+    """Return the UTF-8 bytes of the only document, or None if there are none or several."""
+    size, complete = 0, False
+    for text, is_last in pieces:
+        if complete:
             return None
-        size, over = size + len(text.encode()), ends
+        size += len(text.encode())
+        complete = is_last
     return size or None
 
 
-def split(pieces: Iterable[Piece], share: float, lone: int | None) -> Iterator[Chunk]:
-    """Each document to train or validation by a hash of its (first) piece; a lone one of `lone` bytes gives its last share."""
-    begins, validation = True, False
-    border = (
-        0 if lone is None else int(lone * (1 - share))
-    )  # in bytes of the lone document from here on
-    for text, ends in pieces:
-        if lone is None:
-            validation = is_validation(text, share) if begins else validation
-            yield Chunk(validation, text, begins, ends)
-            begins = ends
-        elif validation:
-            yield Chunk(True, text, False, ends)
-        elif not ends and border >= (size := len(text.encode())):
-            yield Chunk(False, text, begins, False)
-            begins, border = False, border - size
-        else:
-            raw = text.encode()
-            while 0 < border < len(raw) and raw[border] & 0xC0 == 0x80:  # inside a character
-                border -= 1
-            if border or not begins:
-                yield Chunk(False, raw[:border].decode(), begins, True)
-            yield Chunk(True, raw[border:].decode(), True, ends)
-            validation = True
+def split_documents(pieces: Iterable[Piece], val_share: float) -> Iterator[Chunk]:
+    """Assign each document to a split by a hash of its first piece."""
+    split: Split = "train"
+    starts = True
+    for text, is_last in pieces:
+        if starts:
+            split = "val" if is_validation(text, val_share) else "train"
+        yield Chunk(split, text, starts, is_last)
+        starts = is_last
+
+
+def split_single_document(pieces: Iterable[Piece], train_bytes: int) -> Iterator[Chunk]:
+    """Cut one document into `train_bytes` for training and the rest for validation.
+
+    The cut is moved to the left where it would be inside a character.
+    """
+    left = train_bytes
+    starts = True
+    after_cut = False
+    for text, is_last in pieces:
+        if after_cut:
+            yield Chunk("val", text, False, is_last)
+            continue
+        raw = text.encode()
+        if not is_last and left >= len(raw):
+            yield Chunk("train", text, starts, False)
+            starts = False
+            left -= len(raw)
+            continue
+        cut = character_start(raw, left)
+        if cut or not starts:
+            yield Chunk("train", raw[:cut].decode(), starts, True)
+        yield Chunk("val", raw[cut:].decode(), True, is_last)
+        after_cut = True
+
+
+def character_start(raw: bytes, index: int) -> int:
+    """Return the index itself, or the start of the UTF-8 character that it is inside of."""
+    while 0 < index < len(raw) and raw[index] & 0xC0 == 0x80:
+        index -= 1
+    return index
+
+
+# ---- chunks for a tokenizer ----
 
 
 def at_token_boundaries(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> Iterator[Chunk]:
-    """The same documents, in chunks that have the same ids apart as together."""
-    held, begins = "", True
+    """Re-chunk documents so that encoding chunk by chunk gives the ids of the whole document."""
+    pending, starts = "", True
     for chunk in chunks:
-        text = held + chunk.text
-        if chunk.ends:
-            yield Chunk(chunk.validation, text, begins, True)
-            held, begins = "", True
+        text = pending + chunk.text
+        if chunk.ends_document:
+            yield Chunk(chunk.split, text, starts, True)
+            pending, starts = "", True
             continue
-        cut = tokenizer.cut(text)
-        if not cut and len(text) >= UNCUT:
+        cut = tokenizer.last_token_boundary(text)
+        if not cut and len(text) >= MAX_UNCUT_CHARACTERS:
             cut = len(text)
         if cut:
-            yield Chunk(chunk.validation, text[:cut], begins, False)
-            begins = False
-        held = text[cut:]
+            yield Chunk(chunk.split, text[:cut], starts, False)
+            starts = False
+        pending = text[cut:]
 
 
 def batch_chunks(chunks: Iterable[Chunk], characters: int) -> Iterator[list[Chunk]]:
-    """Lists of chunks of about as many characters."""
+    """Yield lists of chunks with about `characters` characters each."""
     batch: list[Chunk] = []
     size = 0
     for chunk in chunks:
@@ -95,9 +141,3 @@ def batch_chunks(chunks: Iterable[Chunk], characters: int) -> Iterator[list[Chun
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def split_source(source: Source, share: float) -> Iterator[Chunk]:
-    """The documents of a source, each on its side."""
-    lone = single_document_bytes(source.pieces()) if 0 < share < 1 else None
-    return split(source.pieces(), share, lone)

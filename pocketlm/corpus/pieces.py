@@ -1,4 +1,9 @@
-"""Documents in pieces: what every source yields, and how text in blocks becomes it."""
+"""Pieces of documents: what every source yields, and how blocks of text are cut into them.
+
+A piece is `(text, is_last)`: at most PIECE_CHARACTERS of a document's text, and whether the
+document ends with them. Pieces keep memory constant for a single document of many gigabytes. A
+block is text as it was read from a file, which may hold several documents or a part of one.
+"""
 
 import hashlib
 import json
@@ -6,51 +11,66 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-PIECE = 2**20  # characters
+PIECE_CHARACTERS = 2**20
 
-
-Piece = tuple[str, bool]  # text, and whether its document ends with it
+Piece = tuple[str, bool]
 
 
 class Source:
-    """Where documents come from. `position` of `size` bytes have been read, where a source can tell."""
+    """Base class of everything that yields documents.
+
+    A source that knows its `size` in bytes updates `position`, the bytes read so far.
+    """
 
     name: str
     size: int | None = None
     position = 0
 
     def documents(self) -> Iterator[str]:
-        """Every document, whole, in an order that is always the same; where they may be long, a source has `pieces` alone."""
+        """Yield every document as a whole string, always in the same order.
+
+        A source whose documents may be long implements `pieces` instead.
+        """
         raise NotImplementedError
 
     def pieces(self) -> Iterator[Piece]:
-        """The documents that are not blank, in pieces of PIECE characters, the last of each at most as long."""
-        return in_pieces((document, True) for document in self.documents())
+        """Yield the documents that are not blank, in pieces.
+
+        All pieces of a document have PIECE_CHARACTERS, except the last, which may be shorter.
+        """
+        return resize_pieces((document, True) for document in self.documents())
 
     def digest(self) -> str:
-        """SHA-256 of all that decides the documents: here the documents themselves."""
+        """Return the SHA-256 of everything that decides the documents.
+
+        The default hashes the documents themselves.
+        """
         digest = hashlib.sha256()
-        for text, ends in self.pieces():
-            digest.update(text.encode() + (b"\0\xff" if ends else b""))  # which UTF-8 never holds
+        for text, is_last in self.pieces():
+            digest.update(text.encode())
+            if is_last:
+                digest.update(b"\0\xff")  # a sequence that is never in UTF-8
         return digest.hexdigest()
 
 
-# ---- text in blocks -> pieces ----------------------------------------------------------------------------------------
+# ---- blocks of text -> pieces ----
 
 
-def split_at(blocks: Iterable[str], separator: str) -> Iterator[Piece]:
-    """The texts between separators; one longer than PIECE in pieces.
+def split_on_separator(blocks: Iterable[str], separator: str) -> Iterator[Piece]:
+    """Yield the texts between separators; a text longer than a piece comes in several.
 
-    >>> list(split_at(["one<e", ">tw", "o"], "<e>"))
+    >>> list(split_on_separator(["one<e", ">tw", "o"], "<e>"))
     [('one', True), ('two', True)]
     """
     rest = ""
     for block in blocks:
-        *whole, rest = (rest + block).split(separator)
-        for text in whole:
+        *complete, rest = join_texts([rest, block]).split(separator)
+        for text in complete:
             yield text, True
-        if len(rest) > PIECE + len(separator):  # whose end may be the beginning of a separator
+        if len(rest) > PIECE_CHARACTERS + len(separator):
+            # The end of `rest` may be the first part of a separator, so it is kept back.
             yield rest[: -len(separator)], False
             rest = rest[-len(separator) :]
     if rest:
@@ -58,101 +78,127 @@ def split_at(blocks: Iterable[str], separator: str) -> Iterator[Piece]:
 
 
 def merge_leading_blanks(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The same texts; but one that is not blank does not begin with a blank piece, and one that is comes whole.
+    """Merge a document's leading blank pieces into its first piece that is not blank.
 
-    >>> list(merge_leading_blanks([(" ", False), ("a", False), (" ", True), (" ", False), (" ", True)]))
+    A document of white space only becomes one piece.
+
+    >>> pieces = [(" ", False), ("a", False), (" ", True), (" ", False), (" ", True)]
+    >>> list(merge_leading_blanks(pieces))
     [(' a', False), (' ', True), ('  ', True)]
     """
-    held: list[str] = []
+    pending: list[str] = []
     blank = True
-    for text, ends in pieces:
+    for text, is_last in pieces:
         blank = blank and (not text or text.isspace())
-        if held or blank and not ends:
-            held.append(text)
-        if ends or not blank:
-            yield "".join(held) if held else text, ends
-            held, blank = [], ends
+        if pending or (blank and not is_last):
+            pending.append(text)
+        if is_last or not blank:
+            yield join_texts(pending) if pending else text, is_last
+            pending, blank = [], is_last
 
 
-def paragraphs(lines: Iterable[Piece]) -> Iterator[Piece]:
-    """Documents of lines that blank lines end; `lines` are pieces of them. Some of the documents are empty.
+def split_on_blank_lines(lines: Iterable[Piece]) -> Iterator[Piece]:
+    """Join lines to documents that end at blank lines. Some of the documents are empty.
 
-    >>> list(paragraphs([("a", True), ("b", True), (" ", True), ("c", True)]))
+    >>> list(split_on_blank_lines([("a", True), ("b", True), (" ", True), ("c", True)]))
     [('a', False), ('\\nb', False), ('', True), ('c', False), ('', True)]
     """
-    between, at_start = "", True  # what is between two lines of a document; whether a line begins
-    for text, ends in merge_leading_blanks(lines):
-        if at_start and not text.strip():
+    line_end = ""  # written before the next line of the same document
+    starts_line = True
+    for text, is_last in merge_leading_blanks(lines):
+        if starts_line and not text.strip():
             yield "", True
-            between = ""
+            line_end = ""
             continue
-        text = between + text if at_start else text
-        if ends:
-            between = "\r\n" if text.endswith("\r") else "\n"
+        if starts_line:
+            text = line_end + text
+        if is_last:
+            line_end = "\r\n" if text.endswith("\r") else "\n"
             text = text.removesuffix("\r")
         yield text, False
-        at_start = ends
+        starts_line = is_last
     yield "", True
 
 
-def in_pieces(parts: Iterable[Piece]) -> Iterator[Piece]:
-    """Leave out documents of nothing but white space, and bring the others to pieces of PIECE characters, the last one shorter."""
-    held: list[str] = []
+def resize_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Drop blank documents and cut the others into pieces of PIECE_CHARACTERS.
+
+    The cuts depend on the document alone, not on the pieces that came in, so that equal documents
+    have equal first pieces wherever they are in a file.
+    """
+    pending: list[str] = []
     size = 0
-    for text, ends in merge_leading_blanks(parts):
-        if not held and (not text or text.isspace()):
+    for text, is_last in merge_leading_blanks(pieces):
+        if not pending and (not text or text.isspace()):
             continue
-        if not held and ends and len(text) <= PIECE:  # as most are
+        if not pending and is_last and len(text) <= PIECE_CHARACTERS:  # the common case
             yield text, True
             continue
-        held.append(text)
+        pending.append(text)
         size += len(text)
-        if ends or size > PIECE:
-            whole = "".join(held)
-            last = (size - 1) // PIECE * PIECE
-            for start in range(0, last, PIECE):
-                yield whole[start : start + PIECE], False
-            if ends:
-                yield whole[last:], True
-            held, size = ([], 0) if ends else ([whole[last:]], size - last)
+        if is_last or size > PIECE_CHARACTERS:
+            joined = join_texts(pending)
+            last = (size - 1) // PIECE_CHARACTERS * PIECE_CHARACTERS
+            for start in range(0, last, PIECE_CHARACTERS):
+                yield joined[start : start + PIECE_CHARACTERS], False
+            if is_last:
+                yield joined[last:], True
+                pending, size = [], 0
+            else:
+                pending, size = [joined[last:]], size - last
 
 
-def hash_files(files: list[Path], settings: list, versions: Iterable[str] = ()) -> str:
-    """SHA-256 of the files' bytes, in this order, of the settings they are read with, and of the versions of the code that does."""
+def join_texts(texts: list[str]) -> str:
+    """Return the texts as one.
 
-    def sha256(file: Path) -> str:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-
-    with ThreadPoolExecutor() as pool:  # hashing does not hold Python's lock
-        return hashlib.sha256(
-            json.dumps([settings, [*versions, *pool.map(sha256, files)]]).encode()
-        ).hexdigest()
+    All copying of growing texts goes through here, so that a test can count the characters.
+    """
+    return "".join(texts)
 
 
-HEAD_DOCUMENTS, HEAD_CHARACTERS = (
-    10_000,
-    2**26,
-)  # what streaming looks at before it begins, whichever comes first
+def hash_files(files: list[Path], settings: list[Any], versions: Iterable[str] = ()) -> str:
+    """Return the SHA-256 of the files' bytes, in this order, and of how they are read.
+
+    `settings` are the options of the reader, `versions` those of the code that reads.
+    """
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's global lock
+        digests = [*versions, *pool.map(sha256_of_file, files)]
+    return hashlib.sha256(json.dumps([settings, digests]).encode()).hexdigest()
 
 
-class Head(Source):
-    """The first documents of a source, two at least, read once."""
+def sha256_of_file(file: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+# ---- the beginning of a source ----
+
+# Streaming reads the documents up to the first of these limits before training begins.
+MAX_FIRST_DOCUMENTS = 10_000
+MAX_FIRST_CHARACTERS = 2**26
+
+
+class FirstDocuments(Source):
+    """The first documents of a source, at least two, read once and kept in memory."""
 
     def __init__(self, source: Source):
-        self.source, self.name = source, f"the first documents of {source.name}"
+        self.source = source
+        self.name = f"the first documents of {source.name}"
 
     @cached_property
-    def read(self) -> list[Piece]:
-        read, documents, characters = [], 0, 0
-        for text, ends in self.source.pieces():
-            read.append((text, ends))
-            documents, characters = documents + ends, characters + len(text)
-            if ends and (
-                documents >= HEAD_DOCUMENTS or documents > 1 and characters >= HEAD_CHARACTERS
-            ):
+    def buffer(self) -> list[Piece]:
+        """All pieces of the first documents."""
+        buffer: list[Piece] = []
+        documents = characters = 0
+        for text, is_last in self.source.pieces():
+            buffer.append((text, is_last))
+            documents += is_last
+            characters += len(text)
+            full = documents > 1 and characters >= MAX_FIRST_CHARACTERS
+            if is_last and (full or documents >= MAX_FIRST_DOCUMENTS):
                 break
-        return read
+        return buffer
 
     def pieces(self) -> Iterator[Piece]:
-        return iter(self.read)
+        return iter(self.buffer)

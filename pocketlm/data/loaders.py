@@ -1,136 +1,173 @@
-"""From a config to batches."""
+"""Loaders: a config and prepared data to batches, and the counts of rows that follow from both.
+
+    config, PreparedData -> build_loaders -> training batches, validation batches
+
+Training batches are endless; validation batches hold each row once.
+"""
 
 import math
 
 import numpy as np
 
 from pocketlm.config.sections import Config
-from pocketlm.corpus.sources import RowsSource
-from pocketlm.data.datasets import JoinedDataset, PackedLMDataset, PaddedLMDataset
+from pocketlm.corpus.chunks import Split
+from pocketlm.corpus.sources import DatasetSource
+from pocketlm.data.datasets import JoinedDataset, RowDataset, RowFormat, build_row_dataset
 from pocketlm.data.prepare import PreparedData
 from pocketlm.data.samplers import (
+    ONLY_PROCESS,
+    DataShard,
     MixtureBatchSampler,
     ResumableLoader,
     ShuffledBatchSampler,
     ValidationBatchSampler,
 )
 from pocketlm.data.shards import TokenShard
-from pocketlm.data.streaming import StreamingPackedLMDataset, StreamLoader
+from pocketlm.data.streaming import StreamingPackedLMDataset, StreamLoader, StreamOptions
 from pocketlm.errors import UserError
 
-
-def rows_of(
-    data: PreparedData, config: Config, validation: bool
-) -> PackedLMDataset | JoinedDataset:
-    """The rows to train on, or to validate on."""
-    T, shards = config.training.seq_len, (data.val if validation else data.train).shards
-    if config.data.packing == "padded":
-        parts = [PaddedLMDataset(shard, T, bool(data.tokenizer.final)) for shard in shards]
-    else:
-        parts = [PackedLMDataset(shard, T, config.data.document_mask) for shard in shards]
-    return parts[0] if len(parts) == 1 else JoinedDataset(parts)
+# ---- batches ----
 
 
-def validated_bytes(data: PreparedData, config: Config) -> int:
-    """UTF-8 bytes of the validation text whose tokens are targets: all but a padded row's first token and what it cuts off."""
-    size = data.val.n_bytes
-    if config.data.packing == "padded":
-        for shard in data.val.shards:
-            ends = np.append(shard.offsets[1:], shard.header.tokens)
-            for start, end in zip(shard.offsets, ends, strict=True):
-                for lost in (
-                    shard.tokens[start : start + 1],
-                    shard.tokens[start + config.training.seq_len + 1 : end],
-                ):
-                    text = data.tokenizer.decode(lost.tolist())  # of a bos or eos nothing
-                    size -= len(
-                        text.lstrip("\ufffd").encode()
-                    )  # the end of a character that the row begins
-    return size
-
-
-def loaders(
+def build_loaders(
     config: Config,
     data: PreparedData,
+    rank: DataShard = ONLY_PROCESS,
     *,
     pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> tuple[ResumableLoader | StreamLoader, ResumableLoader]:
-    """The endless training loader and the validation loader of one rank."""
-    t, workers = config.training, config.hardware.num_workers
-    val = rows_of(data, config, validation=True)
-    val_loader = ResumableLoader(
-        val, ValidationBatchSampler(len(val), t.micro_batch_size, rank, world_size), 0, pin_memory
-    )
+    """Return the endless training loader and the validation loader of one rank."""
+    train_loader = build_train_loader(config, data, rank, pin_memory=pin_memory)
+    rows = build_rows(config, data, "val")
+    sampler = ValidationBatchSampler(len(rows), config.training.micro_batch_size, rank)
+    return train_loader, ResumableLoader(rows, sampler, 0, pin_memory)
+
+
+def build_train_loader(
+    config: Config,
+    data: PreparedData,
+    rank: DataShard = ONLY_PROCESS,
+    *,
+    pin_memory: bool = False,
+) -> ResumableLoader | StreamLoader:
+    """Return the endless training loader of one rank."""
+    workers = config.hardware.num_workers
     if data.stream is None:
-        train = rows_of(data, config, validation=False)
-        return ResumableLoader(
-            train, training_order(config, data, rank, world_size), workers, pin_memory
-        ), val_loader
-    if isinstance(data.stream, RowsSource) and workers:
+        rows = build_rows(config, data, "train")
+        sampler = build_train_sampler(config, data, rank)
+        return ResumableLoader(rows, sampler, workers, pin_memory)
+    if isinstance(data.stream, DatasetSource) and workers:
         raise UserError(
-            f"{data.stream.name} is streamed by the process that trains; set hardware.num_workers to 0, not {workers}"
+            f"{data.stream.name} is streamed by the process that trains; "
+            f"set hardware.num_workers to 0, not {workers}"
         )
-    stream = StreamingPackedLMDataset(
+    has_val_source = config.data.val_path or config.data.val_split
+    options = StreamOptions(
+        val_share=0.0 if has_val_source else config.data.val_share,
+        seed=config.training.seed,
+        shuffle_buffer=config.data.shuffle_buffer,
+    )
+    dataset = StreamingPackedLMDataset(
         data.stream,
         data.tokenizer,
-        t.seq_len,
-        t.micro_batch_size,
-        val_share=0.0 if config.data.val_path or config.data.val_split else config.data.val_share,
-        seed=t.seed,
-        shuffle_buffer=config.data.shuffle_buffer,
-        document_mask=config.data.document_mask,
-        padded=config.data.packing == "padded",
-        rank=rank,
-        world_size=world_size,
+        row_format(config),
+        config.training.micro_batch_size,
+        options,
+        rank,
     )
-    return StreamLoader(stream, workers, pin_memory), val_loader
+    return StreamLoader(dataset, workers, pin_memory)
+
+
+def row_format(config: Config) -> RowFormat:
+    """Return the row format of a config."""
+    padded = config.data.packing == "padded"
+    return RowFormat(config.training.seq_len, padded, config.data.document_mask)
+
+
+def build_rows(config: Config, data: PreparedData, split: Split) -> RowDataset:
+    """Return the rows of a split."""
+    ends_shared = bool(data.tokenizer.corpus_suffix)
+    return build_row_dataset(data.split(split).shards, row_format(config), ends_shared)
+
+
+def build_train_sampler(
+    config: Config, data: PreparedData, rank: DataShard = ONLY_PROCESS
+) -> ShuffledBatchSampler:
+    """Return the sampler of the rows to train on."""
+    rows, training = build_rows(config, data, "train"), config.training
+    batch_size, seed = training.micro_batch_size, training.seed
+    if isinstance(rows, JoinedDataset):
+        sizes = list(map(len, rows.datasets))
+        return MixtureBatchSampler(sizes, data.weights, batch_size, seed, rank)
+    return ShuffledBatchSampler(len(rows), batch_size, seed, rank)
+
+
+# ---- counts ----
 
 
 def rows_per_step(config: Config) -> int:
-    """Rows that one optimizer step is made of, on all devices."""
-    t = config.training
-    return t.micro_batch_size * t.grad_accum_steps * config.hardware.devices
+    """Return the rows of one optimizer step, on all devices."""
+    training = config.training
+    return training.micro_batch_size * training.grad_accum_steps * config.hardware.devices
 
 
-def with_steps(config: Config, data: PreparedData) -> Config:
-    """The config with max_steps put in for max_epochs, if there is one: the steps of so many passes over the rows."""
+def rows_in_run(config: Config) -> int:
+    """Return the rows of the whole run."""
+    return config.training.max_steps * rows_per_step(config)
+
+
+def resolve_max_steps(config: Config, data: PreparedData) -> Config:
+    """Return the config with `max_steps` for its `max_epochs`, if it has that.
+
+    Raises UserError for a stream, whose length is not known.
+    """
     epochs = config.training.max_epochs
     if epochs is None:
         return config
     if data.stream:
         raise UserError(
-            f"training.max_epochs is {epochs:g}, but how long a stream is, is not known; set training.max_steps instead"
+            f"training.max_epochs is {epochs:g}, but the length of a stream is not known; "
+            "set training.max_steps instead"
         )
-    rows = len(rows_of(data, config, validation=False))
+    rows = len(build_rows(config, data, "train"))
     return config.with_max_steps(max(1, math.ceil(epochs * rows / rows_per_step(config))))
 
 
 def document_ends(data: PreparedData, shard: TokenShard) -> np.ndarray:
-    """(documents,) where each one ends: where the next begins, or the eos that only closes the last."""
-    return np.append(shard.offsets[1:], shard.header.tokens - len(data.tokenizer.final))
+    """Return where each document ends (documents,).
+
+    That is where the next one starts or, for the last, at the eos that only closes it.
+    """
+    return np.append(shard.offsets[1:], shard.header.tokens - len(data.tokenizer.corpus_suffix))
 
 
-def longer_than_a_row(data: PreparedData, config: Config) -> int:
-    """Training documents that a row does not hold: under packing they go on in the next, padded they are cut off."""
-    row = config.training.seq_len + 1 - len(data.tokenizer.final)
-    return sum(
-        int((document_ends(data, shard) - shard.offsets > row).sum()) for shard in data.train.shards
-    )
+def documents_longer_than_row(config: Config, data: PreparedData) -> int:
+    """Return the number of training documents that do not fit a row.
+
+    Packed, they continue in the next row; padded, they are truncated.
+    """
+    limit = config.training.seq_len + 1 - len(data.tokenizer.corpus_suffix)
+    count = 0
+    for shard in data.train.shards:
+        count += int((document_ends(data, shard) - shard.offsets > limit).sum())
+    return count
 
 
-def training_order(
-    config: Config, data: PreparedData, rank: int = 0, world_size: int = 1
-) -> ShuffledBatchSampler:
-    """The order of the rows to train on."""
-    rows, t = rows_of(data, config, validation=False), config.training
-    if isinstance(rows, JoinedDataset):
-        return MixtureBatchSampler(
-            list(map(len, rows.parts)), data.weights, t.micro_batch_size, t.seed, rank, world_size
-        )
-    return ShuffledBatchSampler(len(rows), t.micro_batch_size, t.seed, rank, world_size)
+def validation_target_bytes(config: Config, data: PreparedData) -> int:
+    """Return the UTF-8 bytes of the validation text whose tokens are targets.
 
-
-def rows_in_run(config: Config) -> int:
-    return config.training.max_steps * rows_per_step(config)
+    Of a padded row, the first token and the tokens that are cut off are no targets.
+    """
+    size = data.val.n_bytes
+    if config.data.packing != "padded":
+        return size
+    row_tokens = config.training.seq_len + 1
+    for shard in data.val.shards:
+        ends = np.append(shard.offsets[1:], shard.header.tokens)
+        for start, end in zip(shard.offsets, ends, strict=True):
+            for lost in (shard.tokens[start : start + 1], shard.tokens[start + row_tokens : end]):
+                text = data.tokenizer.decode(lost.tolist())  # empty for a bos or eos
+                # The cut may leave the end of a character that starts in the row, which counts
+                # there; it is decoded as U+FFFD.
+                size -= len(text.lstrip("\ufffd").encode())
+    return size

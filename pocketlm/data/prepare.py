@@ -1,161 +1,235 @@
-"""From documents to token shards: split, fit a tokenizer, tokenise on all cores, keep the result under a key of its content.
+"""Preparation: a data config to token shards, kept under a key of their content.
 
-    open_source -> pieces -> split -> batches -> Tokenizer on a pool of threads -> ShardWriter -> data/shards/<key>/
+    plan_sources -> prepare_tokenizer -> ShardBuilder for each source -> PreparedData
 
-A preparation that was killed goes on: a journal beside the unfinished shards says how many batches are in them.
+The tokenizer is trained first if it is one that is trained. Shards and trained tokenizers are kept
+in `data.cache_dir` and found again by everything that decides their content.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
-from pocketlm.config.sections import DataConfig
-from pocketlm.corpus.chunks import single_document_bytes, split_source
-from pocketlm.corpus.pieces import Head, Source
+from pocketlm.config.sections import DataConfig, SourceConfig
+from pocketlm.corpus.chunks import Split, single_document_bytes, split_source
+from pocketlm.corpus.pieces import FirstDocuments, Source
 from pocketlm.corpus.sources import open_source
-from pocketlm.data.shard_builder import Preparation, is_tokens, waited_for
+from pocketlm.data.shard_builder import BuildSettings, ShardBuilder, hold_lock, holds_tokens
 from pocketlm.data.shards import TokenShard
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.build import build_tokenizer, from_state, is_trained
 
-# ---- everything ------------------------------------------------------------------------------------------------------
+# ---- the result ----
 
 
 @dataclass(frozen=True)
-class Part:
-    """The shards to train on, one a source, or those to validate on."""
+class PreparedSplit:
+    """The shards to train on, or those to validate on: one for each source."""
 
     shards: tuple[TokenShard, ...]
 
     @property
     def n_tokens(self) -> int:
+        """Number of tokens."""
         return sum(shard.header.tokens for shard in self.shards)
 
     @property
     def n_targets(self) -> int:
-        """All tokens but the first of each shard."""
+        """Number of tokens that packed rows predict: all but the first of each shard."""
         return self.n_tokens - len(self.shards)
 
     @property
     def n_documents(self) -> int:
+        """Number of documents."""
         return sum(shard.header.documents for shard in self.shards)
 
     @property
     def n_bytes(self) -> int:
+        """UTF-8 bytes of the documents' text."""
         return sum(shard.header.bytes for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A corpus ready to train on. Where it is streamed, `train` is the first documents of `stream` only."""
+    """A corpus ready to train on.
+
+    If it is streamed, `train` and `val` hold the first documents of `stream` only.
+    """
 
     sources: tuple[str, ...]
     weights: tuple[float, ...]
     tokenizer: Tokenizer
-    train: Part
-    val: Part
+    train: PreparedSplit
+    val: PreparedSplit
     stream: Source | None = None
 
     @property
     def name(self) -> str:
+        """Names of all sources."""
         return " + ".join(self.sources)
+
+    def split(self, split: Split) -> PreparedSplit:
+        """Return the shards of a split."""
+        return self.train if split == "train" else self.val
 
     @cached_property
     def sha256(self) -> str:
-        """Of the tokens to train on."""
+        """SHA-256 of the tokens to train on and, of a mixture, of its weights."""
         digests = [shard.header.sha256 for shard in self.train.shards]
-        return (
-            digests[0]
-            if len(digests) == 1
-            else hashlib.sha256(json.dumps([digests, self.weights]).encode()).hexdigest()
-        )
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256(json.dumps([digests, self.weights]).encode()).hexdigest()
 
 
-def prepare(data: DataConfig) -> PreparedData:
-    """Shards of the corpus under `data.cache_dir`, made unless the same text, split and tokenizer made them before."""
-    shares, sources, val_sources = [], [], []
-    for config in data.sources:
-        sources.append(open_source(config, data.cache_dir, streaming=data.streaming))
-        own = config.val_path or config.val_split
-        shares.append(0.0 if own else data.val_share)
-        val_sources.append(open_source(config, data.cache_dir, validation=True) if own else None)
-    stream = None
-    if data.streaming:
-        stream = sources[0]
-        if is_tokens(stream):
-            raise UserError(f"{stream.name} is tokens already; set data.streaming to false")
-        sources = [Head(stream)]
-        if single_document_bytes(stream.pieces()):
-            raise UserError(
-                f"data.streaming deals out documents, and {stream.name} is a single one; set data.separator"
-            )
-    if is_trained(data.tokenizer) and (
-        held := next((s.name for s in [*sources, *val_sources] if s and is_tokens(s)), None)
-    ):
-        raise UserError(
-            f"{held} holds tokens, from which no tokenizer {data.tokenizer!r} can be trained; name the one that made them"
-        )
-    if data.tokenizer == "seen-bytes":  # which has no id for a byte that it has not seen
-        if stream:
-            raise UserError(
-                f"data.streaming does not read {stream.name} beforehand, as the tokenizer seen-bytes has to; take byte"
-            )
-        everything = [*sources, *filter(None, val_sources)]
-        tokenizer = fitted_tokenizer(data, everything, [0.0] * len(everything))
-    else:
-        tokenizer = fitted_tokenizer(data, sources, shares)
+# ---- the plan ----
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One source of the config, and where its validation documents come from.
+
+    Either `val_source` holds all of them, or `val_share` of the source's own documents are.
+    """
+
+    source: Source
+    weight: float  # in a mixture
+    val_share: float
+    val_source: Source | None = None
+
+
+def prepare(data: DataConfig, settings: BuildSettings | None = None) -> PreparedData:
+    """Return the shards of the corpus, and make those that are not in `data.cache_dir` yet.
+
+    Raises UserError if the config names no text, or text that cannot be split or tokenised.
+    """
+    settings = settings or BuildSettings()
+    stream = open_stream(data) if data.streaming else None
+    plans = [plan_source(config, data, stream) for config in data.sources]
+    tokenizer = prepare_tokenizer(data, plans)
     shards = Path(data.cache_dir) / "shards"
     train, val = [], []
-    for source, share, val_source in zip(sources, shares, val_sources, strict=True):
-        made = Preparation(source, tokenizer, share, shards).run()
-        train.append(made[False])
-        val.append(
-            Preparation(val_source, tokenizer, 1.0, shards).run()[True]
-            if val_source
-            else made[True]
+    for plan in plans:
+        made = ShardBuilder(plan.source, tokenizer, plan.val_share, shards, settings).run()
+        train.append(made["train"])
+        if plan.val_source:
+            made = ShardBuilder(plan.val_source, tokenizer, 1.0, shards, settings).run()
+        val.append(made["val"])
+    names = (stream.name,) if stream else tuple(plan.source.name for plan in plans)
+    weights = tuple(plan.weight for plan in plans)
+    train_split, val_split = PreparedSplit(tuple(train)), PreparedSplit(tuple(val))
+    return PreparedData(names, weights, tokenizer, train_split, val_split, stream)
+
+
+def plan_source(config: SourceConfig, data: DataConfig, stream: Source | None) -> SourcePlan:
+    """Open a source of the config. Of a stream, the first documents are prepared only."""
+    if stream:
+        source: Source = FirstDocuments(stream)
+    else:
+        source = open_source(config, data.cache_dir)
+    weight = getattr(config, "weight", 1.0)
+    if config.val_path or config.val_split:
+        val_source = open_source(config, data.cache_dir, validation=True)
+        return SourcePlan(source, weight, 0.0, val_source)
+    return SourcePlan(source, weight, data.val_share)
+
+
+def open_stream(data: DataConfig) -> Source:
+    """Return the source that is streamed. Raises UserError if it cannot be."""
+    stream = open_source(data, data.cache_dir, streaming=True)
+    if holds_tokens(stream):
+        raise UserError(f"{stream.name} is tokens already; set data.streaming to false")
+    if single_document_bytes(stream.pieces()):
+        raise UserError(
+            f"data.streaming deals out documents, and {stream.name} is a single one; "
+            "set data.separator"
         )
-    weights = tuple(getattr(config, "weight", 1.0) for config in data.sources)
-    names = tuple((stream or source).name for source in sources)
-    return PreparedData(names, weights, tokenizer, Part(tuple(train)), Part(tuple(val)), stream)
+    return stream
 
 
-def fitted_tokenizer(data: DataConfig, sources: list[Source], shares: list[float]) -> Tokenizer:
-    """The tokenizer; one that is trained is so on the training documents, once for the same ones."""
+# ---- the tokenizer ----
+
+
+def prepare_tokenizer(data: DataConfig, plans: list[SourcePlan]) -> Tokenizer:
+    """Return the tokenizer of the config, trained on the training documents if it is trained.
+
+    `seen-bytes` is trained on all documents, because it has no id for a byte that it has not seen.
+    """
     if not is_trained(data.tokenizer):
         return build_tokenizer(data.tokenizer, data.cache_dir, bos=data.bos, eos=data.eos)
-    key = [data.tokenizer, data.bos, data.eos, shares, [source.digest() for source in sources]]
-    path = (
-        Path(data.cache_dir)
-        / "tokenizers"
-        / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-    )
+    val_sources = [plan.val_source for plan in plans if plan.val_source]
+    everything = [*(plan.source for plan in plans), *val_sources]
+    for source in everything:
+        if holds_tokens(source):
+            raise UserError(
+                f"{source.name} holds tokens, from which no tokenizer {data.tokenizer!r} can be "
+                "trained; name the one that made them"
+            )
+    if data.tokenizer != "seen-bytes":
+        sources = [plan.source for plan in plans]
+        return trained_tokenizer(data, sources, [plan.val_share for plan in plans])
+    if data.streaming:
+        raise UserError(
+            f"data.streaming does not read all of {plans[0].source.name} first, "
+            "which the tokenizer seen-bytes needs; set data.tokenizer to byte"
+        )
+    return trained_tokenizer(data, everything, [0.0] * len(everything))
+
+
+def trained_tokenizer(
+    data: DataConfig, sources: list[Source], val_shares: list[float]
+) -> Tokenizer:
+    """Return the tokenizer trained on the training documents of the sources.
+
+    It is kept in a file, so that the same documents train it once. Raises UserError if the file is
+    damaged.
+    """
+    digests = [source.digest() for source in sources]
+    key: list[Any] = [data.tokenizer, data.bos, data.eos, val_shares, digests]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = Path(data.cache_dir) / "tokenizers" / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with waited_for(FileLock(path.with_suffix(".lock"))):
+        with hold_lock(FileLock(path.with_suffix(".lock"))):
             if not path.exists():  # another process may have made it meanwhile
-                chunks = chain.from_iterable(map(split_source, sources, shares))
-                texts = (chunk.text for chunk in chunks if not chunk.validation)
-                tokenizer = build_tokenizer(
-                    data.tokenizer, data.cache_dir, texts, data.bos, data.eos
+                texts = training_texts(sources, val_shares)
+                write_tokenizer(
+                    path,
+                    build_tokenizer(data.tokenizer, data.cache_dir, texts, data.bos, data.eos),
                 )
-                unfinished = path.with_suffix(".unfinished")
-                unfinished.write_text(
-                    json.dumps({"fingerprint": tokenizer.fingerprint} | tokenizer.state())
-                )
-                os.replace(unfinished, path)
+    return read_tokenizer(path)
+
+
+def training_texts(sources: list[Source], val_shares: list[float]) -> Iterator[str]:
+    """Yield the text of all training documents."""
+    for source, val_share in zip(sources, val_shares, strict=True):
+        for chunk in split_source(source, val_share):
+            if chunk.split == "train":
+                yield chunk.text
+
+
+def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer's state with its fingerprint. The file appears once it is complete."""
+    unfinished = path.with_suffix(".unfinished")
+    state = {"fingerprint": tokenizer.fingerprint} | tokenizer.state()
+    unfinished.write_text(json.dumps(state))
+    os.replace(unfinished, path)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer in a file. Raises UserError if its fingerprint is another."""
     try:
         state = json.loads(path.read_text())
         tokenizer = from_state(state)
-        whole = tokenizer.fingerprint == state["fingerprint"]
-    except Exception:  # the library raises the bare class
-        whole = False
-    if not whole:
-        raise UserError(f"the tokenizer {path} is damaged; delete it to train it again")
-    return tokenizer
+        if tokenizer.fingerprint == state["fingerprint"]:
+            return tokenizer
+    except Exception:  # the tokenizers library raises the bare class
+        pass
+    raise UserError(f"the tokenizer {path} is damaged; delete it to train it again")

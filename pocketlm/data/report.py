@@ -1,207 +1,292 @@
-"""What is in prepared data: counts, lengths, duplicates, overlap, and a row as the model will see it."""
+"""Data report: counts, lengths, duplicates and overlap of prepared data, and a row of the run.
+
+    build_report(config, data) -> DataReport
+        .as_json()           plain types, for `data.py --json`
+        print_report(report) tables, for a person
+
+Reads every token once.
+"""
 
 import hashlib
-import json
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from pocketlm.config.sections import Config
-from pocketlm.data.loaders import document_ends, loaders, rows_in_run, rows_of, training_order
-from pocketlm.data.prepare import Part, PreparedData
+from pocketlm.data.datasets import JoinedDataset
+from pocketlm.data.loaders import (
+    build_rows,
+    build_train_loader,
+    build_train_sampler,
+    document_ends,
+    rows_in_run,
+)
+from pocketlm.data.prepare import PreparedData, PreparedSplit
 from pocketlm.data.samplers import MixtureBatchSampler
 from pocketlm.data.shards import TokenShard
 from pocketlm.errors import UserError
+from pocketlm.model.loss import IGNORE_INDEX
 from pocketlm.tokenizer.base import Tokenizer
 
-BLOCK = 2**22  # tokens looked at together
+BLOCK_TOKENS = 2**22  # tokens counted at a time
+
+# Bounds of the histogram, in tokens per document, its special tokens included; the last is open.
+BINS = [0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 2**63]
 
 
-BINS = [
-    0,
-    16,
-    32,
-    64,
-    128,
-    256,
-    512,
-    1024,
-    2048,
-    4096,
-    2**63,
-]  # tokens a document, the ids around it included
+# ---- the report ----
 
 
-def build_report(config: Config, data: PreparedData) -> dict[str, Any]:
-    """The facts as plain types. Reads every token once."""
-    train, val = (document_digests(data, part) for part in (data.train, data.val))
-    found: dict[str, Any] = {
-        "source": data.name,
-        "tokenizer": {
-            "name": data.tokenizer.name,
-            "entries": data.tokenizer.vocab_size,
-            "bos": data.tokenizer.bos_id,
-            "eos": data.tokenizer.eos_id,
-            "fingerprint": data.tokenizer.fingerprint,
-            "note": data.tokenizer.note,
-        },
-        "train": part_stats(config, data, data.train, train),
-        "validation": part_stats(config, data, data.val, val),
-        "overlap": int(np.isin(np.unique(val), train).sum()),
-        "row": first_row(config, data),
-    }
-    if data.stream:
-        found["streamed"] = "the counts are those of the first documents"
-    if isinstance(order := training_order(config, data), MixtureBatchSampler):
-        rows, parts = rows_in_run(config), rows_of(data, config, validation=False).parts
-        drawn = zip(data.sources, data.weights, order.rows_per_dataset(rows), parts, strict=True)
-        found["mixture"] = [
-            {
-                "source": name,
-                "weight": weight / sum(data.weights),
-                "rows": count,
-                "share": count / rows,
-                "epochs": count / len(part),
-            }
-            for name, weight, count, part in drawn
-        ]
-    return found
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """The tokenizer of the data."""
+
+    name: str
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+    fingerprint: str
+    note: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the facts under their JSON keys."""
+        return {
+            "name": self.name,
+            "entries": self.vocab_size,
+            "bos": self.bos,
+            "eos": self.eos,
+            "fingerprint": self.fingerprint,
+            "note": self.note,
+        }
 
 
-def part_stats(
-    config: Config, data: PreparedData, part: Part, digests: np.ndarray
-) -> dict[str, Any]:
-    used = np.zeros(data.tokenizer.vocab_size, np.int64)
-    for shard in part.shards:
-        for start in range(0, shard.header.tokens, BLOCK):
-            used += np.bincount(shard.tokens[start : start + BLOCK], minlength=len(used))
-    lengths = np.concatenate([document_ends(data, shard) - shard.offsets for shard in part.shards])
-    facts = {
-        "documents": part.n_documents,
-        "bytes": part.n_bytes,
-        "tokens": part.n_tokens,
-        "bytes_per_token": part.n_bytes / part.n_tokens,
-        "entries_used": int((used > 0).sum()),
-        "unknown": 0 if data.tokenizer.unk_id is None else int(used[data.tokenizer.unk_id]),
-        "duplicates": len(digests) - len(np.unique(digests)),
-        "lengths": {
-            "shortest": int(lengths.min()),
-            "median": float(np.median(lengths)),
-            "longest": int(lengths.max()),
-        },
-        "histogram": [
-            {"from": low, "below": high if high < 2**63 else None, "documents": int(n)}
-            for low, high, n in zip(BINS, BINS[1:], np.histogram(lengths, BINS)[0], strict=False)
-        ],
-    }
-    if nul := count_of_nul(data.tokenizer, used):
-        facts["nul"] = nul
-    if config.data.packing == "padded":
-        row = config.training.seq_len + 1 - len(data.tokenizer.final)
-        facts["cut_off"] = int((lengths > row).sum())
-    return facts
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens per document, special tokens included."""
+
+    shortest: int
+    median: float
+    longest: int
 
 
-def count_of_nul(tokenizer: Tokenizer, used: np.ndarray) -> int:
-    """How often the character NUL occurs, where it has an entry of its own."""
-    try:
-        nul = tokenizer.encode("\0")
-    except UserError:  # the vocabulary was made of bytes that occur, and it does not
-        return 0
-    return int(used[nul[0]]) if len(nul) == 1 and nul[0] != tokenizer.unk_id else 0
+@dataclass(frozen=True)
+class Bin:
+    """One bar of the histogram: documents with `low` tokens or more, and fewer than `high`."""
+
+    low: int
+    high: int | None  # None: no upper bound
+    documents: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the bar under its JSON keys."""
+        return {"from": self.low, "below": self.high, "documents": self.documents}
 
 
-def document_digests(data: PreparedData, part: Part) -> np.ndarray:
-    """(documents,) 64 bits of a hash of each document's ids: 8 bytes a document, whatever the corpus."""
-    return np.fromiter(
-        (digest for shard in part.shards for digest in digests_of(data, shard)),
-        np.uint64,
-        part.n_documents,
+@dataclass(frozen=True)
+class SplitFacts:
+    """The documents of a split, counted."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    ids_used: int  # ids of the vocabulary that occur
+    unknown: int  # unknown tokens
+    duplicates: int  # documents that are equal to an earlier one
+    lengths: Lengths
+    histogram: list[Bin]
+    nul: int  # NUL characters, which text seldom has
+    truncated: int | None  # documents cut off at the end of their row; None: rows are packed
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token."""
+        return self.bytes / self.tokens
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the facts under their JSON keys."""
+        facts: dict[str, Any] = {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "tokens": self.tokens,
+            "bytes_per_token": self.bytes_per_token,
+            "entries_used": self.ids_used,
+            "unknown": self.unknown,
+            "duplicates": self.duplicates,
+            "lengths": asdict(self.lengths),
+            "histogram": [bar.as_json() for bar in self.histogram],
+        }
+        if self.nul:
+            facts["nul"] = self.nul
+        if self.truncated is not None:
+            facts["cut_off"] = self.truncated
+        return facts
+
+
+@dataclass(frozen=True)
+class MixtureFacts:
+    """One source of a mixture, and how much of the run's rows it gives."""
+
+    source: str
+    weight: float  # share of the rows that the config asks for
+    rows: int
+    share: float  # of the rows
+    epochs: float
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Everything that data.py reports."""
+
+    source: str
+    streamed: bool
+    tokenizer: TokenizerFacts
+    train: SplitFacts
+    validation: SplitFacts
+    overlap: int  # different documents that are in both splits
+    row: list[str]
+    mixture: list[MixtureFacts]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report in plain types."""
+        report: dict[str, Any] = {
+            "source": self.source,
+            "tokenizer": self.tokenizer.as_json(),
+            "train": self.train.as_json(),
+            "validation": self.validation.as_json(),
+            "overlap": self.overlap,
+            "row": self.row,
+        }
+        if self.streamed:
+            report["streamed"] = STREAMED_NOTE
+        if self.mixture:
+            report["mixture"] = [asdict(source) for source in self.mixture]
+        return report
+
+
+STREAMED_NOTE = "the counts are those of the first documents"
+
+
+# ---- counting ----
+
+
+def build_report(config: Config, data: PreparedData) -> DataReport:
+    """Count what is in the data."""
+    train, val = document_digests(data, data.train), document_digests(data, data.val)
+    tokenizer = data.tokenizer
+    return DataReport(
+        source=data.name,
+        streamed=data.stream is not None,
+        tokenizer=TokenizerFacts(
+            tokenizer.name,
+            tokenizer.vocab_size,
+            tokenizer.bos_id,
+            tokenizer.eos_id,
+            tokenizer.fingerprint,
+            tokenizer.note,
+        ),
+        train=split_facts(config, data, data.train, train),
+        validation=split_facts(config, data, data.val, val),
+        overlap=int(np.isin(np.unique(val), train).sum()),
+        row=first_row(config, data),
+        mixture=mixture_facts(config, data),
     )
 
 
-def digests_of(data: PreparedData, shard: TokenShard) -> Iterator[int]:
+def split_facts(
+    config: Config, data: PreparedData, split: PreparedSplit, digests: np.ndarray
+) -> SplitFacts:
+    """Count a split; `digests` are those of its documents."""
+    tokenizer = data.tokenizer
+    counts = token_counts(split, tokenizer.vocab_size)
+    lengths = np.concatenate([document_ends(data, shard) - shard.offsets for shard in split.shards])
+    truncated = None
+    if config.data.packing == "padded":
+        limit = config.training.seq_len + 1 - len(tokenizer.corpus_suffix)
+        truncated = int((lengths > limit).sum())
+    return SplitFacts(
+        documents=split.n_documents,
+        bytes=split.n_bytes,
+        tokens=split.n_tokens,
+        ids_used=int((counts > 0).sum()),
+        unknown=0 if tokenizer.unk_id is None else int(counts[tokenizer.unk_id]),
+        duplicates=len(digests) - len(np.unique(digests)),
+        lengths=Lengths(int(lengths.min()), float(np.median(lengths)), int(lengths.max())),
+        histogram=histogram(lengths),
+        nul=count_nul(tokenizer, counts),
+        truncated=truncated,
+    )
+
+
+def token_counts(split: PreparedSplit, vocab_size: int) -> np.ndarray:
+    """Return how often each id occurs (vocab_size,)."""
+    counts = np.zeros(vocab_size, np.int64)
+    for shard in split.shards:
+        for start in range(0, shard.header.tokens, BLOCK_TOKENS):
+            block = shard.tokens[start : start + BLOCK_TOKENS]
+            counts += np.bincount(block, minlength=vocab_size)
+    return counts
+
+
+def histogram(lengths: np.ndarray) -> list[Bin]:
+    """Return the number of documents in each of BINS."""
+    counts = np.histogram(lengths, BINS)[0]
+    bars = []
+    for low, high, count in zip(BINS, BINS[1:], counts, strict=False):
+        bars.append(Bin(low, high if high != BINS[-1] else None, int(count)))
+    return bars
+
+
+def count_nul(tokenizer: Tokenizer, counts: np.ndarray) -> int:
+    """Return how often the NUL character occurs; 0 if the tokenizer has no id for it."""
+    try:
+        ids = tokenizer.encode("\0")
+    except UserError:  # the vocabulary was made of the bytes that occur, and NUL does not
+        return 0
+    return int(counts[ids[0]]) if len(ids) == 1 and ids[0] != tokenizer.unk_id else 0
+
+
+def document_digests(data: PreparedData, split: PreparedSplit) -> np.ndarray:
+    """Return a hash of 64 bits of each document's ids (documents,)."""
+    digests = (digest for shard in split.shards for digest in shard_digests(data, shard))
+    return np.fromiter(digests, np.uint64, split.n_documents)
+
+
+def shard_digests(data: PreparedData, shard: TokenShard) -> Iterator[int]:
+    """Yield a hash of 64 bits of each document's ids."""
     for start, end in zip(shard.offsets.tolist(), document_ends(data, shard).tolist(), strict=True):
         digest = hashlib.blake2b(digest_size=8)
-        for begin in range(start, end, BLOCK):
-            digest.update(shard.tokens[begin : min(begin + BLOCK, end)].data)
+        for block in range(start, end, BLOCK_TOKENS):
+            digest.update(shard.tokens[block : min(block + BLOCK_TOKENS, end)].data)
         yield int.from_bytes(digest.digest(), "big")
 
 
 def first_row(config: Config, data: PreparedData) -> list[str]:
-    """The first row that training reads, decoded: a text for each stretch of one document."""
-    batch = next(iter(loaders(config, data)[0]))
-    ids = batch["input_ids"][0].numpy()
-    count = int((batch["targets"][0] != -100).sum())
-    opening = data.tokenizer.prefix
-    begins = [i for i in range(1, count) if opening and ids[i] == opening[0]]
-    return [data.tokenizer.decode(part.tolist()) for part in np.split(ids[:count], begins)]
+    """Return the first row of the run, decoded: one text for each document in it."""
+    with_ids = replace(config, data=replace(config.data, document_mask=True))
+    batch = next(iter(build_train_loader(with_ids, data)))
+    count = int((batch["targets"][0] != IGNORE_INDEX).sum())
+    ids = batch["input_ids"][0, :count].numpy()
+    parts = [ids]
+    if "doc_ids" in batch:  # a padded row is one document
+        doc_ids = batch["doc_ids"][0, :count].numpy()
+        parts = np.split(ids, np.flatnonzero(np.diff(doc_ids)) + 1)
+    return [data.tokenizer.decode(part.tolist()) for part in parts]
 
 
-# ---- on paper --------------------------------------------------------------------------------------------------------
-
-
-def print_report(found: dict[str, Any], as_json: bool) -> None:
-    """To stdout, as tables or as JSON."""
-    if as_json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
-        return
-    out = Console(highlight=False, emoji=False, soft_wrap=True)
-    train, val = found["train"], found["validation"]
-    table = Table(
-        box=None,
-        title=found["source"] + (f"\n{found['streamed']}" if "streamed" in found else ""),
-        title_justify="left",
-    )
-    for column in ("", "train", "validation"):
-        table.add_column(column, justify="right" if column else "left")
-    rows = [
-        ("documents", "{documents:,}"),
-        ("bytes", "{bytes:,}"),
-        ("tokens", "{tokens:,}"),
-        ("bytes per token", "{bytes_per_token:.3f}"),
-        (f"of {found['tokenizer']['entries']:,} entries used", "{entries_used:,}"),
-        ("unknown tokens", "{unknown:,} ({unknown_share:.3%})"),
-        ("duplicate documents", "{duplicates:,}"),
-        ("tokens a document: shortest", "{lengths[shortest]:,}"),
-        ("    median", "{lengths[median]:,.0f}"),
-        ("    longest", "{lengths[longest]:,}"),
-        ("cut off at the row's end", "{cut_off:,}"),
-        ("NUL characters: is this text?", "{nul:,}"),
-    ]
-    for name, form in rows:
-        if all(key not in form or key in train or key in val for key in ("cut_off", "nul")):
-            columns = (
-                {"nul": 0, "unknown_share": part["unknown"] / part["tokens"]} | part
-                for part in (train, val)
-            )
-            table.add_row(name, *(form.format(**part) for part in columns))
-    out.print(table)
-    ends = {key: found["tokenizer"][key] for key in ("bos", "eos")}
-    around = ", ".join(
-        f"{key} is id {value}" if value is not None else f"no {key}" for key, value in ends.items()
-    )
-    out.print(f"\ntokenizer: {found['tokenizer']['name']}; {around}")
-    if found["tokenizer"]["note"]:
-        out.print(found["tokenizer"]["note"], markup=False)
-    out.print(f"documents in both train and validation: {found['overlap']:,}")
-    for part in found.get("mixture", ()):
-        out.print(
-            f"{part['source']}: {part['share']:.2%} of the rows (asked {part['weight']:.2%}), {part['epochs']:.2f} epochs"
-        )
-    out.print("\ntokens a document   train documents")
-    most = max(bin["documents"] for bin in train["histogram"])
-    for bin in train["histogram"]:
-        width = (
-            f"{bin['from']:>6,} to {bin['below'] - 1:>6,}"
-            if bin["below"]
-            else f"{bin['from']:>6,} or more"
-        )
-        out.print(f"{width:<18}{bin['documents']:>9,} {'█' * round(40 * bin['documents'] / most)}")
-    out.print("\nThe first row of the run, document by document:")
-    for number, text in enumerate(found["row"], 1):
-        out.print(Text.assemble((f"{number:>3} ", "bold"), text.replace("\n", "⏎")))
+def mixture_facts(config: Config, data: PreparedData) -> list[MixtureFacts]:
+    """Return how much each source of a mixture gives to the run; nothing for a single source."""
+    sampler, rows = build_train_sampler(config, data), build_rows(config, data, "train")
+    if not isinstance(sampler, MixtureBatchSampler):
+        return []
+    assert isinstance(rows, JoinedDataset)
+    total, total_weight = rows_in_run(config), sum(data.weights)
+    counts = sampler.rows_per_dataset(total)
+    facts = []
+    for name, weight, count, dataset in zip(
+        data.sources, data.weights, counts, rows.datasets, strict=True
+    ):
+        share, epochs = count / total, count / len(dataset)
+        facts.append(MixtureFacts(name, weight / total_weight, count, share, epochs))
+    return facts

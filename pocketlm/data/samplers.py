@@ -1,67 +1,79 @@
-"""The order of rows, which is a function of the seed, and the loader that can go on in the middle of it."""
+"""Samplers: the order of rows, a pure function of the seed, and a loader that resumes in it."""
 
 import signal
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from pocketlm.data.datasets import Batch, RowDataset
 from pocketlm.errors import UserError
 
-ENDLESS = 2**40  # batches in a training order: the step count ends a run, never the data
+ENDLESS = 2**40  # batches of a training sampler: the number of steps ends a run, never the data
+
+MIXTURE_BLOCK = 1000  # rows in which each source of a mixture has its exact proportion
 
 
-MIXTURE_BLOCK = 1000  # rows in which a mixture has its proportions
+@dataclass(frozen=True)
+class DataShard:
+    """One of `count` processes that share the data: a rank, or a worker process of a rank."""
+
+    index: int = 0
+    count: int = 1
+
+    def of_worker(self, worker: int, workers: int) -> "DataShard":
+        """Return the share of one of a rank's worker processes."""
+        return DataShard(self.index * workers + worker, self.count * workers)
+
+
+ONLY_PROCESS = DataShard()
 
 
 class ShuffledBatchSampler:
-    """Batches of dataset indices without end: each epoch a new permutation, a pure function of (seed, epoch, index).
+    """Endless batches of row indices: each epoch is a permutation that depends on seed and epoch.
 
-    Rank r of w takes rows r*B to (r+1)*B of every w*B, so that more devices see the same tokens in the same order.
+    Rank r of w takes rows r*B to (r+1)*B of every w*B rows, so that the order of tokens does not
+    depend on the number of devices.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.size, self.batch_size, self.seed, self.rank, self.world_size = (
-            size,
-            batch_size,
-            seed,
-            rank,
-            world_size,
-        )
-        self.start = 0  # batches that this rank has had
+    def __init__(self, size: int, batch_size: int, seed: int, shard: DataShard = ONLY_PROCESS):
+        self.size, self.batch_size, self.seed, self.shard = size, batch_size, seed, shard
+        self.first_batch = 0  # batches that this rank has had already
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
     def indices(self, first: int, count: int) -> list[int]:
-        """The dataset indices at so many positions, counted over all ranks and epochs."""
-        found: list[int] = []
-        while len(found) < count:
-            epoch, place = divmod(first + len(found), self.size)
+        """Return the row indices at positions `first` to `first + count`, over ranks and epochs."""
+        indices: list[int] = []
+        while len(indices) < count:
+            epoch, start = divmod(first + len(indices), self.size)
             if epoch != self._epoch:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                self._epoch, self._permutation = (
-                    epoch,
-                    torch.randperm(self.size, generator=generator),
-                )
-            found += self._permutation[place : place + count - len(found)].tolist()
-        return found
+                self._permutation = torch.randperm(self.size, generator=generator)
+                self._epoch = epoch
+            indices += self._permutation[start : start + count - len(indices)].tolist()
+        return indices
 
     def index(self, position: int) -> int:
+        """Return the row index at one position."""
         return self.indices(position, 1)[0]
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self.start, ENDLESS):
-            first = (batch * self.world_size + self.rank) * self.batch_size
+        for batch in range(self.first_batch, ENDLESS):
+            first = (batch * self.shard.count + self.shard.index) * self.batch_size
             yield self.indices(first, self.batch_size)
 
 
 class MixtureBatchSampler(ShuffledBatchSampler):
-    """The same over datasets of `sizes` laid end to end: every 1,000 rows hold each in its proportion, each in epochs of its own."""
+    """A ShuffledBatchSampler over datasets of `sizes` laid end to end, mixed by weight.
+
+    Every MIXTURE_BLOCK rows hold each dataset in its proportion, and each has epochs of its own.
+    """
 
     def __init__(
         self,
@@ -69,125 +81,135 @@ class MixtureBatchSampler(ShuffledBatchSampler):
         weights: Iterable[float],
         batch_size: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        shard: DataShard = ONLY_PROCESS,
     ):
-        super().__init__(sum(sizes), batch_size, seed, rank, world_size)
-        self.firsts = np.cumsum([0, *sizes])
-        self.parts = [
+        super().__init__(sum(sizes), batch_size, seed, shard)
+        self.first_rows = np.cumsum([0, *sizes])
+        self.samplers = [
             ShuffledBatchSampler(size, 1, seed + 7919 * number) for number, size in enumerate(sizes)
         ]
-        self.shares = proportions(weights)
-        self._block, self._drawn, self._nth = -1, np.empty(0, int), np.empty(0, int)
+        self.rows_per_block = proportions(weights)
+        self._block = -1
+        self._datasets = self._counts = np.empty(0, int)
 
-    def draw(self, block: int) -> None:
-        """Which dataset each row of a block is from, and how many rows of that are before it in the block."""
-        drawn = np.random.default_rng([self.seed, block]).permutation(
-            np.repeat(np.arange(len(self.shares)), self.shares)
-        )
-        nth = np.empty_like(drawn)
-        for number, share in enumerate(self.shares):
-            nth[drawn == number] = np.arange(share)
-        self._block, self._drawn, self._nth = block, drawn, nth
+    def _draw(self, block: int) -> None:
+        """Draw the dataset of each row of a block, and count its rows before that one."""
+        numbers = np.repeat(np.arange(len(self.rows_per_block)), self.rows_per_block)
+        self._datasets = np.random.default_rng([self.seed, block]).permutation(numbers)
+        self._counts = np.empty_like(self._datasets)
+        for number, rows in enumerate(self.rows_per_block):
+            self._counts[self._datasets == number] = np.arange(rows)
+        self._block = block
 
     def indices(self, first: int, count: int) -> list[int]:
         return [self.index(position) for position in range(first, first + count)]
 
     def index(self, position: int) -> int:
-        block, place = divmod(position, MIXTURE_BLOCK)
+        block, row = divmod(position, MIXTURE_BLOCK)
         if block != self._block:
-            self.draw(block)
-        number = self._drawn[place]
-        return int(self.firsts[number]) + self.parts[number].index(
-            block * int(self.shares[number]) + int(self._nth[place])
-        )
+            self._draw(block)
+        number = int(self._datasets[row])
+        own_position = block * int(self.rows_per_block[number]) + int(self._counts[row])
+        return int(self.first_rows[number]) + self.samplers[number].index(own_position)
 
     def rows_per_dataset(self, rows: int) -> list[int]:
-        """How many of the first `rows` rows each dataset gives."""
+        """Return how many of the first `rows` rows are from each dataset."""
         blocks, rest = divmod(rows, MIXTURE_BLOCK)
-        self.draw(blocks)
+        self._draw(blocks)
         return [
-            blocks * int(share) + int((self._drawn[:rest] == number).sum())
-            for number, share in enumerate(self.shares)
+            blocks * int(per_block) + int((self._datasets[:rest] == number).sum())
+            for number, per_block in enumerate(self.rows_per_block)
         ]
 
 
 def proportions(weights: Iterable[float]) -> np.ndarray:
-    """Rows of each of MIXTURE_BLOCK, by largest remainder. Raises UserError for a weight too small to get one.
+    """Return the rows of each of MIXTURE_BLOCK rows, by largest remainder.
+
+    Raises UserError for a weight that is too small for one row.
 
     >>> proportions([2, 1]).tolist()
     [667, 333]
     """
-    weights = np.array(list(weights), float)
-    exact = weights / weights.sum() * MIXTURE_BLOCK
-    shares = np.floor(exact).astype(int)
-    shares[np.argsort(shares - exact, kind="stable")[: MIXTURE_BLOCK - shares.sum()]] += 1
-    if not shares.all():
+    array = np.array(list(weights), float)
+    exact = array / array.sum() * MIXTURE_BLOCK
+    rows: np.ndarray = np.floor(exact).astype(int)
+    rows[np.argsort(rows - exact, kind="stable")[: MIXTURE_BLOCK - rows.sum()]] += 1
+    if not rows.all():
         raise UserError(
-            f"data.mixture: a weight of {weights[shares == 0][0]:g} is below a row in {MIXTURE_BLOCK}; raise it or leave it out"
+            f"data.mixture: a weight of {array[rows == 0][0]:g} is below a row in {MIXTURE_BLOCK}; "
+            "raise it or leave it out"
         )
-    return shares
+    return rows
 
 
 class ValidationBatchSampler:
-    """Every index once, in order, in batches of one shape: the last is filled up with -1."""
+    """Every row index once, in order, in batches of one size; the last is filled up with -1."""
 
-    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
-        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+    def __init__(self, size: int, batch_size: int, shard: DataShard = ONLY_PROCESS):
+        self.size, self.batch_size, self.shard = size, batch_size, shard
 
     def __len__(self) -> int:
-        return -(-self.size // (self.batch_size * self.world_size))
+        return -(-self.size // (self.batch_size * self.shard.count))
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in range(len(self)):
-            first = (batch * self.world_size + self.rank) * self.batch_size
+            first = (batch * self.shard.count + self.shard.index) * self.batch_size
             yield [i if i < self.size else -1 for i in range(first, first + self.batch_size)]
 
 
-class ResumableLoader(DataLoader):
-    """A DataLoader over a TrainingOrder or ValidationOrder whose state is the number of batches it handed out."""
+class ResumableLoader(DataLoader[Batch]):
+    """A DataLoader whose state is the number of training batches that it has yielded."""
 
     def __init__(
         self,
-        dataset: Dataset,
-        order: ShuffledBatchSampler | ValidationBatchSampler,
+        dataset: RowDataset,
+        batch_sampler: ShuffledBatchSampler | ValidationBatchSampler,
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        self.handed_out = 0
+        self.batches_yielded = 0
         super().__init__(
-            dataset, batch_sampler=order, num_workers=num_workers, pin_memory=pin_memory, **LOADER
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            **LOADER_OPTIONS,
         )
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if isinstance(self.batch_sampler, ValidationBatchSampler):
+    # torch's annotation names its private iterator class.
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if not isinstance(self.batch_sampler, ShuffledBatchSampler):
             yield from super().__iter__()
             return
-        self.batch_sampler.start = self.handed_out
+        self.batch_sampler.first_batch = self.batches_yielded
         for batch in super().__iter__():
-            self.handed_out += 1
+            self.batches_yielded += 1
             yield batch
 
+    # "handed_out" is the key in checkpoints.
+
     def state_dict(self) -> dict[str, int]:
-        return {"handed_out": self.handed_out}
+        """Return the state for a checkpoint."""
+        return {"handed_out": self.batches_yielded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.handed_out = state["handed_out"]
+        """Resume after the batches that were yielded before `state` was taken."""
+        self.batches_yielded = state["handed_out"]
 
 
-def leave_signals_to_the_run(_: int) -> None:
-    """A worker process ends when its loader does; Ctrl-C is for the process that trains."""
+def set_worker_signals(_: int) -> None:
+    """Let a worker process ignore Ctrl-C, which the training process handles, and obey SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def as_is(batch: Any) -> Any:
-    """The dataset makes whole batches."""
+def no_collate(batch: Any) -> Any:
+    """Return the batch: the datasets make whole batches."""
     return batch
 
 
-LOADER = {
-    "collate_fn": as_is,
-    "worker_init_fn": leave_signals_to_the_run,
-    "generator": torch.Generator(),  # its own: the default would draw from the global generator
+LOADER_OPTIONS: dict[str, Any] = {
+    "collate_fn": no_collate,
+    "worker_init_fn": set_worker_signals,
+    "generator": torch.Generator(),  # of its own: the default draws from the global generator
 }

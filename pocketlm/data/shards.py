@@ -1,7 +1,12 @@
-"""Tokens on disk: the shards that training reads, and the `.bin` files of nanoGPT and llm.c, read and written.
+"""Token shards: the files that training reads.
 
-A shard is MAGIC, a header, the tokens, and for each document the index of the token it begins with. nanoGPT's files are
-uint16 tokens and nothing else; llm.c's have 256 int32 before them: magic, version, count (its dev/data/data_common.py).
+A shard is MAGIC, a header, the tokens, and for each document the index of its first token:
+
+    "TOKSHARD"  length of the header (uint32)  header (JSON)  zeros up to byte 1024
+    tokens (uint16, or uint32 for a vocabulary above 65,536)
+    document offsets (int64)
+
+A document starts with the token before its text: bos, or the eos of the document before it.
 """
 
 import hashlib
@@ -12,8 +17,9 @@ import struct
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -21,77 +27,76 @@ from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import Tokenizer
 
 MAGIC = b"TOKSHARD"
-
-
 HEADER_BYTES = 1024
-
-
-CONTEXT = 16  # ids, more than any character has
 
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What stands before the tokens; `sha256` is that of the tokens, the offsets behind them, and the other fields."""
+    """The header of a shard."""
 
     dtype: str  # "<u2", or "<u4" for a vocabulary above 65,536
     tokens: int
     documents: int
     bytes: int  # UTF-8 bytes of the documents' text
-    sha256: str
+    sha256: str  # of the tokens, the document offsets, and the other fields
     tokenizer: str  # fingerprint
     version: int = 1
 
     def digest(self, content: Any) -> str:
-        """The SHA-256 of a shard of this header, given that of its tokens and offsets so far."""
+        """Return `sha256`, given a hash object that has read the tokens and offsets."""
         content.update(json.dumps(asdict(self) | {"sha256": ""}).encode())
-        return content.hexdigest()
+        return str(content.hexdigest())
 
 
 class TokenShard:
-    """A shard, memory-mapped. A document begins with the token before its text: bos, or the eos of the one before it.
+    """A shard, memory-mapped.
 
-    Raises UserError by name for a file that is missing, foreign, truncated or damaged.
+    Raises UserError with the path if the file is missing, foreign, truncated or damaged.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
             with path.open("rb") as file:
-                head = file.read(HEADER_BYTES)
-                if head[:8] != MAGIC:
-                    raise UserError(f"{path} is not a token shard; delete it to prepare it again")
-                (length,) = struct.unpack("<I", head[8:12])
-                fields = json.loads(head[12 : 12 + length])
-                if fields["version"] != ShardHeader.version:
-                    raise UserError(
-                        f"{path} is a token shard of version {fields['version']}; this program reads {ShardHeader.version}"
-                    )
-                self.header = ShardHeader(**fields)
-                whole = (
-                    self.header.digest(hashlib.file_digest(file, "sha256")) == self.header.sha256
-                )
+                self.header = self._read_header(file.read(HEADER_BYTES))
+                digest = self.header.digest(hashlib.file_digest(file, "sha256"))
+                intact = digest == self.header.sha256
         except FileNotFoundError:
             raise UserError(
                 f"the token shard {path} is missing; delete its folder to prepare it again"
             ) from None
         except (struct.error, ValueError, TypeError, KeyError):
-            whole = False
-        if not whole:
+            intact = False
+        if not intact:
             raise UserError(
-                f"the token shard {path} is damaged or truncated; delete its folder to prepare it again"
+                f"the token shard {path} is damaged or truncated; "
+                "delete its folder to prepare it again"
             )
 
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "header": self.header}  # a worker maps the file itself
+    def _read_header(self, raw: bytes) -> ShardHeader:
+        if raw[:8] != MAGIC:
+            raise UserError(f"{self.path} is not a token shard; delete it to prepare it again")
+        (length,) = struct.unpack("<I", raw[8:12])
+        fields = json.loads(raw[12 : 12 + length])
+        if fields["version"] != ShardHeader.version:
+            raise UserError(
+                f"{self.path} is a token shard of version {fields['version']}; "
+                f"this program reads {ShardHeader.version}"
+            )
+        return ShardHeader(**fields)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the maps: a worker process maps the file itself.
+        return {"path": self.path, "header": self.header}
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """(tokens,)"""
+        """Token ids (tokens,)."""
         return np.memmap(self.path, self.header.dtype, "r", HEADER_BYTES, (self.header.tokens,))
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """(documents,) where each document begins."""
+        """Index of the first token of each document (documents,)."""
         start = HEADER_BYTES + self.header.tokens * np.dtype(self.header.dtype).itemsize
         return np.memmap(self.path, "<i8", "r", start, (self.header.documents,))
 
@@ -101,38 +106,41 @@ class EncodedBatch:
     """Tokens to append to a shard."""
 
     tokens: np.ndarray  # (n,)
-    begins: np.ndarray  # indices into tokens at which documents begin
-    bytes: int  # of their text
+    document_starts: np.ndarray  # indices into tokens, one for each document that starts here
+    bytes: int  # UTF-8 bytes of their text
 
 
 class ShardWriter:
-    """Appends to `path`, which only `close` makes a shard.
+    """Appends tokens to `path`, which becomes a valid shard in `close`.
 
-    `state` and the same path go on where a killed process was, even one killed in `close`. Raises ValueError where less is
-    on the disk than the state says.
+    A writer for the same path and an earlier `state` resumes where a killed process was, even if it
+    was killed in `close`. Raises ValueError if the files hold less than the state says. Document
+    offsets are kept in a file of their own until `close`.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, state: dict[str, int] | None = None):
-        self.path, self.tokenizer, self.beside = path, tokenizer, path.with_suffix(".offsets")
-        keys = ("tokens", "documents", "bytes")
-        self.tokens, self.documents, self.bytes = (
-            (0, 0, 0) if state is None else (state[key] for key in keys)
-        )
-        begin = HEADER_BYTES + self.tokens * np.dtype(tokenizer.dtype).itemsize
+        self.path, self.tokenizer = path, tokenizer
+        self.offsets_path = path.with_suffix(".offsets")
+        self.tokens = self.documents = self.bytes = 0
+        if state is not None:
+            self.tokens, self.documents = state["tokens"], state["documents"]
+            self.bytes = state["bytes"]
+        size = HEADER_BYTES + self.tokens * np.dtype(tokenizer.dtype).itemsize
+        resume = state is not None
         with ExitStack() as opened:
-            self.file = opened.enter_context(self._open(path, begin, goes_on=state is not None))
+            self.file = opened.enter_context(self._open(path, size, resume))
             self.offsets = opened.enter_context(
-                self._open(self.beside, self.documents * 8, goes_on=state is not None)
+                self._open(self.offsets_path, self.documents * 8, resume)
             )
-            self.opened = opened.pop_all()
+            self._opened = opened.pop_all()
 
     @staticmethod
-    def _open(path: Path, size: int, goes_on: bool) -> BinaryIO:
-        """The file at exactly `size` bytes, to be appended to."""
-        if goes_on and path.stat().st_size < size:
+    def _open(path: Path, size: int, resume: bool) -> BufferedRandom:
+        """Open the file for appending at exactly `size` bytes."""
+        if resume and path.stat().st_size < size:
             raise ValueError(f"{path} has lost its end")
-        file = path.open("r+b" if goes_on else "w+b")
-        file.truncate(size)  # what was written after the state was taken
+        file = path.open("r+b") if resume else path.open("w+b")
+        file.truncate(size)  # removes what was written after the state was taken
         file.seek(size)
         return file
 
@@ -140,29 +148,30 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.opened.close()
+        self._opened.close()
 
-    def write(self, encoded: EncodedBatch) -> None:
-        self.file.write(encoded.tokens.astype(self.tokenizer.dtype, copy=False).data)
-        self.offsets.write((encoded.begins + self.tokens).astype("<i8").data)
-        self.tokens += len(encoded.tokens)
-        self.documents += len(encoded.begins)
-        self.bytes += encoded.bytes
+    def write(self, batch: EncodedBatch) -> None:
+        """Append the tokens of a batch."""
+        self.file.write(batch.tokens.astype(self.tokenizer.dtype, copy=False).data)
+        self.offsets.write((batch.document_starts + self.tokens).astype("<i8").data)
+        self.tokens += len(batch.tokens)
+        self.documents += len(batch.document_starts)
+        self.bytes += batch.bytes
 
     def state(self) -> dict[str, int]:
-        """What has been written, once it is on the disk."""
+        """Flush everything to the disk, and return how much has been written."""
         for file in (self.file, self.offsets):
             file.flush()
             os.fsync(file.fileno())
         return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
 
     def close(self) -> None:
-        """Add the last eos, the offsets and the header. The file `beside` stays: without it nothing could go on."""
-        self.write(
-            EncodedBatch(
-                np.array(self.tokenizer.final, self.tokenizer.dtype), np.empty(0, np.int64), 0
-            )
-        )
+        """Write the last eos, the document offsets and the header.
+
+        The file of offsets is kept, because a resumed writer needs it.
+        """
+        final = np.array(self.tokenizer.corpus_suffix, self.tokenizer.dtype)
+        self.write(EncodedBatch(final, np.empty(0, np.int64), 0))
         self.offsets.seek(0)
         shutil.copyfileobj(self.offsets, self.file)
         self.file.seek(HEADER_BYTES)
@@ -180,4 +189,4 @@ class ShardWriter:
         self.file.write((MAGIC + struct.pack("<I", len(text)) + text).ljust(HEADER_BYTES, b"\0"))
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.opened.close()
+        self._opened.close()

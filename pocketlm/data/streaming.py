@@ -1,8 +1,9 @@
-"""Rows without shards: text is tokenised and packed while training, in an order that can be resumed exactly.
+"""Streaming: rows without token shards; text is tokenised and packed while training.
 
     chunks -> tokens -> packed or padded rows -> blocks -> rows, shuffled -> batches -> StreamLoader
 
-Each step is a generator over the one before it, and begins wherever a Place says.
+Each step is a generator over the step before it. All of them can start at any StreamPosition, so
+that a run resumes exactly: the block of that position is made again and its first rows are skipped.
 """
 
 from collections.abc import Iterator
@@ -12,27 +13,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from pocketlm.corpus.chunks import Chunk, at_token_boundaries, batch_chunks, split
+from pocketlm.corpus.chunks import Chunk, at_token_boundaries, batch_chunks, split_documents
 from pocketlm.corpus.pieces import Source
-from pocketlm.data.datasets import as_batch
-from pocketlm.data.samplers import ENDLESS, LOADER
+from pocketlm.data.datasets import Batch, RowFormat, as_batch
+from pocketlm.data.samplers import ENDLESS, LOADER_OPTIONS, ONLY_PROCESS, DataShard
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import Tokenizer
 
 STREAM_BATCH = 2**18  # characters tokenised at a time
 
-
-TOKEN = np.dtype(
-    [("id", "<u4"), ("document", "<i8"), ("index", "<i8")]
-)  # its worker's document, and where in that it stands
+# A token id, the number of its document among its worker's documents, and its index in there.
+TOKEN = np.dtype([("id", "<u4"), ("document", "<i8"), ("index", "<i8")])
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """How far a worker is: the rows it has dealt of a block, and the token of its documents at which the block begins."""
+    """Resume state of one worker: the start of its current block, and the rows yielded from it.
+
+    A block starts at a token: number `index` of number `document` of the worker's documents. The
+    names of the fields are keys in checkpoints.
+    """
 
     epoch: int = 0
     block: int = 0
@@ -41,238 +43,244 @@ class StreamPosition:
     index: int = 0
 
 
-class StreamingPackedLMDataset(IterableDataset):
-    """PackedLMDataset's rows (`padded`: PaddedLMDataset's) without shards, shuffled in blocks of `shuffle_buffer` rows.
+@dataclass(frozen=True)
+class StreamOptions:
+    """Which documents are streamed, and how their rows are shuffled."""
 
-    Documents are numbered as they come; worker w of W on rank r of R has those of number r*W + w modulo R*W that are not
-    validation. An epoch holds each of them once, ends in a short row, and is followed by the next, unless `epochs` says
-    when to stop. Yields (worker, Place behind the batch, batch). A Place is all that resuming needs: its block is made again.
+    val_share: float = 0.0  # share of the documents that are left out, for validation
+    seed: int = 0
+    shuffle_buffer: int = 1000  # rows in a block; rows are shuffled within their block
+    epochs: int | None = None  # None: without end
+
+
+StreamItem = tuple[int, StreamPosition, Batch | UserError]
+
+
+class StreamingPackedLMDataset(IterableDataset[StreamItem]):
+    """The rows of PackedLMDataset, or of PaddedLMDataset, from a source that has no shards.
+
+    Documents are numbered as they come. With W workers on each of R ranks, document n belongs to
+    number n modulo R*W of all workers, where worker w of rank r is number r*W + w. An epoch has
+    each training document once, ends in a short row, and is followed by the next epoch.
+
+    Yields (worker, StreamPosition after the batch, batch).
     """
 
     def __init__(
         self,
         source: Source,
         tokenizer: Tokenizer,
-        seq_len: int,
+        row_format: RowFormat,
         batch_size: int,
-        *,
-        val_share: float = 0.0,
-        seed: int = 0,
-        shuffle_buffer: int = 1000,
-        document_mask: bool = False,
-        padded: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        epochs: int | None = None,
+        options: StreamOptions | None = None,
+        rank: DataShard = ONLY_PROCESS,
     ):
-        self.source, self.tokenizer, self.seq_len, self.batch_size = (
-            source,
-            tokenizer,
-            seq_len,
-            batch_size,
-        )
-        self.val_share, self.seed, self.shuffle_buffer, self.document_mask = (
-            val_share,
-            seed,
-            shuffle_buffer,
-            document_mask,
-        )
-        self.padded, self.rank, self.world_size, self.epochs = padded, rank, world_size, epochs
-        self.places: list[
-            StreamPosition
-        ] = []  # of each worker, to go on from; none: from the beginning
-        self.turn = 0  # the worker that gives the first batch
+        self.source, self.tokenizer = source, tokenizer
+        self.row_format, self.batch_size = row_format, batch_size
+        self.options, self.rank = options or StreamOptions(), rank
+        self.positions: list[StreamPosition] = []  # of each worker; empty: start at the beginning
+        self.next_worker = 0  # yields the first batch
 
     def __len__(self) -> int:
         return ENDLESS
 
-    def __iter__(self) -> Iterator[tuple[int, StreamPosition, dict[str, Tensor] | UserError]]:
+    def __iter__(self) -> Iterator[StreamItem]:
         info = get_worker_info()
         if info is None:
             yield from self.batches(0, 1)
             return
-        try:  # torch asks its worker 0 first
-            yield from self.batches((info.id + self.turn) % info.num_workers, info.num_workers)
-        except UserError as error:  # torch would put a traceback into a raised one
+        # torch asks its worker 0 first, so that one takes the part of `next_worker`.
+        worker = (info.id + self.next_worker) % info.num_workers
+        try:
+            yield from self.batches(worker, info.num_workers)
+        except UserError as error:  # torch would add a traceback to an error that is raised
             yield info.id, StreamPosition(), error
 
-    def batches(
-        self, worker: int, workers: int
-    ) -> Iterator[tuple[int, StreamPosition, dict[str, Tensor]]]:
-        place = self.places[worker] if self.places else StreamPosition()
-        rows = self.rows(self.rank * workers + worker, self.world_size * workers, place)
+    def batches(self, worker: int, workers: int) -> Iterator[tuple[int, StreamPosition, Batch]]:
+        """Yield the batches of one worker."""
+        position = self.positions[worker] if self.positions else StreamPosition()
+        rows = self.rows(self.rank.of_worker(worker, workers), position)
         while batch := list(islice(rows, self.batch_size)):
             yield worker, batch[-1][0], self.as_batch([row for _, row in batch])
 
-    def as_batch(self, rows: list[np.ndarray]) -> dict[str, Tensor]:
-        windows = np.zeros((len(rows), self.seq_len + 1), np.int64)
-        doc_ids = np.full((len(rows), self.seq_len), -1)
+    def as_batch(self, rows: list[np.ndarray]) -> Batch:
+        """Return rows of TOKEN as a batch."""
+        seq_len = self.row_format.seq_len
+        windows = np.zeros((len(rows), seq_len + 1), np.int64)
+        doc_ids = np.full((len(rows), seq_len), -1)
         for number, row in enumerate(rows):
             windows[number, : len(row)] = row["id"]
-            doc_ids[number, : len(row)] = row["document"][: self.seq_len]
-        return as_batch(
-            windows,
-            np.array(list(map(len, rows))),
-            doc_ids if self.document_mask and not self.padded else None,
-        )
+            doc_ids[number, : len(row)] = row["document"][:seq_len]
+        masked = self.row_format.document_mask and not self.row_format.padded
+        return as_batch(windows, np.array(list(map(len, rows))), doc_ids if masked else None)
 
     def rows(
-        self, shard: int, shards: int, place: StreamPosition
+        self, shard: DataShard, position: StreamPosition
     ) -> Iterator[tuple[StreamPosition, np.ndarray]]:
-        """The rows from `place` on, each with the place behind it: up to T + 1 tokens."""
-        while self.epochs is None or place.epoch < self.epochs:
-            begin = None
-            for begin, block in self.blocks(shard, shards, place):
-                order = np.random.default_rng(
-                    [self.seed, shard, begin.epoch, begin.block]
-                ).permutation(len(block))
-                for row in range(begin.row, len(block)):
-                    yield replace(begin, row=row + 1), block[order[row]]
-            if begin is None:
-                raise self.too_few(shards)
-            place = StreamPosition(place.epoch + 1)
+        """Yield the rows from `position` on, each with the position after it."""
+        epochs = self.options.epochs
+        while epochs is None or position.epoch < epochs:
+            start = None
+            for start, block in self.blocks(shard, position):
+                seed = [self.options.seed, shard.index, start.epoch, start.block]
+                order = np.random.default_rng(seed).permutation(len(block))
+                for row in range(start.row, len(block)):
+                    yield replace(start, row=row + 1), block[order[row]]
+            if start is None:
+                raise self._too_few_documents_error(shard.count)
+            position = StreamPosition(position.epoch + 1)
 
     def blocks(
-        self, shard: int, shards: int, place: StreamPosition
+        self, shard: DataShard, position: StreamPosition
     ) -> Iterator[tuple[StreamPosition, list[np.ndarray]]]:
-        """The rest of the epoch in lists of `shuffle_buffer` rows, each with the place at which it begins."""
-        tokens = self.tokens(shard, shards, place)
-        rows = (
-            padded_rows(tokens, self.seq_len) if self.padded else packed_rows(tokens, self.seq_len)
-        )
-        while block := list(islice(rows, self.shuffle_buffer)):
+        """Yield the rest of the epoch in blocks, each with the position at which it starts."""
+        make_rows = padded_rows if self.row_format.padded else packed_rows
+        rows = make_rows(self.tokens(shard, position), self.row_format.seq_len)
+        while block := list(islice(rows, self.options.shuffle_buffer)):
             first = block[0][0]
-            yield replace(place, document=int(first["document"]), index=int(first["index"])), block
-            place = StreamPosition(place.epoch, place.block + 1)
+            document, index = int(first["document"]), int(first["index"])
+            yield replace(position, document=document, index=index), block
+            position = StreamPosition(position.epoch, position.block + 1)
 
-    def tokens(self, shard: int, shards: int, place: StreamPosition) -> Iterator[np.ndarray]:
-        """The tokens from the beginning of the block on, in arrays (n,) of TOKEN."""
-        tokenizer = self.tokenizer
-        prefix, closing, final = (
-            np.array(ids, tokenizer.dtype)
-            for ids in (tokenizer.prefix, tokenizer.closing, tokenizer.final)
-        )
-        if self.padded:  # a row of its own: no next document's prefix closes it
-            closing, final = np.concatenate([closing, final]), final[:0]
-        document, index = place.document - 1, 0
-        for batch in batch_chunks(
-            at_token_boundaries(self.chunks(shard, shards, place.document), tokenizer), STREAM_BATCH
-        ):
+    def tokens(self, shard: DataShard, position: StreamPosition) -> Iterator[np.ndarray]:
+        """Yield the tokens from the start of the block on, in arrays (n,) of TOKEN."""
+        dtype = self.tokenizer.dtype
+        prefix = np.array(self.tokenizer.document_prefix, dtype)
+        suffix = np.array(self.tokenizer.document_suffix, dtype)
+        corpus_suffix = np.array(self.tokenizer.corpus_suffix, dtype)
+        if self.row_format.padded:  # no prefix of a next document ends this one
+            suffix, corpus_suffix = np.concatenate([suffix, corpus_suffix]), corpus_suffix[:0]
+        document, index = position.document - 1, 0
+        chunks = at_token_boundaries(self.chunks(shard, position.document), self.tokenizer)
+        for batch in batch_chunks(chunks, STREAM_BATCH):
+            encoded = self.tokenizer.encode_arrays([chunk.text for chunk in batch])
             arrays = []
-            for chunk, ids in zip(
-                batch, tokenizer.encode_arrays([chunk.text for chunk in batch]), strict=True
-            ):
-                if chunk.begins:
+            for chunk, ids in zip(batch, encoded, strict=True):
+                if chunk.starts_document:
                     document, index = document + 1, 0
-                arrays.append(
-                    as_tokens(
-                        [prefix] * chunk.begins + [ids] + [closing] * chunk.ends, document, index
-                    )
-                )
+                before = prefix if chunk.starts_document else prefix[:0]
+                after = suffix if chunk.ends_document else suffix[:0]
+                arrays.append(as_tokens([before, ids, after], document, index))
                 index += len(arrays[-1])
             tokens = np.concatenate(arrays)
-            yield tokens[(tokens["document"] > place.document) | (tokens["index"] >= place.index)]
-        yield as_tokens([final], document, index)
+            in_later_document = tokens["document"] > position.document
+            yield tokens[in_later_document | (tokens["index"] >= position.index)]
+        yield as_tokens([corpus_suffix], document, index)
 
-    def chunks(self, shard: int, shards: int, first: int) -> Iterator[Chunk]:
-        """The text of one worker's documents, from its number `first` on."""
-        number = mine = -1
-        for chunk in split(self.source.pieces(), self.val_share, None):
-            number += chunk.begins
-            if number % shards == shard and not chunk.validation:
-                mine += chunk.begins
-                if mine >= first:
+    def chunks(self, shard: DataShard, first: int) -> Iterator[Chunk]:
+        """Yield the text of one worker's documents, from its document number `first` on."""
+        number = own_number = -1
+        for chunk in split_documents(self.source.pieces(), self.options.val_share):
+            number += chunk.starts_document
+            if number % shard.count == shard.index and chunk.split == "train":
+                own_number += chunk.starts_document
+                if own_number >= first:
                     yield chunk
 
-    def check_documents(self, shards: int) -> None:
-        """Raise UserError unless each of so many workers has a document."""
-        without = set(range(shards))
-        for number, chunk in enumerate(
-            chunk for chunk in split(self.source.pieces(), self.val_share, None) if chunk.begins
-        ):
-            if not chunk.validation:
-                without.discard(number % shards)
+    def check_documents(self, workers: int) -> None:
+        """Raise UserError unless each of all ranks' workers has a document to train on."""
+        without = set(range(workers))
+        number = -1
+        for chunk in split_documents(self.source.pieces(), self.options.val_share):
+            number += chunk.starts_document
+            if chunk.split == "train":
+                without.discard(number % workers)
             if not without:
                 return
-        raise self.too_few(shards)
+        raise self._too_few_documents_error(workers)
 
-    def too_few(self, shards: int) -> UserError:
+    def _too_few_documents_error(self, workers: int) -> UserError:
         return UserError(
-            f"{self.source.name} has too few documents to train on for {shards} workers; lower hardware.num_workers or hardware.devices"
+            f"{self.source.name} has too few documents to train on for {workers} workers; "
+            "lower hardware.num_workers or hardware.devices"
         )
 
 
 def as_tokens(ids: list[np.ndarray], document: int, index: int) -> np.ndarray:
-    """The ids one after another as TOKENs of a document, from its token `index` on."""
+    """Return ids as TOKENs of a document, from its token number `index` on."""
     joined = np.concatenate(ids)
     tokens = np.empty(len(joined), TOKEN)
-    tokens["id"], tokens["document"], tokens["index"] = (
-        joined,
-        document,
-        np.arange(index, index + len(joined)),
-    )
+    tokens["id"], tokens["document"] = joined, document
+    tokens["index"] = np.arange(index, index + len(joined))
     return tokens
 
 
 def packed_rows(tokens: Iterator[np.ndarray], seq_len: int) -> Iterator[np.ndarray]:
-    """Windows of T + 1 tokens at stride T; the last one is short."""
-    held = np.empty(0, TOKEN)
+    """Yield windows of T + 1 tokens at stride T; the last one may be short."""
+    pending = np.empty(0, TOKEN)
     for more in tokens:
-        held = np.concatenate([held, more])
-        for start in range(0, len(held) - seq_len, seq_len):
-            yield held[start : start + seq_len + 1]
-        held = held[(len(held) - 1) // seq_len * seq_len :]
-    if len(held) > 1:  # a single token has been a target
-        yield held
+        pending = np.concatenate([pending, more])
+        for start in range(0, len(pending) - seq_len, seq_len):
+            yield pending[start : start + seq_len + 1]
+        pending = pending[(len(pending) - 1) // seq_len * seq_len :]
+    if len(pending) > 1:  # a single token has been a target already
+        yield pending
 
 
 def padded_rows(tokens: Iterator[np.ndarray], seq_len: int) -> Iterator[np.ndarray]:
-    """A document a row, cut off at T + 1 tokens."""
-    held = np.empty(0, TOKEN)
+    """Yield one document per row, truncated to T + 1 tokens."""
+    pending = np.empty(0, TOKEN)
     for more in tokens:
-        held = np.concatenate([held, more[more["index"] <= seq_len]])
-        *whole, held = np.split(held, np.flatnonzero(held["index"] == 0)[1:])
-        yield from whole
-    if len(held):
-        yield held
+        pending = np.concatenate([pending, more[more["index"] <= seq_len]])
+        *complete, pending = np.split(pending, np.flatnonzero(pending["index"] == 0)[1:])
+        yield from complete
+    if len(pending):
+        yield pending
 
 
-class StreamLoader(DataLoader):
-    """A DataLoader over a stream. Its state is the place of each worker of each rank, and whose turn it is."""
+class StreamLoader(DataLoader[Batch]):
+    """A DataLoader over a stream, whose state is the position of each worker of each rank.
+
+    The state also has the worker whose turn is next, because workers yield batches in turn.
+    """
 
     def __init__(
         self, dataset: StreamingPackedLMDataset, num_workers: int = 0, pin_memory: bool = False
     ):
-        dataset.check_documents(dataset.world_size * max(1, num_workers))
+        workers = max(1, num_workers)
+        dataset.check_documents(dataset.rank.count * workers)
+        self.stream = dataset
+        self.positions, self.next_worker = [StreamPosition()] * workers, 0
         super().__init__(
-            dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, **LOADER
+            dataset,  # type: ignore[arg-type]  # items carry a batch: see `__iter__`
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            **LOADER_OPTIONS,
         )
-        self.places, self.turn = [StreamPosition()] * max(1, num_workers), 0
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        self.dataset.places, self.dataset.turn = list(self.places), self.turn
-        for worker, place, batch in super().__iter__():
+    # torch's annotation names its private iterator class.
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.stream.positions, self.stream.next_worker = list(self.positions), self.next_worker
+        for worker, position, batch in super().__iter__():
             if isinstance(batch, UserError):
                 raise batch
-            self.places[worker], self.turn = place, (worker + 1) % len(self.places)
+            self.positions[worker] = position
+            self.next_worker = (worker + 1) % len(self.positions)
             yield batch
 
+    # "places" and "turn" are keys in checkpoints.
+
     def state_dict(self) -> dict[str, Any]:
-        """That of every rank, since one of them writes the checkpoint."""
-        mine = {"places": [asdict(place) for place in self.places], "turn": self.turn}
-        ranks = [mine] * self.dataset.world_size
+        """Return the state of all ranks, because one of them writes the checkpoint."""
+        places = [asdict(position) for position in self.positions]
+        own = {"places": places, "turn": self.next_worker}
+        ranks = [own] * self.stream.rank.count
         if len(ranks) > 1:
-            torch.distributed.all_gather_object(ranks, mine)
+            torch.distributed.all_gather_object(ranks, own)
         return {"num_workers": self.num_workers, "ranks": ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for key, before, now in (
+        """Resume at a state. Raises UserError if it has other numbers of workers or ranks."""
+        for key, saved, current in (
             ("hardware.num_workers", state["num_workers"], self.num_workers),
-            ("hardware.devices", len(state["ranks"]), self.dataset.world_size),
+            ("hardware.devices", len(state["ranks"]), self.stream.rank.count),
         ):
-            if before != now:
+            if saved != current:
                 raise UserError(
-                    f"a stream goes on only as it was dealt out: set {key} to {before}, not {now}"
+                    "a stream resumes only with the workers and devices that it began with: "
+                    f"set {key} to {saved}, not {current}"
                 )
-        mine = state["ranks"][self.dataset.rank]
-        self.places, self.turn = [StreamPosition(**place) for place in mine["places"]], mine["turn"]
+        own = state["ranks"][self.stream.rank.index]
+        self.positions = [StreamPosition(**position) for position in own["places"]]
+        self.next_worker = own["turn"]

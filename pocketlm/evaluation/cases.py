@@ -1,13 +1,15 @@
-"""Probe suites: what a case is, reading YAML, JSON and BLiMP, and finding what is wrong with a suite.
+"""Probe suites: cases, reading them from YAML, JSON and BLiMP, and linting.
 
-A suite is `{schema: 1, name, license, defaults, cases: [...]}`, or a bare list of `{name, prompt, target}`. The types of case:
+A suite is `{schema: 1, name, license, defaults, cases}`, or a list of `{name, prompt, target}`.
+A case of each type is right if:
 
-    cloze, choice   prompt, answers [, distractors]    an accepted answer is the likeliest of the candidates, or is what greedy
-                                                       generation writes where there are no distractors
-    minimal_pair    good, bad                          the good text is likelier than the bad one
-    schema          contexts, continuation, gold       the continuation is likelier after contexts[gold] than after the others
-    generate        prompt, match [, forbid]           the text generated greedily matches one pattern and not the other
-    text            text or file                       no right and wrong: its bits per byte
+    cloze, choice   prompt, answers [, distractors]  an answer is the most likely candidate; without
+                                                     distractors, if greedy decoding writes it
+    minimal_pair    good, bad                        the good text is more likely than the bad one
+    schema          contexts, continuation, gold     it is most likely after contexts[gold]
+    generate        prompt, match [, forbid]         the text decoded greedily matches the pattern,
+                                                     and does not match the forbidden one
+    text            text or file                     (never right or wrong: has bits per byte)
 """
 
 import glob
@@ -18,32 +20,34 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from pocketlm.config.strict_yaml import build, parse_yaml
+from pocketlm.config.strict_yaml import Positions, build_dataclass, check_key, parse_yaml
 from pocketlm.errors import FieldError, UserError
 
-FEWEST = 10  # cases in a category, below which an interval says nothing
+MIN_CASES = 10  # in a category; with fewer, an interval is too wide to be useful
+SUITE_FIELDS = ("schema", "name", "license", "defaults", "cases")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One probe. Which fields a type has, FIELDS says."""
+    """One probe. FIELDS lists the fields of each type."""
 
     id: str
     type: Literal["cloze", "choice", "minimal_pair", "schema", "generate", "text"] = "cloze"
-    category: str = ""  # empty: the suite's name
-    group: str = ""  # cases about the same thing, which are not independent of each other; empty: the case by itself
-    source: str = ""  # where the fact is stated
-    negative: bool = False  # the prompt negates
-    echo: bool = False  # the answer stands in the prompt, and is meant to
-    joined: bool = False  # the answer goes on without a space, and is meant to
-    scoring: Literal["sum", "token", "byte", "pmi"] = "sum"  # what makes a candidate the likeliest
+    category: str = ""  # default: the suite's name
+    group: str = ""  # shared by dependent cases, such as paraphrases of a fact; default: the id
+    source: str = ""  # start of the document that states the fact
+    negative: bool = False  # the prompt contains a negation
+    echo: bool = False  # the answer occurs in the prompt on purpose
+    joined: bool = False  # the answer has no leading space on purpose
+    scoring: Literal["sum", "token", "byte", "pmi"] = "sum"  # how candidates are compared
     prompt: str = ""
-    answers: tuple[str, ...] = ()  # any of them is right; with their leading space
+    answers: tuple[str, ...] = ()  # all are right; each starts with its leading space
     distractors: tuple[str, ...] = ()
-    pmi_prompt: str = ""  # for pmi: what the answers' likelihood by themselves is taken after; empty: the begin of a document
+    pmi_prompt: str = ""  # context of the answers' own likelihood for pmi; default: document start
     good: str = ""
     bad: str = ""
     contexts: tuple[str, ...] = ()
@@ -61,7 +65,7 @@ class Case:
 
     @property
     def candidates(self) -> tuple[tuple[str, str], ...]:
-        """(context, continuation) of each thing to compare, the right ones first."""
+        """The (context, continuation) pairs to compare, the right ones first."""
         match self.type:
             case "cloze" | "choice":
                 return tuple((self.prompt, answer) for answer in (*self.answers, *self.distractors))
@@ -69,27 +73,106 @@ class Case:
                 return ("", self.good), ("", self.bad)
             case "schema":
                 wrong = [c for i, c in enumerate(self.contexts) if i != self.gold]
-                return tuple(
-                    (context, self.continuation) for context in (self.contexts[self.gold], *wrong)
-                )
+                ordered = (self.contexts[self.gold], *wrong)
+                return tuple((context, self.continuation) for context in ordered)
         return ()
 
     @property
     def n_right(self) -> int:
-        """How many of the candidates are right."""
+        """Number of right candidates."""
         return len(self.answers) or 1
 
     @property
     def chance(self) -> float | None:
-        """What guessing scores; None where there is nothing to choose from."""
+        """Accuracy of guessing; None if all candidates are right or there are none."""
         n = len(self.candidates)
         return self.n_right / n if n > self.n_right else None
 
 
-ANY = {"id", "type", "category", "group", "source", "negative", "echo", "joined"}
+@dataclass(frozen=True)
+class Suite:
+    """Cases that belong together, with the position of each (`file:line`) for messages."""
+
+    name: str
+    cases: tuple[Case, ...]
+    positions: tuple[str, ...]
+    sha256: str  # of the file
 
 
-FIELDS: dict[str, tuple[set[str], set[str]]] = {  # type: fields it must have, fields it may have
+def known_suites() -> str:
+    """Return a sentence that lists the suites in cases/, for messages."""
+    return f"in cases/ there are {', '.join(sorted(glob.glob('cases/*'))) or 'none'}"
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Read a suite from a YAML or JSON file. Raise UserError, with the line, for a mistake."""
+    try:
+        raw = Path(path).read_bytes()
+        text = raw.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the cases {path}: {error}") from None
+    values, positions = parse_yaml(text, str(path))
+    is_list = isinstance(values, list)
+    suite = {"schema": 1, "cases": values} if is_list else values
+    check_suite(suite, positions, str(path))
+    name, defaults = str(suite.get("name") or Path(path).stem), suite.get("defaults") or {}
+    cases, case_positions = [], []
+    for i, value in enumerate(suite["cases"]):
+        key_path = (str(i),) if is_list else ("cases", str(i))
+        case = read_case(value, defaults, key_path, positions)
+        cases.append(replace(case, category=case.category or name, group=case.group or case.id))
+        case_positions.append(positions[key_path])
+    check_duplicates([pair] for pair in zip(cases, case_positions, strict=True))
+    return Suite(name, tuple(cases), tuple(case_positions), sha256(raw).hexdigest())
+
+
+def check_suite(suite: Any, positions: Positions, path: str) -> None:
+    """Raise UserError unless `suite` has a list of cases and no unknown fields."""
+    listed = suite.get("cases") if isinstance(suite, dict) else None
+    if not isinstance(listed, list) or not listed:
+        form = "a list of cases, each {name, prompt, target}, or {schema: 1, name, cases}"
+        raise UserError(f"{path}: a suite is {form}")
+    for key in suite:
+        check_key(key, SUITE_FIELDS, positions.get((key,), path), "a suite has no key")
+    if suite.get("schema") != 1:
+        raise UserError(f"{path}: schema is {suite.get('schema')!r}; this program reads schema 1")
+    defaults = suite.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        position = positions[("defaults",)]
+        raise UserError(f"{position}: defaults are fields of a case, not {defaults!r}")
+
+
+def read_case(
+    value: Any, defaults: dict[str, Any], path: tuple[str, ...], positions: Positions
+) -> Case:
+    """Return the case at a key path of the file. Raise UserError, with its line, for a mistake."""
+    position = positions[path]
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{position}: a case is {{id, type, ...}} or {{name, prompt, target}}, not {value!r}"
+        )
+    fields = expand_short_form(value)
+    if not fields.get("id"):
+        raise UserError(f"{position}: the case has no {'name' if 'target' in value else 'id'}")
+    case = build_dataclass(Case, {**defaults, **fields}, path, positions, position)
+    problems = [*field_problems(case, fields, defaults), *value_problems(case)]
+    if problems:
+        raise UserError(f"{position}: {case.id!r} {problems[0]}")
+    return case
+
+
+def expand_short_form(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a case; `name` and `target` become `id` and `answers`."""
+    if "target" not in value:
+        return value
+    fields = {key: field for key, field in value.items() if key not in ("name", "target")}
+    target = value["target"]
+    answers = target if isinstance(target, list) else [target]
+    return fields | {"id": value.get("name"), "answers": answers}
+
+
+COMMON_FIELDS = {"id", "type", "category", "group", "source", "negative", "echo", "joined"}
+FIELDS: dict[str, tuple[set[str], set[str]]] = {  # type: required fields, optional fields
     "cloze": ({"prompt", "answers"}, {"distractors", "scoring", "pmi_prompt"}),
     "choice": ({"prompt", "answers", "distractors"}, {"scoring", "pmi_prompt"}),
     "minimal_pair": ({"good", "bad"}, {"scoring"}),
@@ -99,249 +182,168 @@ FIELDS: dict[str, tuple[set[str], set[str]]] = {  # type: fields it must have, f
 }
 
 
-@dataclass(frozen=True)
-class Suite:
-    """Cases that belong together, and the place of each for messages."""
+def field_problems(case: Case, fields: dict[str, Any], defaults: dict[str, Any]) -> Iterator[str]:
+    """Yield which fields are missing, which the type does not have, and whether texts are empty.
 
-    name: str
-    cases: tuple[Case, ...]
-    places: tuple[str, ...]
-    sha256: str  # of the file
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def known_suites() -> str:
-    """A sentence that names the suites in cases/, for messages."""
-    return f"in cases/ there are {', '.join(sorted(glob.glob('cases/*'))) or 'none'}"
-
-
-def load_suite(path: str | Path) -> Suite:
-    """A suite of a YAML or JSON file. Raises UserError with the line for a case that cannot be meant."""
-    try:
-        raw = Path(path).read_bytes()
-        text = raw.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the cases {path}: {error}") from None
-    values, places = parse_yaml(text, str(path))
-    bare = isinstance(values, list)
-    suite = {"cases": values} if bare else values
-    if (
-        not isinstance(suite, dict)
-        or not isinstance(listed := suite.get("cases"), list)
-        or not listed
-    ):
-        raise UserError(
-            f"{path}: a suite is a list of cases, each {{name, prompt, target}}, or {{schema: 1, name, cases}}"
-        )
-    if unknown := suite.keys() - {"schema", "name", "license", "defaults", "cases"}:
-        raise UserError(
-            f"{path}: a suite has schema, name, license, defaults and cases, but no {', '.join(sorted(map(str, unknown)))}"
-        )
-    if not bare and suite.get("schema") != 1:
-        raise UserError(f"{path}: schema is {suite.get('schema')!r}; this program reads schema 1")
-    if not isinstance(suite.get("defaults") or {}, dict):
-        raise UserError(
-            f"{places['defaults',]}: defaults are fields of a case with their values, not {suite['defaults']!r}"
-        )
-    name, defaults = str(suite.get("name") or Path(path).stem), suite.get("defaults") or {}
-    cases, where = [], []
-    for index, value in enumerate(listed):
-        at = (str(index),) if bare else ("cases", str(index))
-        cases.append(read_case(value, defaults, name, at, places, str(path)))
-        where.append(places[at])
-    suite = Suite(name, tuple(cases), tuple(where), sha256(raw).hexdigest())
-    check_duplicates([(case, place)] for case, place in zip(cases, where, strict=True))
-    return suite
-
-
-def read_case(
-    value: Any,
-    defaults: dict[str, Any],
-    suite: str,
-    at: tuple[str, ...],
-    places: dict[tuple[str, ...], str],
-    path: str,
-) -> Case:
-    """The case that stands at `at` of the file. Raises UserError with its line."""
-    place = places[at]
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{place}: a case is {{id, type, ...}} or {{name, prompt, target}}, not {value!r}"
-        )
-    given = dict(value)
-    if "target" in given:  # the short form
-        target = given.pop("target")
-        given |= {
-            "id": given.pop("name", None),
-            "answers": target if isinstance(target, list) else [target],
-        }
-    if not given.get("id"):
-        raise UserError(f"{place}: the case has no {'name' if 'target' in value else 'id'}")
-    case = build(Case, {**defaults, **given}, at, places, path)
+    A default that the type does not have is ignored. Only a pmi_prompt may be white space.
+    """
     required, optional = FIELDS[case.type]
-    if missing := sorted(required - given.keys() - defaults.keys()):
-        raise UserError(
-            f"{place}: {case.id!r} is of type {case.type}, which needs {' and '.join(missing)}"
-        )
-    if extra := sorted(given.keys() - required - optional - ANY):
-        raise UserError(
-            f"{place}: {case.id!r} is of type {case.type}, which has no {' and no '.join(extra)}"
-        )
-    texts = [
-        t
-        for key in given
-        for t in (given[key] if isinstance(given[key], list) else [given[key]])
-        if isinstance(t, str)
-    ]
-    if not all(t.strip() or t == given.get("pmi_prompt") for t in texts) or any(
-        given.get(key) == [] for key in required
-    ):
-        raise UserError(f"{place}: {case.id!r} has an empty text; every one says something")
-    if case.type == "schema" and not (
-        len(case.contexts) > 1 and 0 <= case.gold < len(case.contexts)
-    ):
-        raise UserError(
-            f"{place}: {case.id!r} needs two contexts or more, and gold to be the number of one, from 0"
-        )
-    if case.scoring == "pmi" and "scoring" in optional and "pmi_prompt" not in optional:
-        raise UserError(f"{place}: {case.id!r} is of type {case.type}, which is not scored by pmi")
+    if missing := sorted(required - fields.keys() - defaults.keys()):
+        yield f"is of type {case.type}, which needs {' and '.join(missing)}"
+    if extra := sorted(fields.keys() - required - optional - COMMON_FIELDS):
+        yield f"is of type {case.type}, which has no {' and no '.join(extra)}"
+    texts: list[Any] = []
+    for value in fields.values():
+        texts += value if isinstance(value, list) else [value]
+    blank = [text for text in texts if isinstance(text, str) and not text.strip()]
+    empty_list = any(fields.get(key) == [] for key in required)
+    if empty_list or any(text != fields.get("pmi_prompt") for text in blank):
+        yield "has an empty text; fill it in"
+
+
+def value_problems(case: Case) -> Iterator[str]:
+    """Yield what is wrong with the values of a case."""
+    gold_exists = 0 <= case.gold < len(case.contexts)
+    if case.type == "schema" and not (gold_exists and len(case.contexts) > 1):
+        yield "needs two contexts or more, and gold to be the index of one, from 0"
+    if case.scoring == "pmi" and case.type in ("minimal_pair", "schema"):
+        yield f"is of type {case.type}, which is not scored by pmi"
     if case.type == "text" and bool(case.text) == bool(case.file):
-        raise UserError(f"{place}: {case.id!r} is of type text, which needs either text or file")
+        yield "is of type text, which needs either text or file"
     for pattern in (case.match, case.forbid):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(
-                f"{place}: {case.id!r} has the pattern {pattern!r}, which is not a regular expression: {error}"
-            ) from None
-    return replace(case, category=case.category or suite, group=case.group or case.id)
+            yield f"has the pattern {pattern!r}, which is not a regular expression: {error}"
 
 
 def check_duplicates(parts: Iterable[Iterable[tuple[Case, str]]]) -> None:
-    """Raise UserError where a case, here with its place, has the id of one in an earlier part, or asks the same."""
+    """Raise UserError if a case has the id or the question of a case in an earlier part.
+
+    A part is a list of cases with their positions; cases within a part may repeat each other.
+    """
     seen: dict[Any, str] = {}
     for part in parts:
         new: dict[Any, str] = {}
-        for case, place in part:
-            asked = (case.type, case.candidates, case.prompt, case.match, case.text, case.file)
-            for what, key in (("id", case.id), ("question", asked)):
+        for case, position in part:
+            question = (case.type, case.candidates, case.prompt, case.match, case.text, case.file)
+            for what, key in (("id", case.id), ("question", question)):
                 if key in seen:
                     raise UserError(
-                        f"{place}: the {what} of {case.id!r} stands already at {seen[key]}; change or remove one"
+                        f"{position}: the {what} of {case.id!r} is already at {seen[key]}; "
+                        "change or remove one"
                     )
-                new[key] = place
+                new[key] = position
         seen |= new
 
 
-LINES = "[!.]*.jsonl"  # BLiMP's own zip holds ._* beside them, which are no text
+def merge_suites(suites: Iterable[Suite]) -> Suite:
+    """Join suites to one. Raise UserError if an id or a question occurs in two of them."""
+    suites = list(suites)
+    if len(suites) == 1:
+        return suites[0]
+    cases = tuple(chain.from_iterable(suite.cases for suite in suites))
+    positions = tuple(chain.from_iterable(suite.positions for suite in suites))
+    name = " + ".join(suite.name for suite in suites)
+    digest = sha256("".join(suite.sha256 for suite in suites).encode()).hexdigest()
+    check_duplicates(zip(suite.cases, suite.positions, strict=True) for suite in suites)
+    return Suite(name, cases, positions, digest)
+
+
+BLIMP_FILES = "[!.]*.jsonl"  # BLiMP's own zip holds ._* files of macOS, which are no text
 
 
 def read_blimp(path: str | Path) -> Suite:
-    """BLiMP's own JSONL files (Warstadt et al. 2020, arXiv 1912.00582), of a folder or a zip: a category a paradigm."""
-    where = Path(path)
-    try:
-        if where.is_dir():
-            files = {str(file): file.read_bytes() for file in sorted(where.rglob(LINES))}
-        else:
-            with zipfile.ZipFile(where) as archive:
-                files = {
-                    name: archive.read(name)
-                    for name in sorted(archive.namelist())
-                    if PurePath(name).match(LINES)
-                }
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"--blimp {path} is not a folder or a zip file that can be read: {error}"
-        ) from None
-    cases, places = [], []
+    """Read BLiMP's own JSONL files from a folder or a zip (Warstadt et al. 2020, arXiv 1912.00582).
+
+    Each paradigm becomes a category. Raises UserError if there is no such file.
+    """
+    files = read_blimp_files(Path(path))
+    cases, positions = [], []
     for name, raw in files.items():
         for number, line in enumerate(raw.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                good, bad, paradigm, pair = (
-                    str(row[key]) for key in ("sentence_good", "sentence_bad", "UID", "pairID")
-                )
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{name}:{number}: not a line of BLiMP: it has sentence_good, sentence_bad, UID and pairID"
-                ) from None
-            cases.append(
-                Case(
-                    f"{paradigm}-{pair}",
-                    "minimal_pair",
-                    paradigm,
-                    f"{paradigm}-{pair}",
-                    good=good,
-                    bad=bad,
-                )
-            )
-            places.append(f"{name}:{number}")
+            position = f"{name}:{number}"
+            cases.append(read_blimp_line(line, position))
+            positions.append(position)
     if not cases:
         raise UserError(
             f"--blimp {path} holds no .jsonl file; give BLiMP's folder data/, or its zip"
         )
     digest = sha256(b"".join(files.values())).hexdigest()
-    return Suite("blimp", tuple(cases), tuple(places), digest)
+    return Suite("blimp", tuple(cases), tuple(positions), digest)
 
 
-# ---- what is wrong with a suite --------------------------------------------------------------------------------------
+def read_blimp_files(path: Path) -> dict[str, bytes]:
+    """Return the content of the JSONL files by name, in sorted order."""
+    try:
+        if path.is_dir():
+            return {str(file): file.read_bytes() for file in sorted(path.rglob(BLIMP_FILES))}
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if PurePath(name).match(BLIMP_FILES)]
+            return {name: archive.read(name) for name in sorted(names)}
+    except (OSError, zipfile.BadZipFile) as error:
+        message = f"--blimp {path} is not a folder or a zip file that can be read: {error}"
+        raise UserError(message) from None
+
+
+def read_blimp_line(line: bytes, position: str) -> Case:
+    """Return the minimal pair in a line of a JSONL file."""
+    try:
+        row = json.loads(line)
+        good, bad = str(row["sentence_good"]), str(row["sentence_bad"])
+        paradigm, pair = str(row["UID"]), str(row["pairID"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{position}: not a line of BLiMP: it has sentence_good, sentence_bad, UID and pairID"
+        ) from None
+    name = f"{paradigm}-{pair}"
+    return Case(name, "minimal_pair", paradigm, group=name, good=good, bad=bad)
 
 
 def lint(suite: Suite) -> Iterator[str]:
-    """What makes a case say something else than it seems to, each with its line."""
-    for case, place in zip(suite.cases, suite.places, strict=True):
+    """Yield what is probably a mistake in a suite, with its position."""
+    first_position: dict[str, str] = {}
+    for case, position in zip(suite.cases, suite.positions, strict=True):
         for problem in lint_case(case):
-            yield f"{place}: {case.id}: {problem}"
+            yield f"{position}: {case.id}: {problem}"
+        first_position.setdefault(case.category, position)
     counts = Counter(case.category for case in suite.cases if case.type != "text")
-    first = {
-        case.category: place
-        for case, place in zip(reversed(suite.cases), reversed(suite.places), strict=True)
-    }
     for category, n in counts.items():
-        if n < FEWEST:
-            yield f"{first[category]}: the category {category!r} has {n} cases; of fewer than {FEWEST} no interval says anything"
+        if n < MIN_CASES:
+            yield (
+                f"{first_position[category]}: the category {category!r} has {n} cases; "
+                f"an interval needs {MIN_CASES} or more"
+            )
 
 
 def lint_case(case: Case) -> Iterator[str]:
+    """Yield what is probably a mistake in a case."""
     if len(set(case.candidates)) < len(case.candidates):
-        yield "two of its candidates are the same, which no model can tell apart"
+        yield "two of its candidates are the same, so no model can tell them apart"
     prompts = case.contexts or (case.prompt,)
     for prompt in prompts:
         if prompt.endswith(" "):
-            yield f"the prompt {prompt[-20:]!r} ends in a space, which belongs to the answer"
-    continuations = (
-        (case.continuation,) if case.type == "schema" else (*case.answers, *case.distractors)
-    )
+            yield f"the prompt {prompt[-20:]!r} ends with a space; move it to the answer"
+    continuations = (*case.answers, *case.distractors)
+    if case.type == "schema":
+        continuations = (case.continuation,)
     for text in continuations:
         if not case.joined and text[:1].isalnum() and not prompts[0].endswith(("\n", '"', "(")):
-            yield f"the answer {text!r} has no leading space; write {' ' + text!r}, or joined: true where none is meant"
+            remedy = f"write {' ' + text!r}, or joined: true if there is none"
+            yield f"the answer {text!r} has no leading space; {remedy}"
     for answer in case.answers:
         if not case.echo and contains_word(answer.strip(), case.prompt):
-            yield f"the answer {answer!r} stands in the prompt, where it can be copied from; echo: true where that is meant"
+            yield (
+                f"the answer {answer!r} can be copied from the prompt; "
+                "change the prompt, or write echo: true"
+            )
         for other in case.distractors:
-            if other.startswith(answer) or answer.startswith(other):
-                yield f"{answer!r} and {other!r} begin alike, and the shorter one gets the longer one's probability as well"
+            shorter, longer = sorted((answer, other), key=len)
+            if longer.startswith(shorter):
+                yield f"{shorter!r} begins {longer!r} and so includes its probability; change one"
 
 
 def contains_word(word: str, text: str) -> bool:
-    return (
-        bool(word)
-        and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
-    )
-
-
-def merge_suites(suites: Iterable[Suite]) -> Suite:
-    """Several suites as one. Raises UserError where an id or a question stands in two."""
-    suites = list(suites)
-    if len(suites) == 1:
-        return suites[0]
-    whole = Suite(
-        " + ".join(suite.name for suite in suites),
-        tuple(case for suite in suites for case in suite.cases),
-        tuple(place for suite in suites for place in suite.places),
-        sha256("".join(suite.sha256 for suite in suites).encode()).hexdigest(),
-    )
-    check_duplicates(zip(suite.cases, suite.places, strict=True) for suite in suites)
-    return whole
+    """Return True if the text contains the word, in upper or lower case."""
+    pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
+    return bool(word) and re.search(pattern, text, re.IGNORECASE) is not None

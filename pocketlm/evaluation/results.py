@@ -1,4 +1,9 @@
-"""What a checkpoint's scores come to: its accuracy with an interval, by category, against another's, and over training."""
+"""Results of checkpoints on a suite: accuracies with intervals, by category and over training.
+
+`evaluate(paths, suite)` returns a `Result` for each checkpoint, the best first. `summarise` gives
+the numbers of one category. The headline is the macro accuracy: the mean over the categories.
+A score is graded if its case has a right and a wrong outcome, which texts have not.
+"""
 
 import math
 import sys
@@ -7,17 +12,31 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pocketlm.checkpoint.loading import load_checkpoint
-from pocketlm.evaluation import statistics as intervals
 from pocketlm.evaluation.cases import Suite
 from pocketlm.evaluation.scoring import EncodedCase, Score, encode_case, score_cases
-from pocketlm.evaluation.statistics import Interval
+from pocketlm.evaluation.statistics import (
+    ClusterBootstrap,
+    Counts,
+    Floats,
+    Interval,
+    cluster_bootstrap,
+    effective_sample_size,
+    macro_mean,
+    mean_interval,
+    wilson_interval,
+)
+
+SCORINGS = ("sum", "token", "byte", "pmi")
+
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A checkpoint and its scores. `names` are all the files with these weights."""
+    """A checkpoint and its scores. `names` are all files with these weights."""
 
     names: list[str]
     step: int
@@ -29,106 +48,108 @@ class Result:
 
     @property
     def finite(self) -> bool:
+        """False if a score is infinite or NaN, as with broken weights."""
         return all(score.finite for score in self.scores)
 
     @cached_property
     def graded(self) -> list[Score]:
-        """The scores that are right or wrong: all but those of texts."""
+        """The scores of all cases but texts."""
         return [score for score in self.scores if score.correct is not None]
 
     @cached_property
-    def correct(self) -> np.ndarray:
+    def correct(self) -> Floats:
+        """Points of each graded case: 1 right, 0 wrong, a share of 1 for a tie."""
         return np.array([score.correct for score in self.graded])
 
     @cached_property
     def categories(self) -> list[str]:
-        """Of each graded case."""
+        """Category of each graded case."""
         return [score.case.category for score in self.graded]
 
+    @property
+    def category_names(self) -> list[str]:
+        """The categories of the graded cases, each once, in the order of the suite."""
+        return list(dict.fromkeys(self.categories))
+
     @cached_property
-    def resamples(self) -> intervals.Resamples:
-        return intervals.resamples(
-            tuple(self.categories), tuple(score.case.group for score in self.graded)
-        )
+    def bootstrap(self) -> ClusterBootstrap:
+        """Bootstrap samples of the graded cases."""
+        groups = tuple(score.case.group for score in self.graded)
+        return cluster_bootstrap(tuple(self.categories), groups)
 
     @cached_property
     def macro(self) -> float:
-        """Accuracy, the mean over categories: the headline."""
-        return intervals.macro_mean(self.correct, self.categories) if self.graded else math.nan
+        """Mean over categories of each category's accuracy; NaN without graded cases."""
+        return macro_mean(self.correct, self.categories) if self.graded else math.nan
 
     @cached_property
     def macro_interval(self) -> Interval:
-        of = np.array(self.categories)
-        return intervals.mean_of_proportions(
-            [self.share(of == category) for category in dict.fromkeys(self.categories)]
-        )
-
-    def share(self, of: np.ndarray) -> tuple[float, float]:
-        """(right, n) of the graded cases `of`, for an interval: n is of independent cases."""
-        groups = [score.case.group for score, inside in zip(self.graded, of, strict=True) if inside]
-        n = intervals.independent(self.correct[of], groups)
-        return float(self.correct[of].mean()) * n, n
+        """MOVER interval of the macro accuracy."""
+        return mean_interval([self.counts(self.mask(name)) for name in self.category_names])
 
     @cached_property
-    def mean_logprob(self) -> float:
-        """Nats of the right continuations, where there are such."""
+    def mean_logprob(self) -> float | None:
+        """Mean over cases of the right continuations' log-probability, in nats."""
         return mean([score.logprob for score in self.scores])
 
+    def mask(self, category: str | None) -> Mask:
+        """Return which graded cases are in the category; None is all of them."""
+        return np.array([category in (None, each) for each in self.categories], dtype=bool)
+
+    def counts(self, mask: Mask) -> Counts:
+        """Return (correct, n) of the graded cases in `mask`; n is their effective sample size."""
+        groups = [
+            score.case.group for score, inside in zip(self.graded, mask, strict=True) if inside
+        ]
+        n = effective_sample_size(self.correct[mask], groups)
+        return float(self.correct[mask].mean()) * n, n
+
     def difference_from(self, other: "Result") -> tuple[float, Interval]:
-        """Difference of the two headlines, and its interval over the same cases, drawn in pairs."""
-        apart = self.correct - other.correct
-        return self.macro - other.macro, self.resamples.macro(apart)
+        """Return the difference of the macro accuracies and its paired bootstrap interval."""
+        return self.macro - other.macro, self.bootstrap.macro(self.correct - other.correct)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A category, or all cases together, under one checkpoint. None: no case there has such a number."""
+    """The numbers of one category, or of all graded cases. A field is None if no case has it."""
 
     n: int
     ties: int
     accuracy: float
-    interval: Interval  # of the accuracy: Wilson's, with the groups' dependence
-    chance: float  # what guessing scores; 0 where there is nothing to choose from
+    interval: Interval  # of the accuracy: Wilson, with the effective sample size
+    chance: float  # accuracy of guessing; 0 for cases without candidates to choose from
     centred: float  # (accuracy - chance) / (1 - chance): 0 is guessing, 1 is perfect
-    by: dict[str, float]  # accuracy where candidates are compared by sum, token, byte, pmi
+    by: dict[str, float]  # accuracy under each scoring: sum, token, byte, pmi
     p_correct: float | None
-    p_correct_interval: Interval | None  # by cluster bootstrap
+    p_correct_interval: Interval | None  # cluster bootstrap
     margin: float | None
     brier: float | None
     logprob: float | None
     greedy: float | None
-    mrr: float | None  # of the right continuation's first token, among all tokens
-    top1: float | None
+    mrr: float | None  # mean reciprocal rank of the right first token in the vocabulary
+    top1: float | None  # share of right first tokens with rank 1
     topk: float | None
 
 
 def summarise(result: Result, category: str | None, top_k: int) -> Summary:
-    """Of one category, or of all graded cases (the micro average)."""
-    of = np.array([category in (None, each) for each in result.categories])
-    scores = [score for score, inside in zip(result.graded, of, strict=True) if inside]
-    accuracy, chance = (
-        float(result.correct[of].mean()),
-        mean([score.case.chance or 0.0 for score in scores]),
-    )
-    p = np.array(
-        [math.nan if score.p_correct is None else score.p_correct for score in result.graded]
-    )
-    chosen = np.flatnonzero(of & ~np.isnan(p))
+    """Return the summary of one category, or of all graded cases (micro average) for None."""
+    mask = result.mask(category)
+    scores = [score for score, inside in zip(result.graded, mask, strict=True) if inside]
+    accuracy = float(result.correct[mask].mean())
+    chance = math.fsum(score.case.chance or 0.0 for score in scores) / len(scores)
+    p = np.array([math.nan if s.p_correct is None else s.p_correct for s in result.graded])
+    compared = np.flatnonzero(mask & ~np.isnan(p))
     ranks = [score.first_token_rank for score in scores if score.first_token_rank]
     return Summary(
         n=len(scores),
         ties=sum(score.tie for score in scores),
         accuracy=accuracy,
-        interval=intervals.wilson(*result.share(of)),
+        interval=wilson_interval(*result.counts(mask)),
         chance=chance,
         centred=(accuracy - chance) / (1 - chance),
-        by={
-            name: mean(values)
-            for name in ("sum", "token", "byte", "pmi")
-            if (values := correct_by(scores, name))
-        },
+        by=accuracy_by_scoring(scores),
         p_correct=mean([score.p_correct for score in scores]),
-        p_correct_interval=result.resamples.mean(p, chosen) if len(chosen) else None,
+        p_correct_interval=result.bootstrap.mean(p, compared) if len(compared) else None,
         margin=mean([score.margin for score in scores]),
         brier=mean([score.brier for score in scores]),
         logprob=mean([score.logprob for score in scores]),
@@ -139,55 +160,87 @@ def summarise(result: Result, category: str | None, top_k: int) -> Summary:
     )
 
 
-def correct_by(scores: list[Score], name: str) -> list[float]:
-    return [score.correct_by[name] for score in scores if name in score.correct_by]
+def accuracy_by_scoring(scores: list[Score]) -> dict[str, float]:
+    """Return the accuracy under each scoring, over the cases that have it."""
+    accuracies = {}
+    for scoring in SCORINGS:
+        accuracy = mean([score.correct_by.get(scoring) for score in scores])
+        if accuracy is not None:
+            accuracies[scoring] = accuracy
+    return accuracies
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return math.fsum(there) / len(there) if there else None
+    """Return the mean of the values that are not None; None if there are none."""
+    present = [value for value in values if value is not None]
+    return math.fsum(present) / len(present) if present else None
+
+
+def summaries_by_category(result: Result, top_k: int) -> dict[str, Summary]:
+    """Return the summary of each category, and of all graded cases as "micro"."""
+    summaries = {name: summarise(result, name, top_k) for name in result.category_names}
+    if result.graded:
+        summaries["micro"] = summarise(result, None, top_k)
+    return summaries
+
+
+# ---- over training ----
+
+
+def by_step(results: list[Result]) -> list[Result]:
+    """Return the results in the order of their steps."""
+    return sorted(results, key=lambda result: result.step)
 
 
 def first_step_above_chance(results: list[Result], category: str) -> int | None:
-    """The first step at which the interval of a category's accuracy lies above chance, and stays there."""
+    """Return the first step from which the accuracy's interval stays above chance, or None."""
     first = None
-    for result in sorted(results, key=lambda r: r.step):
+    for result in by_step(results):
         summary = summarise(result, category, 1)
-        above = summary.interval[0] > summary.chance
-        first = (result.step if first is None else first) if above else None
+        if summary.interval[0] <= summary.chance:
+            first = None
+        elif first is None:
+            first = result.step
     return first
 
 
 def learned_and_forgotten(before: Result, after: Result) -> tuple[list[str], list[str]]:
-    """Ids of the cases that were learned from one checkpoint to the next, and of those that were forgotten."""
-    pairs = list(zip(before.graded, after.graded, strict=True))
-    return [b.case.id for a, b in pairs if a.correct < b.correct], [
-        b.case.id for a, b in pairs if a.correct > b.correct
-    ]
+    """Return the ids of the cases that `after` scores higher than `before`, and of those lower."""
+    learned, forgotten = [], []
+    for old, new in zip(before.graded, after.graded, strict=True):
+        assert old.correct is not None
+        assert new.correct is not None
+        if old.correct < new.correct:
+            learned.append(new.case.id)
+        elif old.correct > new.correct:
+            forgotten.append(new.case.id)
+    return learned, forgotten
 
 
-# ---- checkpoints -> results ------------------------------------------------------------------------------------------
+# ---- evaluating checkpoints ----
 
 
 def evaluate(
     paths: list[str], suite: Suite, tokenizer_name: str | None = None, top_k: int = 5
 ) -> list[Result]:
-    """A result for each set of weights, the best first and those with numbers that are not finite last.
+    """Return the results of the checkpoints, the best first, those that are not finite last.
 
-    Files with the same weights and tokenizer share one; cases are encoded once for each tokenizer.
+    Files with equal weights and tokenizer share a result. Cases are encoded once per tokenizer and
+    context length. Raises UserError if a checkpoint was not trained with `tokenizer_name`.
     """
     results: dict[tuple[str, str], Result] = {}
     encoded: dict[tuple[str, int], list[EncodedCase]] = {}
     for path in paths:
         checkpoint = load_checkpoint(path, tokenizer_name)
         identity = checkpoint.weights_sha256, checkpoint.tokenizer.fingerprint
-        if same := results.get(identity):
-            same.names.append(path)
+        if identity in results:
+            results[identity].names.append(path)
             continue
         print(f"scoring {path}", file=sys.stderr)
-        tokenizer, context = checkpoint.tokenizer, checkpoint.model.config.max_seq_len
-        if (key := (tokenizer.fingerprint, context)) not in encoded:
-            encoded[key] = [encode_case(tokenizer, case, context) for case in suite.cases]
+        tokenizer, max_seq_len = checkpoint.tokenizer, checkpoint.model.max_seq_len
+        key = (tokenizer.fingerprint, max_seq_len)
+        if key not in encoded:
+            encoded[key] = [encode_case(tokenizer, case, max_seq_len) for case in suite.cases]
         scores = score_cases(checkpoint.model, tokenizer, encoded[key], top_k)
         results[identity] = Result(
             [path], checkpoint.step, checkpoint.tokens, checkpoint.val_loss, *identity, scores
@@ -195,9 +248,14 @@ def evaluate(
     return sorted(results.values(), key=ranking_key)
 
 
-def ranking_key(result: Result) -> tuple:
-    """What results are sorted by: accuracy over categories, then the log-probability of what is right, then bits per byte."""
+def ranking_key(result: Result) -> tuple[float, ...]:
+    """Return the sort key of a result; the smallest is the best.
+
+    The order is by macro accuracy, then by the log-probability of the right continuations, then by
+    bits per byte. Results that are not finite come last.
+    """
     if not result.finite:
         return (1,)
     bits = mean([score.bits_per_byte for score in result.scores])
-    return 0, -(result.macro if result.graded else 0.0), -(result.mean_logprob or 0.0), bits or 0.0
+    macro = result.macro if result.graded else 0.0
+    return 0, -macro, -(result.mean_logprob or 0.0), bits or 0.0

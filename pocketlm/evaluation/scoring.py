@@ -1,14 +1,17 @@
-"""What a model makes of probe cases: log-probabilities of whole continuations, from as few forward passes as will do.
+"""Scores of probe cases: which candidate a model finds most likely, and how sure it is.
 
-Context and continuation are encoded as one text, behind the token that begins a document. Requests that share a context share
-its forward pass and its cached keys and values; contexts of one length go in one batch, so that nothing is padded before a
-continuation. Log-probabilities are natural, in float32, of every token of the continuation.
+    encoded = [encode_case(tokenizer, case, model.max_seq_len) for case in suite.cases]
+    scores = score_cases(model, tokenizer, encoded)
+
+A candidate is a context with a continuation; its log-probability is that of all tokens of the
+continuation. PMI, pointwise mutual information, is the log-probability minus that of the same
+continuation without its context (Holtzman et al. 2021, arXiv 2104.08315).
 """
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,266 +20,331 @@ from model import Transformer
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import UserError
 from pocketlm.evaluation.cases import Case
-from pocketlm.evaluation.likelihood import Likelihood, Query, query_likelihoods
+from pocketlm.evaluation.likelihood import (
+    Likelihood,
+    Query,
+    encode_pair,
+    query_likelihoods,
+    split_at_common_start,
+    text_windows,
+)
 from pocketlm.inference.generate import generate
 from pocketlm.tokenizer.base import Tokenizer
 
-TIE = 1e-4  # nats: what rounding of float32 makes of two equal sums of some 20 log-probabilities
+TIE = 1e-4  # nats: float32 rounding error of two equal sums of about 20 log-probabilities
 
 
-# ---- cases -> requests -----------------------------------------------------------------------------------------------
+# ---- cases -> queries ----
 
 
 @dataclass(frozen=True)
 class EncodedCase:
-    """A case as requests: one for each candidate, and for each the same continuation by itself (for PMI)."""
+    """A case as queries, one for each candidate (or window of a text)."""
 
     case: Case
-    requests: tuple[Query, ...]
-    alone: tuple[Query, ...] = ()
-    merged: bool = False  # the tokenizer joins the end of a context and the begin of its continuation in one token
+    queries: tuple[Query, ...]
+    pmi_queries: tuple[Query, ...] = ()  # the continuations without their context
+    merged: bool = False  # in one of the candidates
 
 
-def encode_case(tokenizer: Tokenizer, case: Case, context: int) -> EncodedCase:
-    """Raises UserError for a case that does not fit the model's context, or with nothing before what is asked."""
+def encode_case(tokenizer: Tokenizer, case: Case, max_seq_len: int) -> EncodedCase:
+    """Return the queries of a case.
+
+    Raises UserError if the case does not fit the model's context, has no token to score, or has no
+    token before the first one to score.
+    """
     pairs = [encode_pair(tokenizer, *candidate) for candidate in case.candidates]
-    alone = []
+    pmi_queries: list[Query] = []
     if case.type == "text":
-        requests = list(windows(tokenizer, text_of(case), context))
+        queries = list(text_windows(tokenizer, case_text(case), max_seq_len))
     elif case.type == "generate":
-        requests = [Query((*tokenizer.prefix, *tokenizer.encode(case.prompt)), ())]
+        queries = [Query((*tokenizer.document_prefix, *tokenizer.encode(case.prompt)), ())]
     elif case.type == "schema":
-        requests = [Query(ids[:start], ids[start:]) for ids, start, _ in pairs]
+        queries = [Query(ids[:start], ids[start:]) for ids, start, _ in pairs]
     else:
-        requests = of_one_context(pairs)
-        if (
-            case.type != "minimal_pair"
-            and case.distractors
-            and (tokenizer.prefix or case.pmi_prompt)
-        ):
-            alone = of_one_context(
-                [
-                    encode_pair(tokenizer, case.pmi_prompt, continuation)
-                    for _, continuation in case.candidates
-                ]
-            )
-    for request in (*requests, *alone):
-        if not request.context:
+        queries = split_at_common_start(pairs)
+        pmi_queries = encode_without_context(tokenizer, case)
+    check_queries(tokenizer, case, [*queries, *pmi_queries], max_seq_len)
+    merged = any(pair.merged for pair in pairs)
+    return EncodedCase(case, tuple(queries), tuple(pmi_queries), merged)
+
+
+def check_queries(tokenizer: Tokenizer, case: Case, queries: list[Query], max_seq_len: int) -> None:
+    """Raise UserError if a query cannot be scored: no context, too long, or no continuation."""
+    for context, continuation in queries:
+        if not context:
             raise UserError(
-                f"the case {case.id!r} has nothing before what is asked, and no token begins a document in {tokenizer.name!r}"
+                f"the case {case.id!r} has no token before the text to score, and no token begins "
+                f"a document in {tokenizer.name!r}; add a prompt"
             )
-        if (n := len(request.context) + len(request.continuation)) > context + bool(
-            request.continuation
-        ):
+        n = len(context) + len(continuation)
+        if n > max_seq_len + bool(continuation):  # the last token of a continuation is not an input
             raise UserError(
-                f"the case {case.id!r} has {n} tokens and the model a context of {context}; shorten it"
+                f"the case {case.id!r} has {n} tokens and the model a context of {max_seq_len}; "
+                "shorten it"
             )
-    if not requests or not (
-        case.type == "generate" or all(request.continuation for request in (*requests, *alone))
-    ):
+    empty = any(not query.continuation for query in queries) and case.type != "generate"
+    if empty or not queries:
         raise UserError(
-            f"the case {case.id!r} asks for a text that has no token in {tokenizer.name!r}; change it"
+            f"the case {case.id!r} has a text to score without any token in {tokenizer.name!r}; "
+            "change it"
         )
-    return EncodedCase(case, tuple(requests), tuple(alone), any(merged for _, _, merged in pairs))
 
 
-def of_one_context(pairs: list[tuple[tuple[int, ...], int, bool]]) -> list[Query]:
-    """Requests that begin together, where the first of them begins: a token that joins one to the context is asked of all.
+def encode_without_context(tokenizer: Tokenizer, case: Case) -> list[Query]:
+    """Return the continuations after `pmi_prompt` or the start of a document, for PMI.
 
-    Without any context it is what they have in common in front, which decides nothing between them.
+    Minimal pairs and cases without distractors have none, nor has any case if there is nothing
+    that could come before the continuation.
     """
-    whole = [ids for ids, _, _ in pairs]
-    common = next(
-        (i for i, tokens in enumerate(zip(*whole, strict=False)) if len(set(tokens)) > 1), 0
+    if case.type == "minimal_pair" or not case.distractors:
+        return []
+    if not tokenizer.document_prefix and not case.pmi_prompt:
+        return []
+    continuations = [continuation for _, continuation in case.candidates]
+    return split_at_common_start(
+        [encode_pair(tokenizer, case.pmi_prompt, continuation) for continuation in continuations]
     )
-    start = min(start for _, start, _ in pairs) or common
-    return [Query(ids[:start], ids[start:]) for ids in whole]
 
 
-def encode_pair(
-    tokenizer: Tokenizer, context: str, continuation: str
-) -> tuple[tuple[int, ...], int, bool]:
-    """Ids of prefix, context and continuation, encoded as one text; where the continuation begins; whether a token joins both.
-
-    Where one does, the continuation begins with it.
-    """
-    both, alone = tokenizer.encode(context + continuation), tokenizer.encode(context)
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b),
-        min(len(alone), len(both)),
-    )
-    return (*tokenizer.prefix, *both), len(tokenizer.prefix) + shared, shared < len(alone)
-
-
-def text_of(case: Case) -> str:
+def case_text(case: Case) -> str:
+    """Return the text of a case of type text. Raise UserError if its file cannot be read."""
     try:
         return case.text or Path(case.file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the case {case.id!r} reads {case.file}: {error}") from None
 
 
-def windows(tokenizer: Tokenizer, text: str, context: int) -> Iterator[Query]:
-    """The text in windows at the model's context: every token is asked once. The last one reaches back over tokens asked before."""
-    ids = (*tokenizer.prefix, *tokenizer.encode(text))
-    for start in range(1, len(ids), context):
-        end = min(start + context, len(ids))
-        yield Query(ids[max(0, end - 1 - context) : start], ids[start:end])
-
-
-# ---- answers -> scores -----------------------------------------------------------------------------------------------
+# ---- comparing candidates ----
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a checkpoint makes of a case. None: the type of case has no such number."""
+class Comparison:
+    """The result of comparing right candidates with wrong ones."""
 
-    case: Case
-    correct: float | None  # 1 right, 0 wrong; 1/k of a tie between k; by the case's own scoring
-    correct_by: dict[str, float] = field(
-        default_factory=dict
-    )  # the same by sum, token, byte and pmi
-    tie: bool = False
-    merged: bool = False
-    logprob: float | None = (
-        None  # nats, of the right continuation; of all accepted answers together
-    )
-    tokens: int = 0  # of the first right continuation
-    bytes: int = 0
-    greedy: bool | None = None  # greedy generation writes an accepted answer
-    first_token_rank: int | None = None
-    top: tuple[tuple[str, float], ...] = ()  # the likeliest next tokens
-    rank: int | None = None  # of the best right candidate among the candidates
-    p_correct: float | None = None  # softmax over the candidates' log-probabilities
-    margin: float | None = None  # nats between the best right and the best wrong one
-    brier: float | None = (
-        None  # squared distance of the candidates' probabilities from the truth, 0 to 2
-    )
-    generated: str = ""
-    bits_per_byte: float | None = None
-
-    @property
-    def finite(self) -> bool:
-        return all(
-            math.isfinite(x)
-            for x in (self.logprob, self.p_correct, self.bits_per_byte)
-            if x is not None
-        )
+    correct: float  # 1 right, 0 wrong, a share of 1 for a tie
+    correct_by: dict[str, float]  # the same under each scoring: sum, token, byte, pmi
+    tie: bool
+    rank: int  # of the best right candidate among all; 1 is the most likely
+    p_correct: float  # softmax over the candidates' summed log-probabilities
+    margin: float  # nats between the best right and the best wrong candidate
+    brier: float  # squared distance between the candidates' probabilities and the truth, 0 to 2
 
 
-def score_cases(
-    model: Transformer, tokenizer: Tokenizer, encoded: list[EncodedCase], top_k: int = 5
-) -> list[Score]:
-    """The score of each case."""
-    requests = [
-        request for e in encoded if e.case.type != "generate" for request in (*e.requests, *e.alone)
-    ]
-    answers = query_likelihoods(model, requests, top_k)
-    return [
-        score_generated(model, tokenizer, e)
-        if e.case.type == "generate"
-        else score_case(tokenizer, e, answers)
-        for e in encoded
-    ]
+def compare_candidates(
+    logprobs: Mapping[str, list[float]], n_right: int, scoring: str
+) -> Comparison:
+    """Compare candidates, of which the first `n_right` are right.
 
+    `logprobs` holds the value of each candidate under each scoring; `scoring` names the one that
+    decides. The probabilities are always those of "sum".
 
-def score_case(
-    tokenizer: Tokenizer, encoded: EncodedCase, answers: dict[Query, Likelihood]
-) -> Score:
-    case = encoded.case
-    found = [answers[request] for request in encoded.requests]
-    if case.type == "text":
-        nats, size = -math.fsum(a.logprob for a in found), len(text_of(case).encode())
-        return Score(
-            case,
-            None,
-            tokens=sum(len(a.logprobs) for a in found),
-            bytes=size,
-            bits_per_byte=nats / math.log(2) / size,
-        )
-    right, n = found[: case.n_right], case.n_right
-    sums = [a.logprob for a in found]
-    sizes = [len(continuation.encode()) for _, continuation in case.candidates]
-    first = right[0]
-    common = dict(
-        case=case,
-        merged=encoded.merged,
-        logprob=log_sum_exp(sums[:n]),
-        tokens=len(first.logprobs),
-        bytes=sizes[0],
-    )
-    if case.type != "minimal_pair":  # a whole text, of which no prompt asks for the first token
-        common |= dict(
-            greedy=any(a.greedy for a in right),
-            first_token_rank=min(a.rank for a in right),
-            top=tuple((tokenizer.decode([token]), p) for token, p in first.top),
-        )
-    if len(found) == n:
-        return Score(correct=float(common["greedy"]), **common)
-    by = {
-        "sum": sums,
-        "token": [total / len(a.logprobs) for total, a in zip(sums, found, strict=True)],
-        "byte": [total / size for total, size in zip(sums, sizes, strict=True)],
-    }
-    if encoded.alone:
-        by["pmi"] = [
-            total - answers[alone].logprob for total, alone in zip(sums, encoded.alone, strict=True)
-        ]
-    credits = {name: credit(values, n) for name, values in by.items()}
-    if case.scoring not in by:
-        raise UserError(
-            f"the case {case.id!r} is scored by pmi, for which {tokenizer.name!r} has no token that begins a document"
-        )
+    >>> values = {"sum": [math.log(0.3), math.log(0.1)], "token": [-0.9, -0.8]}
+    >>> compare_candidates(values, 1, "token")  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
+    Comparison(correct=0.0, correct_by={'sum': 1.0, 'token': 0.0}, tie=False, rank=2,
+               p_correct=0.7499..., margin=-0.09..., brier=0.125...)
+    """
+    credits = {name: credit(values, n_right) for name, values in logprobs.items()}
+    sums, values = logprobs["sum"], logprobs[scoring]
     total = log_sum_exp(sums)
     p = [math.exp(value - total) for value in sums]
-    p_correct = math.fsum(p[:n])
-    values = by[case.scoring]
-    best_right = max(values[:n])
-    return Score(
-        correct=credits[case.scoring][0],
+    p_correct = math.fsum(p[:n_right])
+    best_right = max(values[:n_right])
+    correct, tie = credits[scoring]
+    return Comparison(
+        correct=correct,
         correct_by={name: value for name, (value, _) in credits.items()},
-        tie=credits[case.scoring][1],
-        rank=1 + sum(value > best_right + TIE for value in values[n:]),
+        tie=tie,
+        rank=1 + sum(value > best_right + TIE for value in values[n_right:]),
         p_correct=p_correct,
-        margin=best_right - max(values[n:]),
-        brier=(1 - p_correct) ** 2 + math.fsum(wrong**2 for wrong in p[n:]),
-        **common,
+        margin=best_right - max(values[n_right:]),
+        brier=(1 - p_correct) ** 2 + math.fsum(wrong**2 for wrong in p[n_right:]),
     )
 
 
 def credit(values: list[float], n_right: int) -> tuple[float, bool]:
-    """1 where a right one (the first n_right) has the largest value, 1/k of a tie between k for each right one in it; is it a tie?
+    """Return the score of a comparison, and whether right and wrong candidates tie.
+
+    The score is 1 if a right candidate (one of the first `n_right`) has the largest value, and 0 if
+    a wrong one has. In a tie it is the share of right candidates among those that tie.
 
     >>> credit([-1.0, -2.0], 1), credit([-1.0, -1.0, -3.0], 1), credit([-4.0, -1.0], 1)
     ((1.0, False), (0.5, True), (0.0, False))
     """
     best = max(values)
-    winners = [i for i, value in enumerate(values) if value >= best - TIE]
+    winners = [i for i, value in enumerate(values) if value >= best - TIE]  # none if best is NaN
     right = sum(i < n_right for i in winners)
-    return right / max(1, len(winners)), 0 < right < len(
-        winners
-    )  # none wins where one is not a number
-
-
-def score_generated(model: Transformer, tokenizer: Tokenizer, encoded: EncodedCase) -> Score:
-    """Greedy text against the case's patterns."""
-    case, [request] = encoded.case, encoded.requests
-    params = SamplingParams(max_new_tokens=case.max_new_tokens, temperature=0.0)
-    rows = generate(model, torch.tensor([request.context]), params, tokenizer.eos_id)
-    text = tokenizer.decode([token for [token] in rows if token is not None])
-    right = re.search(case.match, text) is not None and not (
-        case.forbid and re.search(case.forbid, text)
-    )
-    return Score(case, float(right), generated=text)
+    return right / max(1, len(winners)), 0 < right < len(winners)
 
 
 def log_sum_exp(values: list[float]) -> float:
-    """
+    """Return the logarithm of the sum of exponentials, without overflow.
+
     >>> round(log_sum_exp([math.log(0.25), math.log(0.5)]) - math.log(0.75), 12)
     0.0
     """
     top = max(values)
-    return (
-        top + math.log(math.fsum(math.exp(value - top) for value in values))
-        if math.isfinite(top)
-        else top
+    if not math.isfinite(top):
+        return top
+    return top + math.log(math.fsum(math.exp(value - top) for value in values))
+
+
+# ---- likelihoods -> scores ----
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of a checkpoint on one case. A field is None if the type of case has no such value.
+
+    `correct` is that of the comparison where there are candidates to compare; otherwise it is 1 if
+    greedy decoding writes an accepted answer or matches the pattern, else 0.
+    """
+
+    case: Case
+    correct: float | None
+    merged: bool = False  # one token spans the end of a context and the start of a continuation
+    logprob: float | None = None  # nats; of all accepted answers together
+    tokens: int = 0  # of the first right continuation
+    bytes: int = 0
+    greedy: bool | None = None  # greedy decoding writes an accepted answer
+    first_token_rank: int | None = None  # best rank of a right continuation's first token
+    top: tuple[tuple[str, float], ...] = ()  # the most likely next tokens with their probabilities
+    comparison: Comparison | None = None
+    generated: str = ""
+    bits_per_byte: float | None = None
+
+    @property
+    def correct_by(self) -> dict[str, float]:
+        return self.comparison.correct_by if self.comparison else {}
+
+    @property
+    def tie(self) -> bool:
+        return self.comparison is not None and self.comparison.tie
+
+    @property
+    def rank(self) -> int | None:
+        return self.comparison.rank if self.comparison else None
+
+    @property
+    def p_correct(self) -> float | None:
+        return self.comparison.p_correct if self.comparison else None
+
+    @property
+    def margin(self) -> float | None:
+        return self.comparison.margin if self.comparison else None
+
+    @property
+    def brier(self) -> float | None:
+        return self.comparison.brier if self.comparison else None
+
+    @property
+    def finite(self) -> bool:
+        """False if a number is infinite or NaN, as with broken weights."""
+        values = (self.logprob, self.p_correct, self.bits_per_byte)
+        return all(math.isfinite(value) for value in values if value is not None)
+
+
+def score_cases(
+    model: Transformer, tokenizer: Tokenizer, encoded: list[EncodedCase], top_k: int = 5
+) -> list[Score]:
+    """Return the score of each case. `top_k` is the number of next tokens to return with each."""
+    likelihoods = query_likelihoods(model, scored_queries(encoded), top_k)
+    scores = []
+    for each in encoded:
+        if each.case.type == "generate":
+            scores.append(score_generation(model, tokenizer, each))
+        elif each.case.type == "text":
+            scores.append(score_text(each, likelihoods))
+        else:
+            scores.append(score_candidates(tokenizer, each, likelihoods))
+    return scores
+
+
+def scored_queries(encoded: list[EncodedCase]) -> list[Query]:
+    """Return the queries that need a likelihood: all but those of generation."""
+    queries: list[Query] = []
+    for each in encoded:
+        if each.case.type != "generate":
+            queries += [*each.queries, *each.pmi_queries]
+    return queries
+
+
+def score_candidates(
+    tokenizer: Tokenizer, encoded: EncodedCase, likelihoods: Mapping[Query, Likelihood]
+) -> Score:
+    """Return the score of a case with right continuations and perhaps wrong ones."""
+    case, n_right = encoded.case, encoded.case.n_right
+    results = [likelihoods[query] for query in encoded.queries]
+    right, first = results[:n_right], results[0]
+    greedy = any(result.greedy for result in right)
+    comparison = None
+    if len(results) > n_right:
+        logprobs = candidate_logprobs(tokenizer, encoded, likelihoods)
+        comparison = compare_candidates(logprobs, n_right, case.scoring)
+    has_prompt = case.type != "minimal_pair"  # the whole text of a pair is scored
+    top = [(tokenizer.decode([token]), p) for token, p in first.top if has_prompt]
+    return Score(
+        case,
+        correct=comparison.correct if comparison else float(greedy),
+        merged=encoded.merged,
+        logprob=log_sum_exp([result.logprob for result in right]),
+        tokens=len(first.logprobs),
+        bytes=len(case.candidates[0][1].encode()),
+        greedy=greedy if has_prompt else None,
+        first_token_rank=min(result.rank for result in right) if has_prompt else None,
+        top=tuple(top),
+        comparison=comparison,
     )
+
+
+def candidate_logprobs(
+    tokenizer: Tokenizer, encoded: EncodedCase, likelihoods: Mapping[Query, Likelihood]
+) -> dict[str, list[float]]:
+    """Return the candidates' log-probabilities: in total, per token, per byte, and as PMI.
+
+    Raises UserError if the case is scored by PMI and has no PMI queries.
+    """
+    case = encoded.case
+    results = [likelihoods[query] for query in encoded.queries]
+    sums = [result.logprob for result in results]
+    sizes = [len(continuation.encode()) for _, continuation in case.candidates]
+    pairs = zip(sums, results, strict=True)
+    logprobs = {
+        "sum": sums,
+        "token": [total / len(result.logprobs) for total, result in pairs],
+        "byte": [total / size for total, size in zip(sums, sizes, strict=True)],
+    }
+    if encoded.pmi_queries:
+        alone = [likelihoods[query].logprob for query in encoded.pmi_queries]
+        logprobs["pmi"] = [total - each for total, each in zip(sums, alone, strict=True)]
+    if case.scoring not in logprobs:
+        raise UserError(
+            f"the case {case.id!r} is scored by pmi, for which {tokenizer.name!r} has no token "
+            "that begins a document; add a pmi_prompt"
+        )
+    return logprobs
+
+
+def score_text(encoded: EncodedCase, likelihoods: Mapping[Query, Likelihood]) -> Score:
+    """Return the bits per byte of a text, over all its windows."""
+    results = [likelihoods[query] for query in encoded.queries]
+    loss_sum = -math.fsum(result.logprob for result in results)
+    size = len(case_text(encoded.case).encode())
+    return Score(
+        encoded.case,
+        correct=None,
+        tokens=sum(len(result.logprobs) for result in results),
+        bytes=size,
+        bits_per_byte=loss_sum / math.log(2) / size,
+    )
+
+
+def score_generation(model: Transformer, tokenizer: Tokenizer, encoded: EncodedCase) -> Score:
+    """Decode greedily after the prompt, and compare the text with the case's patterns."""
+    case, [query] = encoded.case, encoded.queries
+    params = SamplingParams(max_new_tokens=case.max_new_tokens, temperature=0.0)
+    steps = generate(model, torch.tensor([query.context]), params, tokenizer.eos_id)
+    text = tokenizer.decode([token for [token] in steps if token is not None])
+    matches = re.search(case.match, text) is not None
+    forbidden = bool(case.forbid) and re.search(case.forbid, text) is not None
+    return Score(case, float(matches and not forbidden), generated=text)

@@ -1,7 +1,9 @@
-"""How sure a score is: intervals for one checkpoint, and for the difference of two on the same cases.
+"""Confidence intervals and tests for scores on probe cases.
 
-Cases of one group (paraphrases of a fact) are drawn together, since they are right or wrong together. All draws come from a
-seed of their own, so that the same scores give the same intervals.
+An accuracy has a Wilson interval, the mean of several a MOVER interval, and other means and paired
+differences a cluster bootstrap interval. Cases of one group (paraphrases of a fact) tend to be
+right or wrong together: the Wilson interval counts the effective sample size, and the bootstrap
+draws whole groups. The bootstrap has its own fixed seed, so that equal scores give equal intervals.
 """
 
 import math
@@ -9,142 +11,169 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 DRAWS, SEED, LEVEL = 2000, 0, 0.95
-
-
-Z = 1.959963984540054  # of the normal distribution, two-sided 95 %
-
+Z = 1.959963984540054  # quantile of the normal distribution for a two-sided 95 % interval
 
 Interval = tuple[float, float]
+Floats = NDArray[np.float64]
+Counts = tuple[float, float]  # (number correct, sample size), both possibly fractional
 
 
-def wilson(correct: float, n: float) -> Interval:
-    """Wilson's interval of a proportion (Wilson 1927); both may be fractions, of ties shared out and of `independent`.
+# ---- proportions ----
 
-    >>> tuple(round(x, 3) for x in wilson(6, 8))
+
+def wilson_interval(correct: float, n: float) -> Interval:
+    """Return the Wilson score interval of a proportion (Wilson 1927, JASA 22).
+
+    Both arguments may be fractions: ties share a point, and n may be an effective sample size.
+
+    >>> tuple(round(x, 3) for x in wilson_interval(6, 8))
     (0.409, 0.929)
     """
-    p, zz = correct / n, Z * Z / n
+    p = correct / n
     q = 1 - p
-    half = zz / 2 + math.sqrt(zz * p * q + zz * zz / 4)
-    return p * p / (p + half), 1 - q * q / (
-        q + half
-    )  # nothing cancels: of nothing right, the lower end is exactly 0
+    z2 = Z * Z / n
+    half = z2 / 2 + math.sqrt(z2 * p * q + z2 * z2 / 4)
+    # In this form nothing cancels: if nothing is correct, the lower limit is exactly 0.
+    return p * p / (p + half), 1 - q * q / (q + half)
 
 
-def independent(correct: np.ndarray, groups: Sequence[str]) -> float:
-    """How many independent cases say as much as these, whose groups may be right or wrong together (Kish's design effect).
+def effective_sample_size(correct: Floats, groups: Sequence[str]) -> float:
+    """Return the number of cases divided by the design effect of their groups (Kish 1965).
 
-    How far they are, the cases themselves say, and one more that takes groups to be wholly alike: where all cases are right,
-    or all wrong, nothing else speaks.
+    The design effect is estimated from the data: the variance of the group totals over the variance
+    of independent cases. It is never below 1. One pseudo-observation of an intra-cluster
+    correlation of 1 keeps it defined where all cases are correct, or all are wrong.
 
-    >>> independent(np.array([1.0, 1, 0, 0]), ["a", "a", "b", "b"]), independent(np.array([1.0, 0, 1, 0]), ["a", "a", "b", "b"])
-    (2.0, 4.0)
+    >>> correct, groups = np.array([1.0, 1, 0, 0]), ["a", "a", "b", "b"]
+    >>> effective_sample_size(correct, groups)
+    2.0
+    >>> effective_sample_size(np.array([1.0, 0, 1, 0]), groups)
+    4.0
     """
-    _, of = np.unique(groups, return_inverse=True)
-    apart = correct - correct.mean()
-    together, sizes = np.bincount(of, apart), np.bincount(of)
-    return len(correct) / max(
-        1.0, float((together @ together + sizes @ sizes / len(correct)) / (apart @ apart + 1))
-    )
+    _, group_of_case = np.unique(groups, return_inverse=True)
+    deviations = correct - correct.mean()
+    group_totals = np.bincount(group_of_case, deviations)
+    sizes = np.bincount(group_of_case)
+    between_groups = group_totals @ group_totals + sizes @ sizes / len(correct)
+    independent = deviations @ deviations + 1
+    return len(correct) / max(1.0, float(between_groups / independent))
 
 
-def mean_of_proportions(proportions: Sequence[tuple[float, float]]) -> Interval:
-    """The interval of the plain mean of proportions (correct, n), out of Wilson's of each (MOVER, Zou & Donner 2008).
+def mean_interval(counts: Sequence[Counts]) -> Interval:
+    """Return the interval of the unweighted mean of proportions (MOVER: Zou & Donner 2008).
 
-    A bootstrap would call a checkpoint that has nothing right certain of its zero.
+    It combines the Wilson interval of each proportion. A bootstrap would give a checkpoint that has
+    nothing right an interval of width 0.
     """
-    means = [correct / n for correct, n in proportions]
-    limits = [wilson(correct, n) for correct, n in proportions]
-    middle, k = sum(means) / len(means), len(means)
-    below = (
-        math.sqrt(sum((mean - low) ** 2 for mean, (low, _) in zip(means, limits, strict=True))) / k
-    )
-    above = (
-        math.sqrt(sum((high - mean) ** 2 for mean, (_, high) in zip(means, limits, strict=True)))
-        / k
-    )
-    return middle - below, middle + above
+    k = len(counts)
+    proportions = [correct / n for correct, n in counts]
+    intervals = [wilson_interval(correct, n) for correct, n in counts]
+    pairs = list(zip(proportions, intervals, strict=True))
+    below = math.sqrt(sum((p - low) ** 2 for p, (low, _) in pairs)) / k
+    above = math.sqrt(sum((high - p) ** 2 for p, (_, high) in pairs)) / k
+    mean = sum(proportions) / k
+    return mean - below, mean + above
 
 
-class Resamples:
-    """DRAWS ways to draw the cases again, whole groups at a time, within each category."""
+def macro_mean(values: Floats, categories: Sequence[str]) -> float:
+    """Return the mean over categories of each category's mean."""
+    labels = np.array(categories)
+    means = [values[labels == category].mean() for category in dict.fromkeys(categories)]
+    return float(np.mean(means))
+
+
+# ---- bootstrap ----
+
+
+class ClusterBootstrap:
+    """DRAWS bootstrap samples of the cases, drawn by whole groups within each category.
+
+    `draws` holds for each category the indices of its cases (n,) and the number of times that each
+    sample contains each of them (DRAWS, n).
+    """
 
     def __init__(self, categories: Sequence[str], groups: Sequence[str]):
         rng = np.random.default_rng(SEED)
-        self.drawn: list[
-            tuple[np.ndarray, np.ndarray]
-        ] = []  # of each category: its cases, how often each is drawn (DRAWS, n)
+        self.draws: list[tuple[NDArray[np.intp], NDArray[np.uint16]]] = []
         for category in dict.fromkeys(categories):
-            inside = np.flatnonzero(np.array(categories) == category)
-            names, of = np.unique(np.array(groups)[inside], return_inverse=True)
-            drawn = (
-                rng.integers(len(names), size=(DRAWS, len(names)))
-                + len(names) * np.arange(DRAWS)[:, None]
-            )
-            times = (
-                np.bincount(drawn.ravel(), minlength=drawn.size)
-                .astype(np.uint16)
-                .reshape(drawn.shape)
-            )  # each group is drawn
-            self.drawn.append((inside, times[:, of]))
+            cases = np.flatnonzero(np.array(categories) == category)
+            names, group_of_case = np.unique(np.array(groups)[cases], return_inverse=True)
+            n = len(names)
+            drawn = rng.integers(n, size=(DRAWS, n)) + n * np.arange(DRAWS)[:, None]
+            counts = np.bincount(drawn.ravel(), minlength=drawn.size)
+            group_counts = counts.astype(np.uint16).reshape(drawn.shape)
+            self.draws.append((cases, group_counts[:, group_of_case]))
 
-    def mean(self, values: np.ndarray, of: np.ndarray | None = None) -> Interval:
-        """The interval of the mean of values (n,), or of those at `of` only; a draw that has none of them does not count."""
-        chosen = np.zeros(len(values), bool)
-        chosen[slice(None) if of is None else of] = True
+    def mean(self, values: Floats, chosen: NDArray[np.intp] | None = None) -> Interval:
+        """Return the interval of the mean of `values` (n,), or of those with the indices `chosen`.
+
+        Samples that contain none of the chosen cases are left out.
+        """
+        mask = np.zeros(len(values), bool)
+        mask[slice(None) if chosen is None else chosen] = True
         sums, counts = np.zeros(DRAWS), np.zeros(DRAWS)
-        for inside, times in self.drawn:
-            here = chosen[inside]
-            sums += times[:, here] @ values[inside[here]]
-            counts += times[:, here].sum(1)
-        return percentiles(sums[counts > 0] / counts[counts > 0])
+        for cases, times in self.draws:
+            inside = mask[cases]
+            sums += times[:, inside] @ values[cases[inside]]
+            counts += times[:, inside].sum(1)
+        return percentile_interval(sums[counts > 0] / counts[counts > 0])
 
-    def macro(self, values: np.ndarray) -> Interval:
-        """The interval of the mean over categories of the categories' means."""
-        return percentiles(
-            np.mean([times @ values[inside] / times.sum(1) for inside, times in self.drawn], axis=0)
-        )
+    def macro(self, values: Floats) -> Interval:
+        """Return the interval of the mean over categories of each category's mean."""
+        means = [times @ values[cases] / times.sum(1) for cases, times in self.draws]
+        return percentile_interval(np.mean(means, axis=0))
 
 
 @lru_cache(maxsize=1)
-def resamples(categories: tuple[str, ...], groups: tuple[str, ...]) -> Resamples:
-    """The draws, made once for all checkpoints that have answered the same cases."""
-    return Resamples(categories, groups)
+def cluster_bootstrap(categories: tuple[str, ...], groups: tuple[str, ...]) -> ClusterBootstrap:
+    """Return the samples for these cases; all checkpoints with the same cases share them."""
+    return ClusterBootstrap(categories, groups)
 
 
-def percentiles(draws: np.ndarray) -> Interval:
+def percentile_interval(draws: Floats) -> Interval:
+    """Return the central LEVEL share of the draws."""
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def macro_mean(values: np.ndarray, categories: Sequence[str]) -> float:
-    """The mean over categories of the categories' means."""
-    of = np.array(categories)
-    return float(np.mean([values[of == category].mean() for category in dict.fromkeys(categories)]))
+# ---- tests ----
 
 
-def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
-    """Cases that only the first has right, those that only the second has, and the exact two-sided p-value (McNemar 1947).
+def mcnemar(first: Floats, second: Floats) -> tuple[int, int, float]:
+    """Return the wins of the first, its losses, and the exact two-sided p-value (McNemar 1947).
+
+    A win is a case with a higher score in `first`. Under the null hypothesis wins are binomial
+    with p = 1/2 among all cases that differ.
 
     >>> mcnemar(np.array([1.0, 1, 1, 1, 1, 1, 0, 1]), np.array([0.0, 0, 0, 0, 0, 0, 0, 1]))
     (6, 0, 0.03125)
     """
     wins, losses = int((first > second).sum()), int((first < second).sum())
-    n, tail, ways = wins + losses, 0, 1
+    n = wins + losses
+    tail, binomial = 0, 1
     for k in range(min(wins, losses) + 1):
-        tail += ways
-        ways = ways * (n - k) // (k + 1)  # n choose k + 1
+        tail += binomial
+        binomial = binomial * (n - k) // (k + 1)  # n choose k + 1
     return wins, losses, min(1.0, 2 * tail / 2**n)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Rank correlation, ties at their mean rank; None where one of them does not vary."""
+    """Return Spearman's rank correlation (1904), or None if x or y is constant.
 
-    def ranks(values: Sequence[float]) -> np.ndarray:
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    >>> spearman([1, 2, 3], [10, 100, 50])
+    0.5
+    """
+    x_ranks, y_ranks = mean_ranks(x), mean_ranks(y)
+    if x_ranks.std() == 0 or y_ranks.std() == 0:
+        return None
+    return float(np.corrcoef(x_ranks, y_ranks)[0, 1])
 
-    a, b = ranks(x), ranks(y)
-    return None if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
+
+def mean_ranks(values: Sequence[float]) -> Floats:
+    """Return ranks from 1; tied values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Floats = np.cumsum(counts) - (counts - 1) / 2
+    return ranks[inverse]

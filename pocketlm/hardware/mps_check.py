@@ -1,8 +1,10 @@
-"""Whether Apple's GPU computes what the CPU computes: asked before anything is trained or generated on it.
+"""Self-check: compare the MPS backend with the CPU before training or generating.
 
-Its kernels come with torch and with macOS, and some have been silently wrong: attention that saw the future in half
-precision, batches permuted, long sums in matmuls. `check` has a small model of the configured kind, and the matmuls of the
-configured sizes, computed on both and compares. It needs no data, takes a second, and leaves the CPU's random state alone.
+The kernels of Apple's GPU come with torch and with macOS, and some have been silently wrong:
+attention that saw the future in half precision, batches permuted, long sums in matmuls. `check_mps`
+computes a small model of the configured kind, and matmuls of the configured sizes, on both devices
+and compares. It needs no data, takes a second, and leaves the CPU's random state unchanged. On any
+other accelerator it does nothing.
 """
 
 import dataclasses
@@ -18,23 +20,22 @@ from pocketlm.errors import UserError
 from pocketlm.model.loss import chunked_cross_entropy
 from pocketlm.optim import build_optimizer, clip_gradients
 
-ROWS, TOKENS, ENTRIES = 2, 100, 300  # of the small model; 100 is no multiple of a kernel's tile
-
-
-TOLERANCE = {
-    torch.float32: 0.01,
-    torch.bfloat16: 0.25,
-    torch.float16: 0.25,
-}  # of the largest value; rounding is 1e-6, 0.07 and 0.05
-
-
-LEAK = 1e-3  # of the largest logit: to see one token too many moves it by 7e-3 and more
+# sizes of the small model; 100 is not a multiple of a kernel's tile
+ROWS, TOKENS, VOCAB_SIZE = 2, 100, 300
+# largest difference, as a share of the largest value; rounding is 1e-6, 0.07 and 0.05
+TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.25}
+# share of the largest logit; seeing one token too many changes it by 7e-3 and more
+LEAK = 1e-3
+CHUNK = 64  # tokens of the chunked loss
 
 
 def check_mps(
     accelerator: str, dtype: torch.dtype, model: ModelConfig, training: TrainingConfig | None = None
 ) -> None:
-    """Raise UserError if `accelerator` is mps and computes wrongly, in float32 or in `dtype`. Without `training`, for generation only."""
+    """Raise UserError if `accelerator` is mps and computes wrongly in float32 or in `dtype`.
+
+    Without `training`, only the sizes of generation are checked.
+    """
     if accelerator == "mps":
         check_device(torch.device("mps"), dtype, model, training)
 
@@ -45,146 +46,189 @@ def check_device(
     model: ModelConfig,
     training: TrainingConfig | None = None,
 ) -> None:
-    """Raise UserError where `device` computes otherwise than the CPU."""
+    """Raise UserError if `device` differs from the CPU in float32 or in `dtype`."""
     inner = inner_dimensions(model, training)
-    expected = values(torch.device("cpu"), torch.float32, model, inner)
+    expected = compute_values(torch.device("cpu"), torch.float32, model, inner)
     for kind in dict.fromkeys([torch.float32, dtype]):
-        mend = (
-            "hardware.accelerator=cpu, or --device cpu,"
-            if kind == torch.float32
-            else "training.precision=32-true, or --dtype float32,"
-        )
-        for fault in faults(values(device, kind, model, inner), expected, TOLERANCE[kind]):
+        remedy = "training.precision=32-true, or --dtype float32,"
+        if kind == torch.float32:
+            remedy = "hardware.accelerator=cpu, or --device cpu,"
+        actual = compute_values(device, kind, model, inner)
+        for fault in find_faults(actual, expected, TOLERANCE[kind]):
             raise UserError(
-                f"{device.type} computes wrongly in {str(kind).removeprefix('torch.')}: {fault}; use {mend} or a newer torch and macOS"
+                f"{device.type} computes wrongly in {str(kind).removeprefix('torch.')}: {fault}; "
+                f"use {remedy} or a newer torch and macOS"
             )
 
 
-def faults(
-    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
+def find_faults(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
 ) -> Iterator[str]:
-    for how in ("with gradients", "without gradients"):
-        leak = difference(
-            found[f"logits {how} before another last token"], found[f"logits {how}"][:, :-1]
-        )
-        if not leak <= LEAK:
-            yield f"attention {how} sees the future, another last token moves earlier logits by {leak:.2g} of the largest"
-    for what, value in found.items():
-        if not (off := difference(value, expected[what])) <= tolerance:
-            yield f"{what}, off by {off:.2g} of the largest value from the CPU's"
+    """Yield a description of each fault: leaks of attention first, then wrong values."""
+    for mode in ("with gradients", "without gradients"):
+        changed = actual[f"logits {mode} before another last token"]
+        leak = difference(changed, actual[f"logits {mode}"][:, :-1])
+        if not leak <= LEAK:  # true for nan too
+            yield (
+                f"attention {mode} sees the future, another last token changes earlier logits by "
+                f"{leak:.2g} of the largest"
+            )
+    for name, value in actual.items():
+        error = difference(value, expected[name])
+        if not error <= tolerance:
+            yield f"{name}, off by {error:.2g} of the largest value from the CPU's"
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference, as a share of b's largest value, or of 1 where that is larger."""
+    """Return the largest difference, as a share of b's largest value (of 1, if that is larger)."""
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
-def values(
+def compute_values(
     device: torch.device, dtype: torch.dtype, config: ModelConfig, inner: set[int]
 ) -> dict[str, Tensor]:
-    """What the small model and the matmuls come to on `device`, by name; on the CPU, in float32."""
+    """Return the results of the small model and the matmuls on `device`, as float32 on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = small_model(config).to(device, dtype)
-        found = model_values(model, torch.randint(ENTRIES, (ROWS, TOKENS)).to(device))
+        values = model_values(model, torch.randint(VOCAB_SIZE, (ROWS, TOKENS)).to(device))
         for size in sorted(inner):
-            found |= {
-                f"a matmul with {size:,} terms a sum {form}": product
-                for form, product in products(size, device, dtype).items()
-            }
-        if dtype == torch.float32:  # as weights are in training
-            found |= stepped(model)
-    return {what: value.detach().float().cpu() for what, value in found.items()}
+            for form, product in products(size, device, dtype).items():
+                values[f"a matmul with {size:,} terms a sum {form}"] = product
+        if dtype == torch.float32:  # the precision of the weights in training
+            values |= optimizer_values(model)
+    return {name: value.detach().float().cpu() for name, value in values.items()}
 
 
 def small_model(config: ModelConfig) -> Transformer:
-    """Two layers of the config's kind and head size; the weights are large, so that attention counts for much."""
-    sizes = dict(
-        vocab_size=ENTRIES,
-        max_seq_len=TOKENS,
-        n_layers=2,
-        n_heads=2,
-        n_kv_heads=1 if config.n_kv_heads < config.n_heads else 2,
-    )
-    width = dict(d_model=2 * config.head_dim, d_ff=None, init_std=(2 * config.head_dim) ** -0.5)
+    """Return two layers of the config's kind and head size.
+
+    The weights are large, so that attention has a large effect on the logits.
+    """
+    assert config.n_kv_heads is not None
+    width = 2 * config.head_dim
     return Transformer(
-        dataclasses.replace(config, **sizes, **width, dropout=0.0, gradient_checkpointing=False)
+        dataclasses.replace(
+            config,
+            vocab_size=VOCAB_SIZE,
+            max_seq_len=TOKENS,
+            n_layers=2,
+            n_heads=2,
+            n_kv_heads=1 if config.n_kv_heads < config.n_heads else 2,
+            d_model=width,
+            d_ff=None,
+            init_std=width**-0.5,
+            dropout=0.0,
+            gradient_checkpointing=False,
+        )
     )
 
 
 def model_values(model: Transformer, ids: Tensor) -> dict[str, Tensor]:
-    """Logits by each of the ways through attention, the summed loss in nats, and its gradients."""
-    found, weight = {}, model.embed_tokens.weight
-    another = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % ENTRIES], dim=1)
+    """Return the logits of each kernel of attention, the summed loss, and its gradients."""
+    values = {}
+    other_ids = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % VOCAB_SIZE], dim=1)
     documents = (torch.arange(TOKENS, device=ids.device) >= TOKENS // 3).long().expand_as(ids)
-    for how, grad in [
-        ("with gradients", True),
-        ("without gradients", False),
-    ]:  # without gradients, attention has other kernels
-        with torch.set_grad_enabled(grad):
-            found[f"logits {how}"] = model(ids)
-            found[f"logits {how} before another last token"] = model(another)[:, :-1]
-            found[f"logits {how} of two documents in a row"] = model(ids, doc_ids=documents)
+    # attention has other kernels when no gradients are needed
+    for mode, with_gradients in (("with gradients", True), ("without gradients", False)):
+        with torch.set_grad_enabled(with_gradients):
+            values[f"logits {mode}"] = model(ids)
+            values[f"logits {mode} before another last token"] = model(other_ids)[:, :-1]
+            values[f"logits {mode} of two documents in a row"] = model(ids, doc_ids=documents)
     with torch.no_grad():
-        cache = KVCache(model.config, ROWS, TOKENS, dtype=weight.dtype, device=weight.device)
-        found["logits of the last token"] = model.logits(model.hidden(ids)[:, -1])
-        found["logits from cached keys"] = torch.cat(
-            [model(new, cache=cache) for new in ids.split([TOKENS - 9, 8, 1], dim=1)], dim=1
-        )
-        found["the validation loss"] = chunked_cross_entropy(
-            model.hidden(ids), model.head_weight, ids, chunk=64
-        )
-    found["the loss"] = chunked_cross_entropy(
-        model.hidden(ids, doc_ids=documents), model.head_weight, ids.roll(-1, dims=1), chunk=64
-    )
-    found["the loss"].backward()
-    return found | {f"the gradient of {name}": p.grad for name, p in model.named_parameters()}
+        values |= generation_values(model, ids)
+        hidden = model.hidden(ids)
+        loss = chunked_cross_entropy(hidden, model.head_weight, ids, chunk=CHUNK)
+        values["the validation loss"] = loss
+    hidden = model.hidden(ids, doc_ids=documents)
+    targets = ids.roll(-1, dims=1)
+    loss = chunked_cross_entropy(hidden, model.head_weight, targets, chunk=CHUNK)
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's method has no types
+    values["the loss"] = loss
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        values[f"the gradient of {name}"] = parameter.grad
+    return values
 
 
-def stepped(model: Transformer) -> dict[str, Tensor]:
-    """The weights after two steps along random gradients, and those gradients' norm; a step is 1 large, so that a wrong one shows."""
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape).to(p)
+def generation_values(model: Transformer, ids: Tensor) -> dict[str, Tensor]:
+    """Return the logits of the last token, and those computed in three parts with a KV cache."""
+    weight = model.embed_tokens.weight
+    cache = KVCache(model.config, ROWS, TOKENS, dtype=weight.dtype, device=weight.device)
+    parts = torch.split(ids, [TOKENS - 9, 8, 1], dim=1)
+    last = model.logits(model.hidden(ids)[:, -1])
+    cached = torch.cat([model(part, cache=cache) for part in parts], dim=1)
+    return {"logits of the last token": last, "logits from cached keys": cached}
+
+
+def optimizer_values(model: Transformer) -> dict[str, Tensor]:
+    """Return the norm of random gradients, and the weights after two steps along them.
+
+    The learning rate is 1, so that a wrong step shows.
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape).to(parameter)
     norm = clip_gradients(model.parameters(), 1.0)
-    stepper = build_optimizer(
+    optimizer = build_optimizer(
         model, optimizer="adamw", lr=1.0, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, fused=True
     )
-    stepper.step()
-    stepper.step()
-    return {"the norm of gradients": norm} | {
-        f"{name} after two steps of AdamW": p for name, p in model.named_parameters()
-    }
+    optimizer.step()
+    optimizer.step()
+    values = {"the norm of gradients": norm}
+    for name, parameter in model.named_parameters():
+        values[f"{name} after two steps of AdamW"] = parameter
+    return values
 
 
 def inner_dimensions(model: ModelConfig, training: TrainingConfig | None) -> set[int]:
-    """Terms that a step's matmuls sum: widths, and in training the tokens of a row, a batch and a chunk, and the head's entries."""
+    """Return the inner dimensions (terms per sum) of a step's matmuls.
+
+    They are the widths of the model, and in training the tokens of a row, of a batch and of a
+    chunk of the loss, and the vocabulary.
+    """
+    assert model.d_ff is not None
+    assert model.n_kv_heads is not None
     widths = {model.d_model, model.d_ff, model.head_dim, model.n_kv_heads * model.head_dim}
     if training is None:
         return widths
-    tokens, piece = training.micro_batch_size * training.seq_len, MPS_INNER_LIMIT // 2
+    tokens = training.micro_batch_size * training.seq_len
     chunk = min(training.loss_chunk or tokens, tokens)
-    heads = {
-        model.vocab_size,
-        model.vocab_size + -model.vocab_size % 64,
-    }  # as it is, and as the chunked loss fills it up
-    pieces = {
-        size
-        for entries in heads
-        for size in (min(entries, piece), entries % piece, min(entries, MPS_INNER_LIMIT - 1))
-    }
-    return (widths | {training.seq_len, tokens, chunk, tokens % chunk} | pieces) - {0}
+    row_sizes = {training.seq_len, tokens, chunk, tokens % chunk}
+    return (widths | row_sizes | head_dimensions(model)) - {0}
+
+
+def head_dimensions(model: ModelConfig) -> set[int]:
+    """Return the inner dimensions of the gradient of the hidden states: parts of the vocabulary.
+
+    The chunked loss pads the vocabulary to a multiple of 64 and cuts it into parts below the
+    limit of MPS.
+    """
+    assert model.vocab_size is not None
+    part = MPS_INNER_LIMIT // 2
+    sizes = set()
+    for vocab_size in (model.vocab_size, model.vocab_size + -model.vocab_size % 64):
+        sizes |= {
+            min(vocab_size, part),
+            vocab_size % part,
+            min(vocab_size, MPS_INNER_LIMIT - 1),
+        }
+    return sizes
 
 
 def products(inner: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The product of random matrices (32, inner) and (inner, 48), of values around 1, by each of the ways that a model asks for it."""
+    """Return the product of random matrices (32, inner) and (inner, 48) in each form of a model.
+
+    Its values are around 1. Behind the second matrix lie large values in memory, which show in a
+    sum with too many terms.
+    """
     a = (torch.randn(32, inner) / inner**0.5).to(device, dtype)
-    b = torch.cat([torch.randn(inner, 48), torch.full((64, 48), 1000.0)]).to(device, dtype)[
-        :inner
-    ]  # a sum that goes on too far shows
-    x, weight = (
-        torch.zeros(32, 48, device=device, dtype=dtype, requires_grad=True) for _ in range(2)
-    )
+    with_rows_behind = torch.cat([torch.randn(inner, 48), torch.full((64, 48), 1000.0)])
+    b = with_rows_behind.to(device, dtype)[:inner]
+    x = torch.zeros(32, 48, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(32, 48, device=device, dtype=dtype, requires_grad=True)
     ((F.linear(x, b) * a).sum() + (F.linear(b, weight) * a.T).sum()).backward()
+    assert x.grad is not None
+    assert weight.grad is not None
     return {
         "(forward)": a @ b,
         "(batched)": a[None] @ b[None],

@@ -1,4 +1,7 @@
-"""Generation: ids, texts, samples of a prompt."""
+"""Generation with the engine: token ids for a batch, or texts for prompts, whole or streamed.
+
+Samples of several prompts are numbered sample * n_prompts + prompt, here called their index.
+"""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -14,104 +17,118 @@ from pocketlm.inference.engine import Engine, GenerationRequest
 from pocketlm.inference.text import TextDecoder
 from pocketlm.tokenizer.base import Tokenizer
 
+Sample = tuple[GenerationRequest, int]  # a request, and the number of one of its samples
+
 
 def generate(
     model: Transformer, prompt_ids: Tensor, params: SamplingParams, eos_id: int | None = None
 ) -> Iterator[list[int | None]]:
-    """The tokens that follow prompt_ids (B, T), a list of num_samples * B at a time; None for a row that has ended."""
+    """Yield the tokens that follow prompt_ids (B, T), num_samples * B at a time.
+
+    The tokens are in the order of their index; None is for a sample that has ended.
+    """
     prompts = prompt_ids.tolist()
-    engine = Engine(
-        model, len(prompts) * params.num_samples, prompt_ids.size(1) + params.max_new_tokens
-    )
-    place = {}
-    for row, ids in enumerate(prompts):
-        engine.add(request := GenerationRequest(ids, params, eos_id))
-        place |= {
-            (request, sample): sample * len(prompts) + row for sample in range(params.num_samples)
-        }
-    while engine.waiting or engine.joining:
-        engine.join()
+    engine, samples = start(model, prompts, params, eos_id)
+    index_of = {sample: index for index, sample in samples}
+    while engine.waiting or engine.prefilling:
+        engine.admit()
     while engine.busy:
-        row: list[int | None] = [None] * len(place)
+        tokens: list[int | None] = [None] * len(samples)
         for token in engine.step():
-            row[place[token.request, token.sample]] = None if token.end == "stop" else token.id
-        yield row
+            if token.end != "stop":
+                tokens[index_of[token.request, token.sample]] = token.id
+        yield tokens
 
 
 def stream_texts(
     model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], params: SamplingParams
 ) -> Iterator[tuple[int, str]]:
-    """(place, piece of text) as the texts behind all prompts grow side by side; place is sample * len(prompts) + prompt.
+    """Yield (index, new text) as the texts after all prompts are generated side by side.
 
-    A text that comes to one of params.stop is ended there. Raises ValueError for a prompt or parameters that the model has no place for.
+    A text ends before the first of params.stop. Raises ValueError at once for prompts or
+    parameters that do not suit the model.
     """
-    longest = max(map(len, prompts))
-    engine = Engine(model, len(prompts) * params.num_samples, longest + params.max_new_tokens)
-    texts: dict[tuple[GenerationRequest, int], tuple[int, TextDecoder]] = {}
-    for row, ids in enumerate(prompts):
-        engine.add(request := GenerationRequest(ids, params, tokenizer.eos_id))
-        texts |= {
-            (request, n): (n * len(prompts) + row, TextDecoder(tokenizer, params.stop))
-            for n in range(params.num_samples)
-        }
+    engine, samples = start(model, prompts, params, tokenizer.eos_id)
+    texts = {sample: (index, TextDecoder(tokenizer, params.stop)) for index, sample in samples}
 
     def pieces() -> Iterator[tuple[int, str]]:
         while engine.busy:
             for token in engine.step():
-                place, text = texts[token.request, token.sample]
+                index, text = texts[token.request, token.sample]
                 if piece := text.push(token):
-                    yield place, piece
+                    yield index, piece
                 if text.ended:
                     engine.cancel(token.request, token.sample)
 
     return pieces()
 
 
+def start(
+    model: Transformer, prompts: list[list[int]], params: SamplingParams, eos_id: int | None
+) -> tuple[Engine, list[tuple[int, Sample]]]:
+    """Return an engine with a request for each prompt, and each sample with its index."""
+    max_len = max(map(len, prompts)) + params.max_new_tokens
+    engine = Engine(model, len(prompts) * params.num_samples, max_len)
+    samples: list[tuple[int, Sample]] = []
+    for number, ids in enumerate(prompts):
+        request = GenerationRequest(ids, params, eos_id)
+        engine.add(request)
+        for sample in range(params.num_samples):
+            samples.append((sample * len(prompts) + number, (request, sample)))
+    return engine, samples
+
+
 def generate_texts(
     model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], params: SamplingParams
 ) -> list[str]:
-    """The same when all have ended."""
+    """Run `stream_texts` to completion; return the texts by index."""
     texts = [""] * (len(prompts) * params.num_samples)
-    for place, piece in stream_texts(model, tokenizer, prompts, params):
-        texts[place] += piece
+    for index, piece in stream_texts(model, tokenizer, prompts, params):
+        texts[index] += piece
     return texts
 
 
 def complete(
     checkpoint: Checkpoint, prompt: str, params: SamplingParams
 ) -> Iterator[tuple[int, str]]:
-    """(sample's number, piece of text) as the completions of `prompt` grow; one sample streams, several come whole.
+    """Return an iterator of (sample's number, text) over the completions of a prompt.
 
-    An empty prompt begins a document. Raises at once: UserError for a prompt that is not Unicode or has no token, FieldError or
-    ValueError for parameters and ids that the model has no place for.
+    A single sample is streamed in pieces; several come whole. An empty prompt begins a document.
+
+    Raises at once: UserError if the prompt is not valid Unicode or has no token; FieldError or
+    ValueError if the parameters or ids do not suit the model.
     """
     ids = encode_prompt(checkpoint.tokenizer, prompt)
     if params.num_samples == 1:
         return stream_texts(checkpoint.model, checkpoint.tokenizer, [ids], params)
-    return iter(
-        list(enumerate(generate_texts(checkpoint.model, checkpoint.tokenizer, [ids], params)))
-    )
+    texts = generate_texts(checkpoint.model, checkpoint.tokenizer, [ids], params)
+    return iter(list(enumerate(texts)))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids to continue, with what begins a document. Raises UserError."""
+    """Return the ids of a prompt after the tokens that begin a document. Raises UserError."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"the prompt is not valid Unicode: {error.reason} at character {error.start}"
         ) from None
-    if not (ids := tokenizer.prefix + tokenizer.encode(prompt)):
+    ids = tokenizer.document_prefix + tokenizer.encode(prompt)
+    if not ids:
         raise UserError(
-            f"the prompt {prompt!r} has no token in {tokenizer.name!r}, with which a text could begin; give some other text"
+            f"the prompt {prompt!r} has no token in {tokenizer.name!r}, "
+            "with which a text could begin; use another prompt"
         )
     return ids
 
 
-def merge_sampling_params(given: dict[str, Any], checkpoint: Checkpoint) -> SamplingParams:
-    """What was given, and for the rest what the checkpoint's config says of its sampling; of samples one."""
-    said = {
-        field.name: getattr(checkpoint.config.sampling, field.name)
-        for field in fields(SamplingParams)
-    }
-    return SamplingParams(**said | {"num_samples": 1} | given)
+def merge_sampling_params(options: dict[str, Any], checkpoint: Checkpoint) -> SamplingParams:
+    """Return the options, completed with the sampling defaults of the checkpoint's config.
+
+    num_samples is 1 unless it is among the options.
+    """
+    params = {"num_samples": 1}
+    for field in fields(SamplingParams):
+        if field.name != "num_samples":
+            params[field.name] = getattr(checkpoint.config.sampling, field.name)
+    return SamplingParams(**params | options)

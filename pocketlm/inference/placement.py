@@ -1,4 +1,4 @@
-"""A model on a device, in a dtype."""
+"""Placement of a model: its device and the data type of its weights."""
 
 import torch
 
@@ -8,31 +8,42 @@ from pocketlm.hardware.devices import choose_accelerator, has_bfloat16_cpu
 from pocketlm.hardware.measure import keep_freed_memory
 from pocketlm.hardware.mps_check import check_mps
 from pocketlm.inference.native import native_unavailable_reason
-from pocketlm.model.quantization import QUANTIZED, quantize
+from pocketlm.model.quantization import QUANTIZED_DTYPES, quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def place(checkpoint: Checkpoint, device: str, dtype: str | None) -> str:
-    """Put the model where `--device` and `--dtype` say; tell where that is. Raises UserError for a pair that cannot be."""
+def move_to_device(checkpoint: Checkpoint, device: str, dtype: str | None) -> str:
+    """Move the model to `device` and `dtype`, quantising it on request.
+
+    `dtype` is by default that of a quantised checkpoint, else float32. Returns a description for
+    the log. Raises UserError for an unsupported combination.
+    """
     accelerator, _ = choose_accelerator(device)
     keep_freed_memory()
     dtype = dtype or checkpoint.quantized or "float32"
     if checkpoint.quantized not in (None, dtype):
         raise UserError(
-            f"--dtype {dtype}: {checkpoint.path} is {checkpoint.quantized} already; leave --dtype out"
+            f"--dtype {dtype}: {checkpoint.path} is {checkpoint.quantized} already; "
+            "leave --dtype out"
         )
     if dtype == "float16" and accelerator == "cpu":
         raise UserError(
             "--dtype float16 is 27 times slower than float32 on a CPU; use bfloat16 or float32"
         )
-    if dtype in QUANTIZED and not checkpoint.quantized:
+    if dtype in QUANTIZED_DTYPES and not checkpoint.quantized:
         quantize(checkpoint.model, dtype)
-    half = accelerator == "cuda" or accelerator == "cpu" and has_bfloat16_cpu()
-    compute = DTYPES.get(dtype, torch.bfloat16 if half else torch.float32)
-    check_mps(accelerator, compute, checkpoint.config.model)
-    checkpoint.model.to(device=accelerator, dtype=compute)
-    why = native_unavailable_reason(checkpoint.model) if accelerator == "cpu" else ""
-    return (
-        f"{dtype} on {accelerator}{why and f', every step by torch, several times slower: {why}'}"
-    )
+    activations = DTYPES.get(dtype) or quantized_activations(accelerator)
+    check_mps(accelerator, activations, checkpoint.config.model)
+    checkpoint.model.to(device=accelerator, dtype=activations)
+    reason = native_unavailable_reason(checkpoint.model) if accelerator == "cpu" else ""
+    description = f"{dtype} on {accelerator}"
+    if reason:
+        description += f", decoding in torch, several times slower: {reason}"
+    return description
+
+
+def quantized_activations(accelerator: str) -> torch.dtype:
+    """Return the dtype of activations over quantised weights: bfloat16 where it is native."""
+    fast = accelerator == "cuda" or (accelerator == "cpu" and has_bfloat16_cpu())
+    return torch.bfloat16 if fast else torch.float32

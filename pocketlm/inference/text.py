@@ -1,4 +1,8 @@
-"""Tokens to text as they come, cut at a stop string."""
+"""Text of one sample while it is generated: token ids become text, which ends at a stop string.
+
+TextStream (tokenizer/streaming.py) detokenises; StopStringBuffer cuts at stop strings; TextDecoder
+is the two in sequence, for the tokens of an engine.
+"""
 
 from collections.abc import Iterator
 
@@ -8,62 +12,77 @@ from pocketlm.tokenizer.streaming import TextStream
 
 
 class TextDecoder:
-    """The text of one sample as its tokens come, up to the first stop text."""
+    """The text of one sample, token by token, up to the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
-        self.stream, self.until = TextStream(tokenizer), StopStringBuffer(stops)
-        self.length = 0  # characters of all tokens so far, those that are held back too
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
+        self.stream, self.buffer = TextStream(tokenizer), StopStringBuffer(stop)
+        self.length = 0  # characters of all tokens so far, including those held back
         self.ended = False
 
-    def push(self, token: Token) -> str:
-        """What the token adds to the text; often nothing yet."""
-        new = "" if token.end == "stop" else self.stream.push(token.id)
-        self.length += len(new)
-        piece = self.until.push(new) + (self.rest() if token.end else "")
-        self.ended = bool(token.end) or self.until.reached is not None
-        return piece
+    @property
+    def stopped(self) -> bool:
+        """True if the text ended at a stop string."""
+        return self.buffer.match is not None
 
-    def rest(self) -> str:
-        """What is left when no token follows."""
-        return self.until.push(self.stream.rest()) + self.until.rest()
+    def push(self, token: Token) -> str:
+        """Return the text that the token makes final; often none."""
+        text = "" if token.end == "stop" else self.stream.push(token.id)
+        self.length += len(text)
+        final = self.buffer.push(text)
+        if token.end:
+            final += self.flush()
+        self.ended = bool(token.end) or self.stopped
+        return final
+
+    def flush(self) -> str:
+        """Return the text held back, because no token follows."""
+        return self.buffer.push(self.stream.flush()) + self.buffer.flush()
 
 
 class StopStringBuffer:
-    """Pieces in, pieces out, up to the first stop text; what may become the beginning of one is held back.
+    """Text in, text out, up to the first stop string.
 
-    >>> until = StopStringBuffer(("two",))
-    >>> [until.push(piece) for piece in ("one", " tw", "o th", "ree")], until.reached
-    (['o', 'ne ', '', ''], 'two')
+    Text that may be the beginning of a stop string is held back.
+
+    >>> buffer = StopStringBuffer(("two",))
+    >>> [buffer.push(text) for text in ("one", " tw", "o th", "ree")]
+    ['o', 'ne ', '', '']
+    >>> buffer.match
+    'two'
     """
 
-    def __init__(self, stops: tuple[str, ...]):
-        self.stops, self.longest = stops, max(map(len, stops), default=1)
-        self.held = ""
-        self.reached: str | None = None  # the stop text that was complete first
+    def __init__(self, stop: tuple[str, ...]):
+        self.stop, self.longest = stop, max(map(len, stop), default=1)
+        self.pending = ""
+        self.match: str | None = None  # the stop string that was complete first
 
-    def push(self, piece: str) -> str:
-        if self.reached is not None:
+    def push(self, text: str) -> str:
+        """Return the text that cannot belong to a stop string any more."""
+        if self.match is not None:
             return ""
-        self.held += piece
-        if found := [
-            (at + len(stop), at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0
-        ]:
-            _, end, self.reached = min(found)
+        self.pending += text
+        matches = []
+        for stop in self.stop:
+            begin = self.pending.find(stop)
+            if begin >= 0:
+                matches.append((begin + len(stop), begin, stop))
+        if matches:
+            _, end, self.match = min(matches)
         else:
-            end = max(0, len(self.held) - (self.longest - 1))
-        free, self.held = self.held[:end], self.held[end:]
-        return free
+            end = max(0, len(self.pending) - (self.longest - 1))
+        final, self.pending = self.pending[:end], self.pending[end:]
+        return final
 
-    def rest(self) -> str:
-        """What is left when no piece follows."""
-        return self.held if self.reached is None else ""
+    def flush(self) -> str:
+        """Return the text held back, because no text follows."""
+        return self.pending if self.match is None else ""
 
 
-def until_stop(pieces: Iterator[str], stops: tuple[str, ...]) -> Iterator[str]:
-    """The pieces up to the first stop text; nothing is taken from `pieces` after it."""
-    until = StopStringBuffer(stops)
+def until_stop(pieces: Iterator[str], stop: tuple[str, ...]) -> Iterator[str]:
+    """Yield the text of `pieces` up to the first stop string, and take no piece after it."""
+    buffer = StopStringBuffer(stop)
     for piece in pieces:
-        yield until.push(piece)
-        if until.reached is not None:
+        yield buffer.push(piece)
+        if buffer.match is not None:
             return
-    yield until.rest()
+    yield buffer.flush()

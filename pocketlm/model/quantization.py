@@ -1,6 +1,12 @@
-"""Layers whose weights have 8 or 4 bits."""
+"""Layers with int8 or int4 weights, and `quantize`, which replaces a model's layers by them.
+
+int8: one scale per output row (symmetric). int4: one scale and one minimum per group of 32 inputs.
+The arithmetic of activations stays in floating point. pocketlm/inference/decode.c computes with the
+same layouts.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -10,17 +16,16 @@ from torch import Tensor
 from model import Transformer
 from pocketlm.errors import UserError
 
-QUANTIZED = ("int8", "int4")
+QUANTIZED_DTYPES = ("int8", "int4")
 
+INT4_GROUP_SIZE = 32  # inputs that share a scale and a minimum; GROUP in decode.c
 
-GROUP = 32  # inputs that share an int4 scale; decode.c says it too
-
-
-FEW = 16  # rows up to which the packed matmul of torch is faster than to unpack the matrix and multiply by that
+# Up to this many rows, torch's packed matmul is faster than a matmul with the unpacked matrix.
+PACKED_MATMUL_MAX_ROWS = 16
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) -> int8 of that shape, and (out,) scales in float32.
+    """Quantise (out, in) to int8 of the same shape and float32 scales (out,).
 
     >>> q, scale = quantize_int8(torch.tensor([[0.5, -1.27, 0.01]]))
     >>> q.tolist(), round(scale.item(), 4)
@@ -31,33 +36,47 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) -> int16 words (out, in / 4) as `pack_int4` packs them; (out, in / 32, 2) scale and low in bfloat16."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
-    low = groups.amin(-1).bfloat16()
-    scale = ((groups.amax(-1) - low.float()) / 15).clamp(min=1e-12).bfloat16()
-    q = ((groups - low.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 15)
-    return pack_int4(q.flatten(1)), torch.stack([scale, low], -1)
+    """Quantise (out, in) to packed int16 words (out, in / 4); see `pack_int4`.
+
+    Also return the bfloat16 scale and minimum of each group, stacked: (out, in / 32, 2).
+    """
+    groups = torch.unflatten(weight.float(), 1, (-1, INT4_GROUP_SIZE))
+    minimum = groups.amin(-1).bfloat16()
+    scale = ((groups.amax(-1) - minimum.float()) / 15).clamp(min=1e-12).bfloat16()
+    q = ((groups - minimum.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 15)
+    return pack_int4(q.flatten(1)), torch.stack([scale, minimum], -1)
 
 
 def pack_int4(q: Tensor) -> Tensor:
-    """Numbers from 0 to 15, (out, in) -> (out, in / 4) int16: of each 64, word j holds those at j, j + 16, j + 32, j + 48."""
-    planes = q.to(torch.int32).unflatten(1, (-1, 4, 16))
+    """Pack integers from 0 to 15, (out, in), into int16 words (out, in / 4).
+
+    Of each 64 inputs, word j holds those at positions j, j + 16, j + 32 and j + 48, from the lowest
+    four bits up.
+    """
+    planes = torch.unflatten(q.to(torch.int32), 1, (-1, 4, 16))
     words = planes[:, :, 0] | planes[:, :, 1] << 4 | planes[:, :, 2] << 8 | planes[:, :, 3] << 12
-    return words.flatten(1).to(torch.int16)  # the upper half of the range wraps around
+    return words.flatten(1).to(torch.int16)  # values above 32,767 wrap around
 
 
 def unpack_int4(words: Tensor) -> Tensor:
-    """The other way, to int16."""
+    """Undo `pack_int4`; the result is int16."""
     shifts = torch.tensor([0, 4, 8, 12], dtype=torch.int16, device=words.device)[:, None]
-    return (words.unflatten(1, (-1, 1, 16)) >> shifts & 15).flatten(1)
+    q: Tensor = torch.unflatten(words, 1, (-1, 1, 16)) >> shifts & 15
+    return q.flatten(1)
 
 
-class Quantized(nn.Module):
-    """A matrix of integers. `.to(dtype)` sets the dtype of what it works on; its own numbers stay as they are."""
+class QuantizedLayer(nn.Module):
+    """A layer whose weight has integers.
+
+    `.to(dtype)` sets the dtype of its outputs; its own integers and scales stay as they are.
+    """
 
     dtype: torch.dtype
+    weight: Tensor
+    scale: Tensor
 
-    def _apply(self, fn, recurse: bool = True) -> nn.Module:  # what nn.Module.to calls
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
+        """Move the layer; nn.Module.to calls this."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, buffer in self._buffers.items():
             if buffer is not None:
@@ -65,10 +84,11 @@ class Quantized(nn.Module):
         return self
 
 
-class QuantizedLinear(Quantized):
-    """x -> x weight^T + bias, by one of the functions above."""
+class QuantizedLinear(QuantizedLayer):
+    """x -> x weight^T + bias, with a weight quantised by `quantizer`."""
 
     quantizer: Callable[[Tensor], tuple[Tensor, Tensor]]
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -78,9 +98,16 @@ class QuantizedLinear(Quantized):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
+    def matrix(self) -> Tensor:
+        """Return the weight (out, in) in floating point."""
+        raise NotImplementedError
+
+    def bias_as(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
+
 
 class Int8Linear(QuantizedLinear):
-    """weight (out, in) int8, scale (out,) float32."""
+    """A linear layer with an int8 weight (out, in) and a float32 scale (out,)."""
 
     quantizer = staticmethod(quantize_int8)
 
@@ -88,33 +115,34 @@ class Int8Linear(QuantizedLinear):
         return (self.weight * self.scale[:, None]).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        rows, n_in = x.numel() // x.size(-1), x.size(-1)
-        # torch's packed matmul reads beyond the end of other widths, and with float32 it is ten times slower
-        if rows > FEW or n_in % 32 or x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        bias = self.bias_as(x.dtype)
+        rows, width = x.numel() // x.size(-1), x.size(-1)
+        # torch's packed matmul reads past the end of rows of other widths, and with float32 it is
+        # ten times slower.
+        packed = x.device.type == "cpu" and x.dtype == torch.bfloat16 and width % 32 == 0
+        if rows > PACKED_MATMUL_MAX_ROWS or not packed:
             return F.linear(x, self.matrix(), bias)
-        y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale.bfloat16()).view(
-            *x.shape[:-1], -1
-        )
+        x_rows, scale = x.reshape(rows, -1), self.scale.bfloat16()
+        y = torch._weight_int8pack_mm(x_rows, self.weight, scale).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
 
 class Int4Linear(QuantizedLinear):
-    """weight (out, in / 4) words of four, scale (out, in / 32, 2) with the lows."""
+    """A linear layer with a packed weight (out, in / 4) and scales and minima (out, in / 32, 2)."""
 
     quantizer = staticmethod(quantize_int4)
 
     def matrix(self) -> Tensor:
-        groups = unpack_int4(self.weight).unflatten(1, (-1, GROUP))
-        scale, low = self.scale.to(self.dtype)[..., None].unbind(-2)  # (out, groups, 1)
-        return (groups * scale + low).flatten(1)
+        groups = torch.unflatten(unpack_int4(self.weight), 1, (-1, INT4_GROUP_SIZE))
+        scale, minimum = self.scale.to(self.dtype)[..., None].unbind(-2)  # (out, groups, 1)
+        return (groups * scale + minimum).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix(), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.matrix(), self.bias_as(x.dtype))
 
 
-class Int8Embedding(Quantized):
-    """Ids -> rows of an int8 matrix; where the head is tied, of the head's."""
+class Int8Embedding(QuantizedLayer):
+    """Token ids -> rows of an int8 matrix, which a tied head shares."""
 
     def __init__(self, matrix: Int8Linear):
         super().__init__()
@@ -127,41 +155,45 @@ class Int8Embedding(Quantized):
 
 
 def quantize(model: Transformer, dtype: str) -> Transformer:
-    """Put integer matrices in the place of the model's own; it is the same model then. Raises UserError."""
-    assert dtype in QUANTIZED
-    if dtype == "int4" and all(
-        module.in_features % 64
-        for module in model.layers.modules()
-        if isinstance(module, nn.Linear)
-    ):
+    """Replace the model's matrices by quantised layers, in place, and return the model.
+
+    With int4, the embedding, the head, and layers whose width 64 does not divide become int8.
+    Raises UserError if no layer would be int4.
+    """
+    assert dtype in QUANTIZED_DTYPES
+    linear_layers = [m for m in model.layers.modules() if isinstance(m, nn.Linear)]
+    if dtype == "int4" and all(linear.in_features % 64 for linear in linear_layers):
         raise UserError(
-            f"int4 needs widths that 64 divides, and this model's are {model.config.d_model} and {model.config.d_ff}; use int8"
+            f"int4 needs widths that 64 divides, and this model's are {model.config.d_model} "
+            f"and {model.config.d_ff}; use int8"
         )
     for layer in model.layers:
         for part in (layer.self_attn, layer.mlp):
-            for name, module in list(part.named_children()):
-                if isinstance(module, nn.Linear):
-                    setattr(
-                        part,
-                        name,
-                        Int4Linear(module)
-                        if dtype == "int4" and module.in_features % 64 == 0
-                        else Int8Linear(module),
-                    )
+            quantize_linear_layers(part, dtype)
+    # The layers below have the interface of those that they replace.
     embedding = Int8Linear(as_linear(model.embed_tokens.weight))
-    model.lm_head = embedding if model.lm_head is None else Int8Linear(model.lm_head)
-    model.embed_tokens = Int8Embedding(embedding)
+    head = embedding if model.lm_head is None else Int8Linear(model.lm_head)
+    model.lm_head = head  # type: ignore[assignment]
+    model.embed_tokens = Int8Embedding(embedding)  # type: ignore[assignment]
     return model
 
 
+def quantize_linear_layers(parent: Any, dtype: str) -> None:
+    """Replace the linear layers that are children of the module `parent`."""
+    for name, child in list(parent.named_children()):
+        if isinstance(child, nn.Linear):
+            use_int4 = dtype == "int4" and child.in_features % 64 == 0
+            setattr(parent, name, Int4Linear(child) if use_int4 else Int8Linear(child))
+
+
 def as_linear(weight: Tensor) -> nn.Linear:
+    """Return a linear layer without bias that has this weight, not a copy of it."""
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     return linear
 
 
 def weight_bytes(model: Transformer) -> int:
-    """What all weights take; a shared one counts once."""
-    return sum(
-        {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}.values()
-    )
+    """Return the size of all weights in bytes; a shared one counts once."""
+    sizes = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
+    return sum(sizes.values())

@@ -1,30 +1,134 @@
-"""The HTTP app: its paths, its page, its server."""
+"""The HTTP application and its server: endpoints, error responses, web page, connections."""
 
 import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pocketlm.serving.batcher import Batcher, EngineFailed, TooBusy
-from pocketlm.serving.guard import AccessMiddleware, Connection
-from pocketlm.serving.limits import CONNECTIONS, IDLE_SECONDS, STOP_SECONDS
-from pocketlm.serving.requests import ApiError, ChatBody, CompletionBody, parse, to_json
-from pocketlm.serving.responses import as_api_error, json_response, respond
+from pocketlm.serving.batcher import Batcher
+from pocketlm.serving.errors import (
+    ApiError,
+    EngineFailed,
+    TooBusy,
+    api_error_from_failure,
+    json_response,
+    to_json,
+)
+from pocketlm.serving.limits import MAX_QUOTED_CHARACTERS, ServerLimits
+from pocketlm.serving.middleware import AccessMiddleware
+from pocketlm.serving.requests import ChatBody, CompletionBody, parse
+from pocketlm.serving.responses import respond
 from pocketlm.serving.service import Service
 
 PAGE = Path(__file__).with_name("page") / "index.html"
 
 
+class Endpoints:
+    """Handlers of the server's paths."""
+
+    def __init__(self, service: Service):
+        self.service = service
+        self.page, self.page_policy = read_page()
+
+    def router(self) -> APIRouter:
+        """Return the table of paths."""
+        router = APIRouter(redirect_slashes=False)
+        router.add_api_route("/", self.index, methods=["GET"])
+        router.add_api_route("/health", self.health, methods=["GET"])
+        router.add_api_route("/metrics", self.metrics, methods=["GET"])
+        router.add_api_route("/v1/models", self.models, methods=["GET"])
+        router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
+        router.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        return router
+
+    async def index(self) -> Response:
+        if self.page is None:
+            message = "the page is missing (page/index.html); the API is under /v1"
+            raise ApiError(404, message, code="not_found")
+        headers = {"content-security-policy": self.page_policy, "referrer-policy": "no-referrer"}
+        return Response(self.page, media_type="text/html", headers=headers)
+
+    async def health(self) -> Response:
+        return json_response(200, to_json({"status": "ok"}))
+
+    async def metrics(self) -> Response:
+        metrics = generate_latest(self.service.batcher.metrics.registry)
+        return Response(metrics, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def models(self) -> Response:
+        return json_response(200, to_json({"object": "list", "data": [self.service.model]}))
+
+    async def model(self, name: str) -> Response:
+        self.service.check_model(name)
+        return json_response(200, to_json(self.service.model))
+
+    async def complete(self, request: HttpRequest) -> Response:
+        body = parse(CompletionBody, await request.body())
+        call, builder = await self.service.start_completion(body)
+        return await respond(self.service.batcher, call, builder, bool(body.stream))
+
+    async def chat(self, request: HttpRequest) -> Response:
+        body = parse(ChatBody, await request.body())
+        call, builder = await self.service.start_chat(body)
+        return await respond(self.service.batcher, call, builder, bool(body.stream))
+
+
+# ---- errors ----
+
+
+async def handle_failure(request: HttpRequest, failure: Exception) -> Response:
+    """Return the response to an ApiError, TooBusy or EngineFailed."""
+    return api_error_from_failure(failure).response()
+
+
+async def handle_http_exception(request: HttpRequest, exception: HTTPException) -> Response:
+    """Return the response to an unknown path or method, in OpenAI's format."""
+    path = request.url.path[:MAX_QUOTED_CHARACTERS]
+    message, code = {
+        404: (f"the path {path} does not exist", "not_found"),
+        405: (f"{path} does not support the method {request.method}", "method_not_allowed"),
+    }.get(exception.status_code, (str(exception.detail), None))
+    error = ApiError(exception.status_code, message, code=code)
+    return json_response(error.status, error.body(), dict(exception.headers or {}))
+
+
+async def handle_bug(request: HttpRequest, exception: Exception) -> Response:
+    """Return the response to an unexpected exception; uvicorn logs its traceback."""
+    message = "the server failed to handle this request; its output has the details"
+    return ApiError(500, message, code="server_error").response()
+
+
+ExceptionHandler = Callable[[HttpRequest, Any], Coroutine[Any, Any, Response]]
+EXCEPTION_HANDLERS: dict[int | type[Exception], ExceptionHandler] = {
+    ApiError: handle_failure,
+    TooBusy: handle_failure,
+    EngineFailed: handle_failure,
+    HTTPException: handle_http_exception,
+    Exception: handle_bug,
+}
+
+
+# ---- the app ----
+
+
 def build_app(service: Service) -> FastAPI:
+    """Return the app; it starts and stops the service's batcher."""
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.batcher.start(asyncio.get_running_loop())
@@ -32,105 +136,33 @@ def build_app(service: Service) -> FastAPI:
         service.batcher.close()
 
     app = FastAPI(
-        docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan, redirect_slashes=False
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        exception_handlers=EXCEPTION_HANDLERS,
     )
-    page, policy = read_page()
-
-    @app.get("/")
-    async def index() -> Response:
-        if page is None:
-            raise ApiError(
-                404,
-                "there is no page here (web/index.html is missing); the API is under /v1",
-                code="not_found",
-            )
-        return Response(
-            page,
-            media_type="text/html",
-            headers={"content-security-policy": policy, "referrer-policy": "no-referrer"},
-        )
-
-    @app.get("/health")
-    async def health() -> Response:
-        return json_response(200, to_json({"status": "ok"}))
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(
-            generate_latest(service.batcher.metrics.registry),
-            headers={"content-type": CONTENT_TYPE_LATEST},
-        )
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return json_response(200, to_json({"object": "list", "data": [service.model]}))
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        service.check_model(name)
-        return json_response(200, to_json(service.model))
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        body = parse(CompletionBody, await request.body())
-        return await respond(service.batcher, *await service.complete(body), bool(body.stream))
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        body = parse(ChatBody, await request.body())
-        return await respond(service.batcher, *await service.reply(body), bool(body.stream))
-
-    async def failed(request: Request, failure: Exception) -> Response:
-        error = as_api_error(failure)
-        return json_response(error.status, error.body(), error.headers)
-
-    async def refused(request: Request, refusal: HTTPException) -> Response:
-        said = {
-            404: f"there is nothing at {request.url.path[:100]}",
-            405: f"{request.method} is no method of {request.url.path[:100]}",
-        }
-        code = {404: "not_found", 405: "method_not_allowed"}.get(refusal.status_code)
-        error = ApiError(
-            refusal.status_code, said.get(refusal.status_code, str(refusal.detail)), code=code
-        )
-        return json_response(error.status, error.body(), dict(refusal.headers or {}))
-
-    async def broken(request: Request, failure: Exception) -> Response:
-        error = ApiError(
-            500, "the server failed at this request; its own output says why", code="server_error"
-        )
-        return json_response(500, error.body())
-
-    for kind in (ApiError, TooBusy, EngineFailed):
-        app.add_exception_handler(kind, failed)
-    app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(Exception, broken)
+    app.include_router(Endpoints(service).router())
     return app
 
 
+# ---- the page ----
+
+
 def read_page() -> tuple[str | None, str]:
-    """The page, and the policy that lets its own scripts and styles run and no others."""
+    """Return the page and its Content-Security-Policy; None if the page is missing.
+
+    The policy allows the page's own scripts and styles, by hash, and nothing else.
+    """
     if not PAGE.is_file():
         return None, ""
     text = PAGE.read_text(encoding="utf-8")
-
-    def hashes(tag: str) -> str:
-        inline = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", text, re.DOTALL | re.IGNORECASE)
-        return (
-            " ".join(
-                f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'"
-                for each in inline
-            )
-            or "'none'"
-        )
-
     rules = {
         "default-src": "'none'",
-        "script-src": hashes("script"),
-        "style-src": hashes("style"),
+        "script-src": inline_hashes(text, "script"),
+        "style-src": inline_hashes(text, "style"),
         "connect-src": "'self'",
-    }
-    rules |= {
         "img-src": "data:",
         "base-uri": "'none'",
         "form-action": "'none'",
@@ -139,11 +171,80 @@ def read_page() -> tuple[str | None, str]:
     return text, "; ".join(f"{name} {value}" for name, value in rules.items())
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+def inline_hashes(page: str, tag: str) -> str:
+    """Return the policy's sources for the page's inline elements with this tag."""
+    contents = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page, re.DOTALL | re.IGNORECASE)
+    digests = [hashlib.sha256(content.encode()).digest() for content in contents]
+    sources = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+    return " ".join(sources) or "'none'"
+
+
+# ---- connections and the server ----
+
+
+class TimeoutH11Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol with timeouts, and JSON errors for what is not HTTP.
+
+    It aborts the connection of a client that is too slow to send a request or to read a
+    response. (The access middleware has the timeout for bodies.)
+    """
+
+    def __init__(self, *, limits: ServerLimits, **options: Any):
+        super().__init__(**options)
+        self.limits = limits
+        self.head_timer: asyncio.TimerHandle | None = None
+        self.write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        # asyncio declares BaseTransport; a TCP server always passes a Transport, as uvicorn assumes
+        super().connection_made(transport)
+        self.start_head_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            cancel(self.head_timer)
+        elif self.head_timer is None or self.head_timer.cancelled():
+            self.start_head_timer()
+
+    def start_head_timer(self) -> None:
+        """Give the client `head_seconds` to send the head of its next request."""
+        self.head_timer = self.loop.call_later(self.limits.head_seconds, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.write_timer = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        cancel(self.write_timer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        cancel(self.head_timer)
+        cancel(self.write_timer)
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        message = "this is not an HTTP request, or its headers are too long"
+        body = ApiError(400, message).body()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        response = h11.Response(status_code=400, headers=headers)
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+
+def cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which on a signal also ends the answers that run."""
+    """uvicorn's server, which at shutdown also ends the texts in progress."""
 
     def __init__(self, config: uvicorn.Config, batcher: Batcher):
         super().__init__(config)
@@ -155,10 +256,21 @@ class Server(uvicorn.Server):
 
 
 def build_server(service: Service, hosts: set[str] | None, key: str | None) -> Server:
-    """hosts: what a Host header may be; None: anything. key: what /v1 asks for; None: nothing."""
-    app = AccessMiddleware(build_app(service), service.batcher.metrics, hosts, key)
+    """Return a server that accepts the given Host headers and API key; None: any."""
+    limits = service.limits
+    app = AccessMiddleware(build_app(service), service.batcher.metrics, limits, hosts, key)
     config = uvicorn.Config(
-        app, http=Connection, ws="none", lifespan="on", log_level="error", access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=CONNECTIONS, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=STOP_SECONDS,
-    )  # fmt: skip
+        app,
+        # uvicorn only calls it, so a factory does as well as a class
+        http=partial(TimeoutH11Protocol, limits=limits),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="on",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=limits.max_connections,
+        timeout_keep_alive=limits.idle_seconds,
+        timeout_graceful_shutdown=limits.shutdown_seconds,
+    )
     return Server(config, service.batcher)

@@ -1,12 +1,15 @@
-"""One thread steps the engine; an event loop asks it for texts and gets them in pieces, those of all requests side by side.
+"""Continuous batching: one thread runs the engine, an event loop submits calls and reads texts.
 
-    batcher = Batcher(model, tokenizer, threads=2, rows=16, max_queue=128)
+    batcher = Batcher(model, tokenizer, threads=2, max_slots=16, max_queue=128)
     batcher.start(asyncio.get_running_loop())
-    call = batcher.ask([Request(ids, params, eos_id)], seconds=300)
-    async for pieces in batcher.read(call): ...
+    call = batcher.submit([GenerationRequest(ids, params, eos_id)], seconds=300)
+    async for deltas in batcher.read(call): ...
 
-The engine, its rows and the texts that grow belong to the thread. What the event loop wants of them goes through the inbox,
-between two steps; what the thread has to tell goes back at once where a text begins or ends, else every TELL_SECONDS.
+A *call* is one client's generation requests; a *delta* is the new text of one of its samples.
+The engine, its slots and the texts in progress belong to the engine thread. The event loop puts
+functions into the inbox, which the thread runs between two decoding steps. The thread sends
+deltas to the event loop at once when a text begins or ends, otherwise every
+STREAM_INTERVAL_SECONDS.
 """
 
 import asyncio
@@ -15,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,167 +30,184 @@ import torch
 from model import Transformer
 from pocketlm.inference.engine import Engine, GenerationRequest, Token
 from pocketlm.inference.text import TextDecoder
+from pocketlm.serving.errors import EngineFailed, TooBusy
+from pocketlm.serving.limits import RETRY_AFTER_SECONDS, STREAM_INTERVAL_SECONDS
 from pocketlm.serving.metrics import ServerMetrics
 from pocketlm.tokenizer.base import Tokenizer
 
-TELL_SECONDS = 0.025  # as often is a stream told of what is new, since to tell of a token costs more than a small model's step
-
 
 class TokenLogprob(NamedTuple):
-    """A token of which log-probabilities were asked for."""
+    """A generated token with its log-probabilities and its position in the text."""
 
-    offset: int  # characters of the text before it
+    offset: int  # characters of the text before the token
     token: Token
 
 
 class TextDelta(NamedTuple):
-    """What is new of one text."""
+    """The new part of one text."""
 
-    index: int  # of the text within its call: prompt * num_samples + sample
+    choice: int  # index of the text in its call: prompt * num_samples + sample
     text: str
-    told: list[TokenLogprob]
-    drawn: int  # tokens, an end token included
-    end: str | None  # "stop" or "length" with the last piece
+    logprobs: list[TokenLogprob]
+    n_tokens: int  # generated tokens, including an end token
+    finish_reason: str | None  # "stop" or "length" in the last delta
 
 
-class TooBusy(Exception):
-    """There is no room for a call (429), or its turn never came (503). The text is for the client."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
-
-
-class EngineFailed(Exception):
-    """A step raised."""
+Update = TextDelta | EngineFailed | TooBusy  # an exception ends the call
 
 
 @dataclass(eq=False)
 class Call:
-    """Requests whose texts go to one reader."""
+    """Generation requests of one client, with the updates that it has not read yet."""
 
     requests: list[GenerationRequest]
-    stream: bool  # pieces are wanted as they come
-    begun: float
-    open: int  # texts that have not ended
-    waiting: set[int]  # numbers of the requests that no step has taken in
+    stream: bool  # the client wants deltas as they come
+    submitted_at: float
+    n_unfinished: int  # texts
+    queued: set[int]  # indices of the requests that have not joined the batch
     deadline: asyncio.TimerHandle = field(init=False)
-    news: list[TextDelta | Exception] = field(default_factory=list)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    updates: list[Update] = field(default_factory=list)
+    has_updates: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of texts for each request; the requests of a call have the same parameters."""
+        return self.requests[0].params.num_samples
 
 
 class TextInProgress:
-    """A text as its tokens come, and what is told of them: a token is as soon as a character of it is."""
+    """Incremental text of one sample with its log-probabilities.
 
-    def __init__(self, call: Call, index: int, text: TextDecoder):
-        self.call, self.index, self.text = call, index, text
-        self.held: deque[TokenLogprob] = deque()
-        self.shown = 0  # characters
-        self.met = False  # has a token
+    A token's log-probability is sent together with the token's first visible character.
+    """
+
+    def __init__(self, call: Call, choice: int, decoder: TextDecoder):
+        self.call, self.choice, self.decoder = call, choice, decoder
+        self.pending: deque[TokenLogprob] = deque()
+        self.emitted_chars = 0
+        self.has_token = False
 
     def push(self, token: Token) -> TextDelta:
+        """Add a generated token; return what it adds to the text."""
         if token.logprob is not None and token.end != "stop":
-            self.held.append(TokenLogprob(self.text.length, token))
-        new = self.text.push(token)
-        return self._piece(new, 1, "stop" if self.text.until.reached is not None else token.end)
+            self.pending.append(TokenLogprob(self.decoder.length, token))
+        text = self.decoder.push(token)
+        return self._delta(text, 1, "stop" if self.decoder.stopped else token.end)
 
-    def cut(self) -> TextDelta:
-        """The last piece, where no token follows."""
-        return self._piece(self.text.rest(), 0, "length")
+    def finish(self) -> TextDelta:
+        """Return the last delta of a text that is cut off."""
+        return self._delta(self.decoder.flush(), 0, "length")
 
-    def _piece(self, new: str, drawn: int, end: str | None) -> TextDelta:
-        self.shown += len(new)
-        told = []
-        while self.held and self.held[0].offset < self.shown:
-            told.append(self.held.popleft())
-        return TextDelta(self.index, new, told, drawn, end)
+    def _delta(self, text: str, n_tokens: int, finish_reason: str | None) -> TextDelta:
+        self.emitted_chars += len(text)
+        logprobs = []
+        while self.pending and self.pending[0].offset < self.emitted_chars:
+            logprobs.append(self.pending.popleft())
+        return TextDelta(self.choice, text, logprobs, n_tokens, finish_reason)
 
 
 class Batcher:
-    """An engine of `rows` rows in a thread that computes with a team of `threads`. All but what begins with _ is for the event loop."""
+    """An engine in a thread, shared by many calls.
+
+    `threads` is the number of threads for tensor operations. Attributes and methods whose names
+    begin with an underscore belong to the engine thread, the others to the event loop.
+    """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, threads: int, rows: int, max_queue: int
+        self, model: Transformer, tokenizer: Tokenizer, threads: int, max_slots: int, max_queue: int
     ):
-        self._fresh_engine = partial(Engine, model, rows)
-        self._engine = self._fresh_engine()
-        self._growing: dict[tuple[GenerationRequest, int], TextInProgress] = {}
-        self._news: list[tuple[Call, TextDelta | Exception]] = []  # not told yet
-        self._told, self._due = 0.0, math.inf  # when they were told last, and are to be told next
+        self._new_engine = partial(Engine, model, max_slots)
+        self._engine = self._new_engine()
+        self._in_progress: dict[tuple[GenerationRequest, int], TextInProgress] = {}
+        self._unsent: list[tuple[Call, Update]] = []
+        self._sent_at, self._next_send_at = 0.0, math.inf
         self._closed, self._threads = False, threads
         self.tokenizer, self.max_queue, self.metrics = tokenizer, max_queue, ServerMetrics()
         self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.waiting = 0  # requests that no step has taken in
+        self.n_queued = 0  # requests that have not joined the batch
         self.closing = False
-        self.metrics.waiting.set_function(lambda: self.waiting)
-        self.metrics.running.set_function(lambda: len(self._engine.rows))
+        self.metrics.waiting.set_function(lambda: self.n_queued)
+        self.metrics.running.set_function(lambda: len(self._engine.running))
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the engine thread."""
         self.loop = loop
-        self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
     def close(self) -> None:
-        """End what runs, with what there is of it. Safe in a signal handler, and more than once."""
+        """Finish all texts with what they have. Safe in a signal handler, and more than once."""
         self.closing = True
         self.inbox.put(self._close)
 
-    def room_for(self, n: int) -> None:
-        """Raises TooBusy where n requests cannot wait."""
+    def check_capacity(self, n_requests: int) -> None:
+        """Raise TooBusy if the queue has no room for so many requests."""
         if self.closing:
-            raise TooBusy(503, "the server is about to stop")
-        if self.waiting + n > self.max_queue:
+            raise TooBusy(503, "the server is shutting down")
+        if self.n_queued + n_requests > self.max_queue:
             raise TooBusy(
                 429,
-                f"{self.waiting} requests are waiting, of {self.max_queue} that may; try again in a second",
+                f"the queue is full: {self.n_queued} of at most {self.max_queue} requests are "
+                f"waiting; try again in {RETRY_AFTER_SECONDS} s",
             )
 
-    def ask(self, requests: list[GenerationRequest], seconds: float, stream: bool = True) -> Call:
-        """Begin the texts behind the prompts; they are cut after so many seconds. Raises TooBusy."""
-        self.room_for(len(requests))
-        texts = sum(request.params.num_samples for request in requests)
-        call = Call(requests, stream, time.perf_counter(), texts, set(range(len(requests))))
-        call.deadline = self.loop.call_later(seconds, self.inbox.put, partial(self._cut, call))
-        self.waiting += len(requests)
-        self.inbox.put(partial(self._begin, call))
+    def submit(
+        self, requests: list[GenerationRequest], seconds: float, stream: bool = True
+    ) -> Call:
+        """Queue requests with equal parameters; their texts are cut off after `seconds`.
+
+        Raises TooBusy.
+        """
+        self.check_capacity(len(requests))
+        n_texts = sum(request.params.num_samples for request in requests)
+        call = Call(requests, stream, time.perf_counter(), n_texts, set(range(len(requests))))
+        call.deadline = self.loop.call_later(seconds, self.inbox.put, partial(self._expire, call))
+        self.n_queued += len(requests)
+        self.inbox.put(partial(self._add_call, call))
         return call
 
-    async def read(self, call: Call) -> AsyncIterator[list[TextDelta]]:
-        """What is new, until all texts have ended; a reader that leaves before cancels the call. Raises TooBusy and EngineFailed."""
+    async def read(self, call: Call) -> AsyncGenerator[list[TextDelta]]:
+        """Yield new deltas until all texts have ended.
+
+        Closing the generator before that cancels the call. Raises TooBusy and EngineFailed.
+        """
         try:
-            while call.open:
-                await call.arrived.wait()
-                call.arrived.clear()
-                news, call.news = call.news, []
-                if failure := next((piece for piece in news if isinstance(piece, Exception)), None):
-                    call.open = 0
-                    raise failure
-                call.open -= sum(piece.end is not None for piece in news)
-                yield news
+            while call.n_unfinished:
+                await call.has_updates.wait()
+                call.has_updates.clear()
+                updates, call.updates = call.updates, []
+                deltas = []
+                for update in updates:
+                    if isinstance(update, Exception):
+                        call.n_unfinished = 0
+                        raise update
+                    deltas.append(update)
+                call.n_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+                yield deltas
         finally:
             call.deadline.cancel()
-            self._forget_waiting(call, call.waiting)
-            if call.open:
-                call.open = 0
+            self.remove_from_queue(call, call.queued)
+            if call.n_unfinished:
+                call.n_unfinished = 0
                 self.metrics.cancelled.inc()
                 self.inbox.put(partial(self._cancel, call))
 
-    def _forget_waiting(self, call: Call, numbers: set[int]) -> None:
-        self.waiting -= len(numbers)
-        call.waiting = call.waiting - numbers
+    def receive(self, updates: list[tuple[Call, Update]]) -> None:
+        """Give updates from the engine thread to the readers of their calls."""
+        for call, update in updates:
+            if isinstance(update, TextDelta) and call.queued:
+                self.remove_from_queue(call, call.queued & {update.choice // call.num_samples})
+            call.updates.append(update)
+            call.has_updates.set()
 
-    def _deliver(self, news: list[tuple[Call, TextDelta | Exception]]) -> None:
-        for call, piece in news:
-            if isinstance(piece, TextDelta) and call.waiting:
-                self._forget_waiting(
-                    call, call.waiting & {piece.index // call.requests[0].params.num_samples}
-                )
-            call.news.append(piece)
-            call.arrived.set()
+    def remove_from_queue(self, call: Call, indices: set[int]) -> None:
+        """Note that these requests of a call have joined the batch, or never will."""
+        self.n_queued -= len(indices)
+        call.queued = call.queued - indices
 
-    # ---- the thread --------------------------------------------------------------------------------------------------
+    # ---- the engine thread ----
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         torch.set_num_threads(self._threads)
         while not self._closed:
             try:
@@ -198,70 +218,74 @@ class Batcher:
                 if tokens := self._engine.step():
                     self.metrics.step_rows.observe(len(tokens))
                     self.metrics.completion_tokens.inc(len(tokens))
-                    self._due = min(self._due, *map(self._push, tokens))
-                    if time.perf_counter() >= self._due:
-                        self._tell()
-            except Exception as error:  # whatever it is, nobody may wait for ever
+                    self._next_send_at = min(self._next_send_at, *map(self._add_token, tokens))
+                    if time.perf_counter() >= self._next_send_at:
+                        self._send()
+            except Exception as error:  # of any kind: no client may wait forever
                 traceback.print_exc()
                 self.metrics.failures.inc()
-                calls = {growing.call for growing in self._growing.values()}
-                self._growing.clear()
-                self._engine = self._fresh_engine()
-                self._tell([(call, EngineFailed(type(error).__name__)) for call in calls])
+                calls = {text.call for text in self._in_progress.values()}
+                self._in_progress.clear()
+                self._engine = self._new_engine()
+                self._send([(call, EngineFailed(type(error).__name__)) for call in calls])
 
-    def _tell(self, more: list[tuple[Call, TextDelta | Exception]] | None = None) -> None:
-        news, self._news = self._news + (more or []), []
-        self._told, self._due = time.perf_counter(), math.inf
-        with suppress(RuntimeError):  # the loop has ended, and with it whoever would read
-            self.loop.call_soon_threadsafe(self._deliver, news)
+    def _send(self, more: list[tuple[Call, Update]] | None = None) -> None:
+        updates, self._unsent = self._unsent + (more or []), []
+        self._sent_at, self._next_send_at = time.perf_counter(), math.inf
+        with suppress(RuntimeError):  # the event loop is closed, so nobody reads
+            self.loop.call_soon_threadsafe(self.receive, updates)
 
-    def _begin(self, call: Call) -> None:
-        n = call.requests[0].params.num_samples
+    def _add_call(self, call: Call) -> None:
         for number, request in enumerate(call.requests):
-            for sample in range(n):
-                text = TextDecoder(self.tokenizer, request.params.stop)
-                self._growing[request, sample] = TextInProgress(call, number * n + sample, text)
+            for sample in range(call.num_samples):
+                decoder = TextDecoder(self.tokenizer, request.params.stop)
+                choice = number * call.num_samples + sample
+                self._in_progress[request, sample] = TextInProgress(call, choice, decoder)
             self._engine.add(request)
 
-    def _push(self, token: Token) -> float:
-        """Note what a token brings. Return when it is to be told: at once where a text begins or ends, soon to a stream."""
-        growing = self._growing[token.request, token.sample]
-        first = not growing.met
-        if first:
-            growing.met = True
+    def _add_token(self, token: Token) -> float:
+        """Store a token's delta; return the time by which it should be sent.
+
+        The first and the last delta of a text are sent at once, and the others of a stream at
+        the next interval. A whole response needs no update before its end.
+        """
+        text = self._in_progress[token.request, token.sample]
+        is_first = not text.has_token
+        if is_first:
+            text.has_token = True
             if token.sample == 0:
                 self.metrics.prompt_tokens.inc(len(token.request.ids))
-                self.metrics.first_token.observe(time.perf_counter() - growing.call.begun)
-        piece = growing.push(token)
-        if piece.end:
-            del self._growing[token.request, token.sample]
-            self._engine.cancel(
-                token.request, token.sample
-            )  # of a stop text the engine does not know
-        self._news.append((growing.call, piece))
-        if first or piece.end:
+                self.metrics.first_token.observe(time.perf_counter() - text.call.submitted_at)
+        delta = text.push(token)
+        if delta.finish_reason:
+            del self._in_progress[token.request, token.sample]
+            # The engine does not know stop strings, so this sample may still be running there.
+            self._engine.cancel(token.request, token.sample)
+        self._unsent.append((text.call, delta))
+        if is_first or delta.finish_reason:
             return 0.0
-        return self._told + TELL_SECONDS if growing.call.stream else math.inf
+        return self._sent_at + STREAM_INTERVAL_SECONDS if text.call.stream else math.inf
 
-    def _take(self, call: Call) -> list[TextInProgress]:
-        """What is growing of the call, taken out of the engine."""
-        found = [key for key, growing in self._growing.items() if growing.call is call]
+    def _remove(self, call: Call) -> list[TextInProgress]:
+        """Remove a call from the engine; return its unfinished texts."""
+        keys = [key for key, text in self._in_progress.items() if text.call is call]
         for request in call.requests:
             self._engine.cancel(request)
-        return [self._growing.pop(key) for key in found]
+        return [self._in_progress.pop(key) for key in keys]
 
     def _cancel(self, call: Call) -> None:
-        self._take(call)
+        self._remove(call)
 
-    def _cut(self, call: Call) -> None:
-        never = all(request in self._engine.waiting for request in call.requests)
-        left = self._take(call)
-        if left and never:
-            self._tell([(call, TooBusy(503, "the request's turn did not come in time"))])
+    def _expire(self, call: Call) -> None:
+        """End a call at its deadline, or at shutdown."""
+        never_joined = all(request in self._engine.waiting for request in call.requests)
+        unfinished = self._remove(call)
+        if unfinished and never_joined:
+            self._send([(call, TooBusy(503, "the request got no slot before its deadline"))])
         else:
-            self._tell([(call, growing.cut()) for growing in left])
+            self._send([(call, text.finish()) for text in unfinished])
 
     def _close(self) -> None:
-        for call in {growing.call for growing in self._growing.values()}:
-            self._cut(call)
+        for call in {text.call for text in self._in_progress.values()}:
+            self._expire(call)
         self._closed = True

@@ -1,44 +1,51 @@
-"""The server's metrics, for Prometheus."""
+"""Metrics of the server in Prometheus format, as returned by /metrics."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 300)
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 300)  # seconds
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)  # sequences
 
 
 class ServerMetrics:
-    """What is counted, in a registry of its own."""
+    """Counters, histograms and gauges of one server, in their own registry."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        here = {"registry": self.registry}
+        registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "serve_requests",
-            "HTTP requests; status 499: the client left first",
+            "HTTP requests; status 499: the client disconnected before the response",
             ["endpoint", "status"],
-            **here,
+            registry=registry,
         )
         self.prompt_tokens = Counter(
-            "serve_prompt_tokens", "Tokens of prompts that joined the batch", **here
+            "serve_prompt_tokens",
+            "Prompt tokens of requests that joined the batch",
+            registry=registry,
         )
-        self.completion_tokens = Counter("serve_completion_tokens", "Tokens drawn", **here)
+        self.completion_tokens = Counter(
+            "serve_completion_tokens", "Generated tokens", registry=registry
+        )
         self.cancelled = Counter(
-            "serve_cancelled", "Calls whose client left before the end", **here
+            "serve_cancelled", "Calls whose client disconnected before the end", registry=registry
         )
         self.failures = Counter(
             "serve_engine_failures",
-            "Exceptions of the engine, each of which ends all that runs",
-            **here,
+            "Exceptions in the engine; each one ends all running calls",
+            registry=registry,
         )
         self.first_token = Histogram(
-            "serve_first_token_seconds", "From a call to its first token", buckets=SECONDS, **here
+            "serve_first_token_seconds",
+            "Time from a call to its first token",
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
         )
         self.step_rows = Histogram(
             "serve_step_rows",
-            "Rows of a step of the engine",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
-            **here,
+            "Sequences in a decoding step",
+            buckets=BATCH_BUCKETS,
+            registry=registry,
         )
         self.waiting = Gauge(
-            "serve_waiting_requests", "Requests that no step has taken in yet", **here
+            "serve_waiting_requests", "Requests that have not joined the batch", registry=registry
         )
-        self.running = Gauge("serve_running_rows", "Rows of the batch in use", **here)
+        self.running = Gauge("serve_running_rows", "Slots in use", registry=registry)

@@ -1,66 +1,52 @@
-"""What OpenAI's API says: the shapes of requests, answers and errors. Nothing here knows of HTTP or of the engine's thread.
+"""Request bodies of the API and their validation.
 
-A body is JSON without repeated keys, NaN and lone surrogates; every field has its type, and one that is not known is refused.
+    body = parse(CompletionBody, raw)  # or ChatBody; raises ApiError
+
+The fields are OpenAI's, plus those of SamplingParams. A body is JSON in UTF-8 without duplicate
+keys, NaN or unpaired surrogates; types are strict, and an unknown field is an error. This module
+knows neither HTTP nor the engine.
 """
 
 import json
 from dataclasses import fields
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from pocketlm.config.sampling import MOST_STOPS, SamplingParams
-from pocketlm.serving.limits import MOST_BIASES, MOST_LOGPROBS
+from pocketlm.config.sampling import MAX_STOP_STRINGS, SamplingParams
+from pocketlm.serving.errors import ApiError, invalid, invalid_json
+from pocketlm.serving.limits import (
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_QUOTED_CHARACTERS,
+    MAX_QUOTED_KEY_CHARACTERS,
+)
 
-# Fields that OpenAI has and this server has not, with the values by which they ask for nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "echo": (False,), "suffix": ("",), "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "tools": ([],),
-    "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
-    "reasoning_effort": (), "verbosity": (), "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
-    "prompt_cache_key": (), "safety_identifier": (),
+# Fields of OpenAI's API that this server does not support, each with the values that have no
+# effect: a client may send those, or null.
+UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
+    "echo": (False,), "suffix": ("",), "best_of": (1,), "store": (False,), "metadata": ({},),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "service_tier": ("auto", "default"),
+    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
+    "functions": ([],), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "audio": (), "prediction": (), "web_search_options": (), "reasoning_effort": (),
+    "verbosity": (), "prompt_cache_key": (), "safety_identifier": (),
 }  # fmt: skip
 
 
-class ApiError(Exception):
-    """An answer that is an error: its status, a sentence, the field it is about, and OpenAI's code for it."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        **headers: str,
-    ):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-
-    def body(self) -> bytes:
-        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
-            self.status
-        )
-        kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
-        return to_json(
-            {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-        )
+# ---- validators of fields; a message continues the sentence that the field's name begins ----
 
 
-def to_json(value: Any) -> bytes:
-    """In ASCII: what a client sent may come back in a message, and need not be Unicode."""
-    return json.dumps(value, separators=(",", ":")).encode()
+def is_token_ids(value: Any) -> bool:
+    """Return True for a non-empty list of integers that are 0 or more."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(i) is int and i >= 0 for i in value)
 
 
-# ---- requests --------------------------------------------------------------------------------------------------------
-
-
-def is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(i) is int and i >= 0 for i in value)
-
-
-def as_unicode(text: str) -> str:
-    """JSON can spell half a character, and no tokenizer can read it."""
+def check_unicode(text: str) -> str:
+    """Return `text`; raise ValueError for an unpaired surrogate, which JSON can contain."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -70,75 +56,86 @@ def as_unicode(text: str) -> str:
     return text
 
 
-def as_prompts(value: Any) -> list[str | list[int]]:
-    """A text, texts, ids or lists of ids, as a list."""
-    if isinstance(value, str) or is_ids(value):
-        value = [value]
-    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
-        return [as_unicode(each) for each in value]
-    if isinstance(value, list) and value and all(map(is_ids, value)):
-        return value
+def to_prompts(value: Any) -> list[str | list[int]]:
+    """Return a prompt in any of its four forms as a list of strings or of lists of token ids."""
+    prompts = [value] if isinstance(value, str) or is_token_ids(value) else value
+    if isinstance(prompts, list) and prompts:
+        if all(isinstance(prompt, str) for prompt in prompts):
+            return [check_unicode(prompt) for prompt in prompts]
+        if all(is_token_ids(prompt) for prompt in prompts):
+            return prompts
     raise ValueError(
-        "is a text, a list of texts, a list of ids or a list of lists of ids, none of the lists empty and all ids 0 or more"
+        "must be a string, a list of strings, a list of token ids or a list of lists of token "
+        "ids; no list may be empty, and ids must be 0 or more"
     )
 
 
-def as_stops(value: Any) -> tuple[str, ...] | None:
+def to_stop_strings(value: Any) -> tuple[str, ...] | None:
+    """Return one stop string or a list of them as a tuple."""
     if value is None:
         return None
-    value = [value] if isinstance(value, str) else value
-    if isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return tuple(map(as_unicode, value))
-    raise ValueError("is a text or a list of texts")
+    stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list) and all(isinstance(stop, str) for stop in stops):
+        return tuple(check_unicode(stop) for stop in stops)
+    raise ValueError("must be a string or a list of strings")
 
 
-def as_bias(value: dict[str, float]) -> tuple[tuple[int, float], ...]:
+def to_logit_bias(value: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """Return the pairs (token id, bias) of a JSON object whose keys are token ids."""
     for key in value:
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise ValueError(
-                f'has the key {key[:40]!r}, where the id of a token is meant, as in {{"50256": -100}}'
+                f"has the key {key[:MAX_QUOTED_KEY_CHARACTERS]!r}; "
+                'keys must be token ids, for example {"50256": -100}'
             )
     if len({int(key) for key in value}) < len(value):
-        raise ValueError("has one id twice")
+        raise ValueError("contains the same token id twice")
     return tuple((int(key), bias) for key, bias in value.items())
 
 
-def as_content(value: Any) -> str:
-    """A text, or a list of parts that are texts."""
+def to_content(value: Any) -> str:
+    """Return a message's text, given as a string or as a list of text parts."""
     if isinstance(value, str):
-        return as_unicode(value)
+        return check_unicode(value)
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        raise ValueError('is a text, or a list of parts {"type": "text", "text": ...}')
+        raise ValueError('must be a string or a list of parts {"type": "text", "text": ...}')
     for part in value:
         if part.get("type") != "text":
-            raise ValueError(
-                f"has a part of type {str(part.get('type'))[:40]!r}; this model reads text alone"
-            )
+            part_type = str(part.get("type"))[:MAX_QUOTED_KEY_CHARACTERS]
+            raise ValueError(f"has a part of type {part_type!r}; this model accepts text only")
         if not isinstance(part.get("text"), str) or len(part) > 2:
             raise ValueError(
-                'has a part of type \'text\' that is not {"type": "text", "text": ...}'
+                'has a text part that is not of the form {"type": "text", "text": ...}'
             )
-    return as_unicode("".join(part["text"] for part in value))
+    return check_unicode("".join(part["text"] for part in value))
 
 
-Bias = Annotated[
+LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
-    Field(max_length=MOST_BIASES),
-    AfterValidator(as_bias),
+    Field(max_length=MAX_LOGIT_BIASES),
+    AfterValidator(to_logit_bias),
 ]
+LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
-class Strict(BaseModel):
+# ---- bodies ----
+
+
+class StrictModel(BaseModel):
+    """A JSON object without type conversion, unknown fields, infinities or NaN."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
+    """Options of a streamed response."""
+
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class Body(Strict):
-    """What both endpoints take; None is what is not given. Ranges are SamplingParams' own, and the engine's."""
+class RequestBody(StrictModel):
+    """Fields of both endpoints; None if absent. SamplingParams and the engine check the ranges."""
 
     model: str
     max_tokens: int | None = None
@@ -150,48 +147,66 @@ class Body(Strict):
     no_repeat_ngram: int | None = None
     n: int | None = None
     seed: int | None = None
-    stop: Annotated[Any, AfterValidator(as_stops)] = None
-    stop_ids: Annotated[list[int], Field(max_length=MOST_STOPS)] | None = None
-    logit_bias: Bias | None = None
+    stop: Annotated[Any, AfterValidator(to_stop_strings)] = None
+    stop_ids: Annotated[list[int], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    logit_bias: LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # whoever asks; of no consequence here
+    user: str | None = None  # the end user's name; ignored
 
-    likeliest_name: ClassVar[str]
+    logprobs_field: ClassVar[str]  # the field that holds `requested_logprobs`
 
     @property
-    def likeliest(self) -> int | None:
-        """How many of the likeliest tokens to tell of beside each token; None: tell nothing."""
+    def requested_logprobs(self) -> int | None:
+        """Number of top log-probabilities to return per token; None disables them."""
         raise NotImplementedError
 
-    def sampling(self, max_tokens: int | None, default: int) -> dict[str, Any]:
-        """What is given, by SamplingParams' names."""
-        given = {
-            field.name: getattr(self, field.name, None) for field in fields(SamplingParams)
-        } | {"num_samples": self.n}
-        given["max_new_tokens"] = default if max_tokens is None else max_tokens
+    @property
+    def requested_max_tokens(self) -> int | None:
+        """Maximum number of tokens to generate, if the client set one."""
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        """True if a stream ends with the token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling_options(self, default_max_tokens: int) -> dict[str, Any]:
+        """Return the sampling fields that are present, under their names in SamplingParams."""
+        max_tokens = self.requested_max_tokens
+        options = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)}
+        options["num_samples"] = self.n
+        options["max_new_tokens"] = default_max_tokens if max_tokens is None else max_tokens
         return {
             name: tuple(value) if isinstance(value, list) else value
-            for name, value in given.items()
+            for name, value in options.items()
             if value is not None
         }
 
 
-class CompletionBody(Body):
-    prompt: Annotated[Any, AfterValidator(as_prompts)]
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+class CompletionBody(RequestBody):
+    """Body of POST /v1/completions."""
 
-    likeliest_name = "logprobs"
+    prompt: Annotated[Any, AfterValidator(to_prompts)]
+    logprobs: LogprobCount | None = None
+
+    logprobs_field = "logprobs"
 
     @property
-    def likeliest(self) -> int | None:
+    def requested_logprobs(self) -> int | None:
         return self.logprobs
 
 
-class ChatMessage(Strict):
+class ChatMessage(StrictModel):
+    """A message of a conversation.
+
+    The fields of type None may be present as null, because OpenAI's client sends back the
+    assistant messages that it received.
+    """
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Any, AfterValidator(as_content)]
-    name: None = None  # these may be there as null, as OpenAI's own client sends an answer back
+    content: Annotated[Any, AfterValidator(to_content)]
+    name: None = None
     refusal: None = None
     tool_calls: None = None
     function_call: None = None
@@ -199,108 +214,136 @@ class ChatMessage(Strict):
     annotations: None = None
 
 
-class ChatBody(Body):
+class ChatBody(RequestBody):
+    """Body of POST /v1/chat/completions."""
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: LogprobCount | None = None
 
-    likeliest_name = "top_logprobs"
+    logprobs_field = "top_logprobs"
 
     @property
-    def likeliest(self) -> int | None:
+    def requested_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def requested_max_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
-def parse(kind: type[Body], raw: bytes) -> Any:
-    """The request that a body is. Raises ApiError, which names the field."""
+
+# ---- parsing ----
+
+BodyT = TypeVar("BodyT", bound=RequestBody)
+
+
+def parse(kind: type[BodyT], raw: bytes) -> BodyT:
+    """Return the validated body. Raises ApiError, naming the field."""
     data = read_json(raw)
     if not isinstance(data, dict):
-        raise ApiError(400, "the body is not a JSON object", code="invalid_json")
-    for name in data.keys() & UNSUPPORTED.keys():
-        value = data.pop(name)
-        if value is not None and not (
-            value in UNSUPPORTED[name]
-            and isinstance(value, bool) == isinstance(UNSUPPORTED[name][0], bool)
-        ):
-            raise ApiError(
-                400,
-                f"{name} is not supported by this server; leave it out",
-                name,
-                "unsupported_parameter",
-            )
+        raise invalid_json("the body is not a JSON object")
+    remove_unsupported(data)
     try:
-        asked = kind.model_validate(data)
+        body = kind.model_validate(data)
     except ValidationError as error:
-        raise as_api_error(error) from None
-    if asked.stream_options is not None and not asked.stream:
-        raise ApiError(
-            400,
-            "stream_options is for answers that stream; set stream to true",
-            "stream_options",
-            "invalid_value",
+        raise api_error_from_validation(error) from None
+    check_combinations(body)
+    return body
+
+
+def remove_unsupported(data: dict[str, Any]) -> None:
+    """Remove unsupported fields without effect; raise ApiError for one that has an effect."""
+    for name, neutral in UNSUPPORTED_FIELDS.items():
+        value = data.pop(name, None)
+        if value is None:
+            continue
+        # In Python 0 == False and 1 == True; in JSON they differ.
+        is_neutral = value in neutral and isinstance(value, bool) == isinstance(neutral[0], bool)
+        if not is_neutral:
+            raise invalid(
+                name, f"{name} is not supported by this server; remove it", "unsupported_parameter"
+            )
+
+
+def check_combinations(body: RequestBody) -> None:
+    """Raise ApiError if two fields contradict each other."""
+    if body.stream_options is not None and not body.stream:
+        raise invalid(
+            "stream_options", "stream_options applies to streamed responses only; set stream: true"
         )
-    if isinstance(asked, ChatBody):
-        if asked.top_logprobs is not None and not asked.logprobs:
-            raise ApiError(
-                400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value"
-            )
-        if None not in (asked.max_tokens, asked.max_completion_tokens):
-            raise ApiError(
-                400,
-                "max_completion_tokens and max_tokens are one; give either",
-                "max_completion_tokens",
-                "invalid_value",
-            )
-    return asked
+    if not isinstance(body, ChatBody):
+        return
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise invalid(
+            "max_completion_tokens",
+            "max_completion_tokens and max_tokens mean the same; use only one of them",
+        )
 
 
 def read_json(raw: bytes) -> Any:
-    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ApiError(400, f"{twice[:40]} is given twice", twice[:40], "duplicate_key")
-        return found
-
-    def no_constant(name: str) -> None:
-        raise ApiError(400, f"the body is not JSON: it has no {name}", code="invalid_json")
-
+    """Return the JSON value. Raises ApiError for anything else, and for duplicate keys."""
     try:
-        text = raw.decode()
-        return json.loads(text, object_pairs_hook=no_repeats, parse_constant=no_constant)
+        return json.loads(
+            raw.decode(),
+            object_pairs_hook=object_without_duplicates,
+            parse_constant=reject_constant,
+        )
     except UnicodeDecodeError as error:
-        raise ApiError(
-            400,
-            f"the body is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}",
-            code="invalid_json",
+        raise invalid_json(
+            f"the body is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}"
         ) from None
     except RecursionError:
-        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
-    except ValueError as error:  # JSONDecodeError, and numbers of thousands of digits
-        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+        raise invalid_json("the body is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, or a number of thousands of digits
+        raise invalid_json(f"the body is not JSON: {error}") from None
 
 
-def as_api_error(error: ValidationError) -> ApiError:
-    """Of the first thing that is wrong."""
+def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dict; raise ApiError for a duplicate key."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        duplicate = next(key for key in keys if keys.count(key) > 1)[:MAX_QUOTED_KEY_CHARACTERS]
+        raise invalid(duplicate, f"{duplicate} occurs twice", "duplicate_key")
+    return result
+
+
+def reject_constant(name: str) -> NoReturn:
+    """Raise ApiError for NaN, Infinity or -Infinity, which Python's parser accepts."""
+    raise invalid_json(f"the body is not JSON: {name} is not a JSON value")
+
+
+def field_path(location: tuple[str | int, ...]) -> str:
+    """Return the path of a field as OpenAI writes it.
+
+    >>> field_path(("messages", 0, "content"))
+    'messages[0].content'
+    """
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part != "[key]":  # pydantic's marker for an error in a key, not in its value
+            path += f".{part}"
+    return path.lstrip(".")[:MAX_QUOTED_CHARACTERS]
+
+
+def api_error_from_validation(error: ValidationError) -> ApiError:
+    """Return the ApiError for the first validation error."""
     first = error.errors(include_url=False)[0]
-    kind, place = first["type"], [part for part in first["loc"] if part != "[key]"]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(
-        "."
-    )[:100]
+    kind, param = first["type"], field_path(first["loc"])
     if kind == "extra_forbidden":
-        return ApiError(
-            400, f"{param} is no field of this request; leave it out", param, "unknown_parameter"
+        return invalid(
+            param, f"{param} is not a field of this request; remove it", "unknown_parameter"
         )
     if kind == "missing":
-        return ApiError(400, f"{param} is missing", param, "missing_required_parameter")
+        return invalid(param, f"{param} is missing", "missing_required_parameter")
     if kind == "value_error":
-        return ApiError(400, f"{param} {first['ctx']['error']}", param, "invalid_value")
-    said = first["msg"].replace("Input should be", "must be")
-    return ApiError(
-        400,
-        f"{param}: {said[:1].lower() + said[1:]}",
-        param,
-        "invalid_type" if "type" in kind else "invalid_value",
-    )
+        return invalid(param, f"{param} {first['ctx']['error']}")
+    message = first["msg"].replace("Input should be", "must be")
+    message = message[:1].lower() + message[1:]
+    code = "invalid_type" if "type" in kind else "invalid_value"
+    return invalid(param, f"{param}: {message}", code)

@@ -1,198 +1,228 @@
-"""What answers look like."""
+"""Responses of the API: completions, chat completions, and streams of server-sent events.
 
+A `ResponseBuilder` makes one response from the deltas of a call, either whole or as a stream.
+"""
+
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from pocketlm.serving.batcher import Batcher, Call, EngineFailed, TextDelta, TokenLogprob, TooBusy
-from pocketlm.serving.limits import LEAST_LOGPROB
-from pocketlm.serving.requests import ApiError, to_json
+from pocketlm.serving.batcher import Batcher, Call, TextDelta, TokenLogprob
+from pocketlm.serving.errors import (
+    EngineFailed,
+    TooBusy,
+    api_error_from_failure,
+    json_response,
+    to_json,
+)
+from pocketlm.serving.limits import MIN_LOGPROB
 from pocketlm.tokenizer.base import BEGIN_OF_TEXT, END_OF_TEXT, Tokenizer
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
 
-
-class Spelling:
-    """Tokens as texts. Kept, since the same few are told of again and again."""
+class TokenFormatter:
+    """Token ids as text and bytes, cached because a few frequent tokens occur again and again."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.of = cache(self._of)
+        self.format = cache(self._format)
 
-    def _of(self, i: int) -> tuple[str, list[int] | None]:
-        """A token's text and its bytes; the bytes themselves, written out, where they are no whole characters."""
-        around = {self.tokenizer.bos_id: BEGIN_OF_TEXT, self.tokenizer.eos_id: END_OF_TEXT}
-        if i in around:
-            return around[i], None
-        spelt = self.tokenizer.spell(i)
+    def _format(self, token_id: int) -> tuple[str, list[int] | None]:
+        r"""Return a token's text and its bytes.
+
+        The text of a token that is not valid UTF-8 is "bytes:" and its bytes as \x escapes. The
+        special tokens around a document have no bytes.
+        """
+        special = {self.tokenizer.bos_id: BEGIN_OF_TEXT, self.tokenizer.eos_id: END_OF_TEXT}
+        if token_id in special:
+            return special[token_id], None
+        spelling = self.tokenizer.token_bytes(token_id)
         try:
-            return spelt.decode(), list(spelt)
+            return spelling.decode(), list(spelling)
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt), list(spelt)
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling), list(spelling)
 
 
-def finite(nats: float) -> float:
-    """A number that JSON has, as it has no infinity."""
-    return max(nats, LEAST_LOGPROB) if nats == nats else LEAST_LOGPROB
+def finite(logprob: float | None) -> float:
+    """Return the log-probability, or MIN_LOGPROB for minus infinity and NaN."""
+    assert logprob is not None  # the engine computes it for requests with log-probabilities
+    return MIN_LOGPROB if math.isnan(logprob) else max(logprob, MIN_LOGPROB)
 
 
-def merged(news: Iterable[TextDelta]) -> list[TextDelta]:
-    """One piece for each text."""
-    found: dict[int, TextDelta] = {}
-    for piece in news:
-        old = found.get(piece.index)
-        found[piece.index] = piece if old is None else TextDelta(
-            piece.index, old.text + piece.text, old.told + piece.told, old.drawn + piece.drawn, piece.end
-        )  # fmt: skip
-    return [found[index] for index in sorted(found)]
+def merge_deltas(deltas: Iterable[TextDelta]) -> list[TextDelta]:
+    """Join the deltas of each text; return one delta per text, ordered by index."""
+    merged: dict[int, TextDelta] = {}
+    for delta in deltas:
+        before = merged.get(delta.choice)
+        if before is not None:
+            delta = TextDelta(
+                choice=delta.choice,
+                text=before.text + delta.text,
+                logprobs=before.logprobs + delta.logprobs,
+                n_tokens=before.n_tokens + delta.n_tokens,
+                finish_reason=delta.finish_reason,
+            )
+        merged[delta.choice] = delta
+    return [merged[choice] for choice in sorted(merged)]
 
 
 @dataclass
 class ResponseBuilder:
-    """One answer in the making, whole or in chunks."""
+    """Builder of one response; a subclass defines the format of an endpoint."""
 
     model: str
-    spelling: Spelling
+    formatter: TokenFormatter
     n_prompt_tokens: int
-    told: bool  # log-probabilities are asked for
-    usage_told: bool = False  # at the end of a stream
+    with_logprobs: bool
+    include_usage: bool = False  # in a stream; a whole response always has the token counts
 
-    whole_object: ClassVar[str]
+    n_completion_tokens: int = 0
+    started: set[int] = field(default_factory=set)  # texts with at least one streamed chunk
+    has_text: set[int] = field(default_factory=set)  # texts with more than leading white space
+
+    full_object: ClassVar[str]
     chunk_object: ClassVar[str]
     id_prefix: ClassVar[str]
 
     def __post_init__(self) -> None:
-        self.head = {
+        self.envelope: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "object": "",
             "created": int(time.time()),
             "model": self.model,
         }
-        self.opened: set[int] = set()  # texts of which there was a chunk
-        self.said: set[int] = set()  # texts of which there was more than white space
-        self.n_drawn = 0
 
-    def whole(self, news: list[TextDelta]) -> bytes:
-        choices = [self.whole_choice(piece) for piece in merged(news)]
-        self.n_drawn = sum(piece.drawn for piece in news)
-        return to_json(
-            self.head | {"object": self.whole_object, "choices": choices, "usage": self.usage()}
-        )
+    def full_body(self, deltas: list[TextDelta]) -> bytes:
+        """Return the whole response, given all deltas of the call."""
+        self.n_completion_tokens = sum(delta.n_tokens for delta in deltas)
+        choices = [self.full_choice(delta) for delta in merge_deltas(deltas)]
+        body = {"object": self.full_object, "choices": choices, "usage": self.usage()}
+        return to_json(self.envelope | body)
 
-    def chunks(self, news: list[TextDelta]) -> bytes:
-        """Server-sent events of what is new; often none."""
-        self.n_drawn += sum(piece.drawn for piece in news)
+    def events(self, deltas: list[TextDelta]) -> bytes:
+        """Return the server-sent events for new deltas; often none."""
+        self.n_completion_tokens += sum(delta.n_tokens for delta in deltas)
         return b"".join(
-            self.event([self.chunk_choice(piece)], None)
-            for piece in merged(news)
-            if piece.text or piece.told or piece.end
+            self.event([self.chunk_choice(delta)], None)
+            for delta in merge_deltas(deltas)
+            if delta.text or delta.logprobs or delta.finish_reason
         )
 
-    def last(self) -> bytes:
-        return (self.event([], self.usage()) if self.usage_told else b"") + b"data: [DONE]\n\n"
+    def final_events(self) -> bytes:
+        """Return the events that end a stream."""
+        usage = self.event([], self.usage()) if self.include_usage else b""
+        return usage + b"data: [DONE]\n\n"
 
-    def event(self, choices: list[dict], usage: dict | None) -> bytes:
-        body = (
-            self.head
-            | {"object": self.chunk_object, "choices": choices}
-            | ({"usage": usage} if self.usage_told else {})
-        )
+    def event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> bytes:
+        """Return one server-sent event."""
+        body = self.envelope | {"object": self.chunk_object, "choices": choices}
+        if self.include_usage:
+            body["usage"] = usage
         return b"data: " + to_json(body) + b"\n\n"
 
     def usage(self) -> dict[str, int]:
-        total = self.n_prompt_tokens + self.n_drawn
+        """Return the token counts so far."""
         return {
             "prompt_tokens": self.n_prompt_tokens,
-            "completion_tokens": self.n_drawn,
-            "total_tokens": total,
+            "completion_tokens": self.n_completion_tokens,
+            "total_tokens": self.n_prompt_tokens + self.n_completion_tokens,
         }
 
-    def whole_choice(self, piece: TextDelta) -> dict[str, Any]:
+    def full_choice(self, delta: TextDelta) -> dict[str, Any]:
+        """Return an entry of "choices" in a whole response."""
         raise NotImplementedError
 
-    def chunk_choice(self, piece: TextDelta) -> dict[str, Any]:
+    def chunk_choice(self, delta: TextDelta) -> dict[str, Any]:
+        """Return an entry of "choices" in a streamed chunk."""
         raise NotImplementedError
 
 
 class CompletionResponse(ResponseBuilder):
-    whole_object = chunk_object = "text_completion"
+    """Response of /v1/completions."""
+
+    full_object = chunk_object = "text_completion"
     id_prefix = "cmpl"
 
-    def whole_choice(self, piece: TextDelta) -> dict[str, Any]:
-        logprobs = self.logprobs(piece.told) if self.told else None
+    def full_choice(self, delta: TextDelta) -> dict[str, Any]:
         return {
-            "index": piece.index,
-            "text": piece.text,
-            "logprobs": logprobs,
-            "finish_reason": piece.end,
+            "index": delta.choice,
+            "text": delta.text,
+            "logprobs": self.logprobs(delta.logprobs) if self.with_logprobs else None,
+            "finish_reason": delta.finish_reason,
         }
 
-    chunk_choice = whole_choice
+    chunk_choice = full_choice
 
-    def logprobs(self, told: list[TokenLogprob]) -> dict[str, list]:
-        """text_offset counts the characters of the completion before the token."""
-        name = self.spelling.of
+    def logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, list[Any]]:
+        """Return parallel lists; text_offset counts characters of the completion."""
         return {
-            "tokens": [name(token.id)[0] for _, token in told],
-            "token_logprobs": [finite(token.logprob) for _, token in told],
-            "top_logprobs": [
-                {name(i)[0]: finite(nats) for i, nats in token.top} for _, token in told
-            ],
-            "text_offset": [offset for offset, _ in told],
+            "tokens": [self.token_text(token.id) for _, token in logprobs],
+            "token_logprobs": [finite(token.logprob) for _, token in logprobs],
+            "top_logprobs": [self.top_logprobs(token.top) for _, token in logprobs],
+            "text_offset": [offset for offset, _ in logprobs],
         }
+
+    def top_logprobs(self, top: list[tuple[int, float]]) -> dict[str, float]:
+        return {self.token_text(token_id): finite(logprob) for token_id, logprob in top}
+
+    def token_text(self, token_id: int) -> str:
+        return self.formatter.format(token_id)[0]
 
 
 class ChatResponse(ResponseBuilder):
-    """White space with which an answer begins belongs to the form of the conversation, and is left out."""
+    """Response of /v1/chat/completions.
 
-    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
+    White space at the beginning of an answer belongs to the format of the conversation, not to
+    the answer, and is removed.
+    """
+
+    full_object, chunk_object = "chat.completion", "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
-    def whole_choice(self, piece: TextDelta) -> dict[str, Any]:
-        message = {"role": "assistant", "content": piece.text.lstrip()}
+    def full_choice(self, delta: TextDelta) -> dict[str, Any]:
         return {
-            "index": piece.index,
-            "message": message,
-            "logprobs": self.logprobs(piece.told),
-            "finish_reason": piece.end,
+            "index": delta.choice,
+            "message": {"role": "assistant", "content": delta.text.lstrip()},
+            "logprobs": self.logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
         }
 
-    def chunk_choice(self, piece: TextDelta) -> dict[str, Any]:
-        text = piece.text if piece.index in self.said else piece.text.lstrip()
-        opening = {} if piece.index in self.opened else {"role": "assistant"}
-        self.opened.add(piece.index)
+    def chunk_choice(self, delta: TextDelta) -> dict[str, Any]:
+        text = delta.text if delta.choice in self.has_text else delta.text.lstrip()
+        role = {} if delta.choice in self.started else {"role": "assistant"}
+        self.started.add(delta.choice)
         if text:
-            self.said.add(piece.index)
+            self.has_text.add(delta.choice)
         return {
-            "index": piece.index,
-            "delta": opening | {"content": text},
-            "logprobs": self.logprobs(piece.told),
-            "finish_reason": piece.end,
+            "index": delta.choice,
+            "delta": role | {"content": text},
+            "logprobs": self.logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
         }
 
-    def logprobs(self, told: list[TokenLogprob]) -> dict[str, list] | None:
-        def entry(i: int, nats: float) -> dict[str, Any]:
-            text, spelt = self.spelling.of(i)
-            return {"token": text, "logprob": finite(nats), "bytes": spelt}
-
-        if not self.told:
+    def logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+        if not self.with_logprobs:
             return None
-        content = [
-            entry(token.id, token.logprob) | {"top_logprobs": [entry(*each) for each in token.top]}
-            for _, token in told
-        ]
+        content = []
+        for _, token in logprobs:
+            top = [self.token_entry(token_id, logprob) for token_id, logprob in token.top]
+            content.append(self.token_entry(token.id, token.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
+
+    def token_entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        text, spelling = self.formatter.format(token_id)
+        return {"token": text, "logprob": finite(logprob), "bytes": spelling}
 
 
 class EventStream(Response):
-    """Server-sent events as they come."""
+    """A response that sends server-sent events as they come."""
 
     def __init__(self, events: AsyncGenerator[bytes]):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -208,35 +238,30 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-async def respond(batcher: Batcher, call: Call, answer: ResponseBuilder, stream: bool) -> Response:
-    """The answer, whole or as events. What fails before the first token is an error; after it, the stream's last event."""
-    pieces = batcher.read(call)
+async def respond(batcher: Batcher, call: Call, builder: ResponseBuilder, stream: bool) -> Response:
+    """Return the response to a call, whole or as a stream.
+
+    A failure before the first token becomes an error response; a later one is the stream's last
+    event.
+    """
+    updates = batcher.read(call)
     if not stream:
-        return json_response(200, answer.whole([piece async for news in pieces for piece in news]))
-    first = await anext(pieces)
-
-    async def events() -> AsyncGenerator[bytes]:
-        async with aclosing(pieces):
-            yield answer.chunks(first)
-            try:
-                async for news in pieces:
-                    yield answer.chunks(news)
-            except (TooBusy, EngineFailed) as failure:
-                yield b"data: " + as_api_error(failure).body() + b"\n\n"
-                return
-            yield answer.last()
-
-    return EventStream(events())
+        deltas = [delta async for update in updates for delta in update]
+        return json_response(200, builder.full_body(deltas))
+    first = await anext(updates)
+    return EventStream(stream_events(first, updates, builder))
 
 
-def as_api_error(failure: Exception) -> ApiError:
-    if isinstance(failure, ApiError):
-        return failure
-    if isinstance(failure, TooBusy):
-        return ApiError(failure.status, str(failure), code="too_busy", retry_after="1")
-    said = "the engine failed, and has begun anew; the server's own output says why. Ask again"
-    return ApiError(500, said, code="engine_failed")
-
-
-def json_response(status: int, body: bytes, headers: dict[str, str] | None = None) -> Response:
-    return Response(body, status, headers, media_type="application/json")
+async def stream_events(
+    first: list[TextDelta], updates: AsyncGenerator[list[TextDelta]], builder: ResponseBuilder
+) -> AsyncGenerator[bytes]:
+    """Yield server-sent events for the first update and all that follow."""
+    async with aclosing(updates):
+        yield builder.events(first)
+        try:
+            async for deltas in updates:
+                yield builder.events(deltas)
+        except (TooBusy, EngineFailed) as failure:
+            yield b"data: " + api_error_from_failure(failure).body() + b"\n\n"
+            return
+        yield builder.final_events()

@@ -1,86 +1,108 @@
-"""A checkpoint and the batch that it answers in."""
+"""A checkpoint as a service: checks request bodies, encodes prompts and submits calls."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pocketlm.checkpoint.loading import Checkpoint
-from pocketlm.config.sampling import MOST_STOPS, SamplingParams
+from pocketlm.config.sampling import MAX_STOP_STRINGS, SamplingParams
 from pocketlm.errors import FieldError, UserError
-from pocketlm.inference import engine
-from pocketlm.inference.conversation import ANSWER, Conversation
+from pocketlm.inference.conversation import MAX_ANSWER_TOKENS, Conversation
+from pocketlm.inference.engine import GenerationRequest, validate_request
 from pocketlm.inference.generate import encode_prompt, merge_sampling_params
 from pocketlm.serving.batcher import Batcher, Call
+from pocketlm.serving.errors import ApiError, invalid
 from pocketlm.serving.limits import (
-    BODY_BYTES,
-    COMPLETION_TOKENS,
-    MAX_TOKENS,
-    MOST_BIASES,
-    MOST_LOGPROBS,
-    MOST_PROMPTS,
-    PROMPT_CHARACTERS,
+    DEFAULT_COMPLETION_TOKENS,
+    MAX_COMPLETION_TOKENS,
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_PROMPT_CHARACTERS,
+    MAX_PROMPTS,
+    MAX_QUOTED_CHARACTERS,
+    ServerLimits,
 )
-from pocketlm.serving.requests import ApiError, Body, ChatBody, CompletionBody
+from pocketlm.serving.requests import ChatBody, CompletionBody, RequestBody
 from pocketlm.serving.responses import (
     ChatResponse,
     CompletionResponse,
     ResponseBuilder,
-    Spelling,
+    TokenFormatter,
     finite,
 )
 from pocketlm.tokenizer.build import from_state
 
+API_NAMES = {"max_new_tokens": "max_tokens", "num_samples": "n"}  # of fields of SamplingParams
+
+
+@dataclass(frozen=True)
+class EncodedBody:
+    """A request body with its prompts as token ids."""
+
+    body: RequestBody
+    param: str  # the field that holds the prompts: "prompt" or "messages"
+    prompts: list[list[int]]
+    sampling_options: dict[str, Any]  # fields of SamplingParams
+
 
 class Service:
-    """A checkpoint and the batch that it answers in."""
+    """A checkpoint and the batcher that generates its texts."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        about: dict[str, Any],
+        checkpoint_info: dict[str, Any],
         threads: int,
-        rows: int,
-        max_queue: int,
-        deadline: float,
+        limits: ServerLimits,
     ):
-        self.checkpoint, self.rows, self.deadline = checkpoint, rows, deadline
-        self.most_prompts = min(MOST_PROMPTS, max_queue)
-        self.context, self.vocab_size = (
-            checkpoint.config.model.max_seq_len,
-            checkpoint.config.model.vocab_size,
-        )
-        self.spelling = Spelling(checkpoint.tokenizer)
-        try:
-            self.batcher = Batcher(checkpoint.model, checkpoint.tokenizer, threads, rows, max_queue)
-        except (OSError, RuntimeError) as error:
-            said = str(error).splitlines()[0]
-            raise UserError(
-                f"no memory for {rows} rows of {self.context:,} tokens: {said}; lower --rows"
-            ) from None
-        # Encoding sets a flag of the tokenizer while another thread may decode; so it has a tokenizer and a thread of its own
+        config = checkpoint.config.model
+        assert config.max_seq_len is not None and config.vocab_size is not None  # of a built model
+        self.checkpoint, self.limits = checkpoint, limits
+        self.context: int = config.max_seq_len
+        self.vocab_size: int = config.vocab_size
+        self.max_prompts = min(MAX_PROMPTS, limits.max_queue)
+        self.max_logprobs = min(MAX_LOGPROBS, self.vocab_size)
+        self.formatter = TokenFormatter(checkpoint.tokenizer)
+        self.batcher = self.build_batcher(threads)
+        # Encoding changes a flag of the tokenizer while the engine thread may be decoding with
+        # it, so encoding has its own copy of the tokenizer and its own thread.
         self.conversation = Conversation(
             from_state(checkpoint.tokenizer.state()), checkpoint.chat_template
         )
-        self.encoding = ThreadPoolExecutor(1, "encoding")
-        self.stop_ids = self.conversation.stop_ids
-        self.model = self.describe(about)
+        self.encoding_thread = ThreadPoolExecutor(1, "encoding")
+        self.chat_stop_ids = self.conversation.stop_ids
+        self.model = self.describe(checkpoint_info)
 
-    def describe(self, about: dict[str, Any]) -> dict[str, Any]:
-        """What /v1/models says."""
+    def build_batcher(self, threads: int) -> Batcher:
+        """Return the batcher. Raises UserError if the KV cache does not fit into memory."""
+        slots, max_queue = self.limits.max_slots, self.limits.max_queue
+        model, tokenizer = self.checkpoint.model, self.checkpoint.tokenizer
+        try:
+            return Batcher(model, tokenizer, threads, slots, max_queue)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"not enough memory for {slots} slots of {self.context:,} tokens: {reason}; "
+                "lower --rows"
+            ) from None
+
+    def describe(self, checkpoint_info: dict[str, Any]) -> dict[str, Any]:
+        """Return the model's entry of /v1/models."""
         path, sampling = self.checkpoint.path, self.checkpoint.config.sampling
         limits = {
-            "max_tokens": MAX_TOKENS,
-            "n": self.rows,
-            "prompts": self.most_prompts,
+            "max_tokens": MAX_COMPLETION_TOKENS,
+            "n": self.limits.max_slots,
+            "prompts": self.max_prompts,
             "prompt_tokens": self.context,
-            "prompt_characters": PROMPT_CHARACTERS,
-            "logprobs": self.most_logprobs,
-            "stop": MOST_STOPS,
-            "logit_bias": MOST_BIASES,
-            "body_bytes": BODY_BYTES,
-            "seconds": self.deadline,
+            "prompt_characters": MAX_PROMPT_CHARACTERS,
+            "logprobs": self.max_logprobs,
+            "stop": MAX_STOP_STRINGS,
+            "logit_bias": MAX_LOGIT_BIASES,
+            "body_bytes": self.limits.max_body_bytes,
+            "seconds": self.limits.deadline_seconds,
         }
         defaults = {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)}
         defaults["logit_bias"] = [(i, finite(bias)) for i, bias in sampling.logit_bias]
@@ -89,128 +111,147 @@ class Service:
             "object": "model",
             "created": int(path.stat().st_mtime),
             "owned_by": "you",
-            "checkpoint": about,
+            "checkpoint": checkpoint_info,
             "sampling": defaults,
             "chat": "template" if self.checkpoint.chat_template else "turns",
             "limits": limits,
         }
 
-    @property
-    def most_logprobs(self) -> int:
-        return min(MOST_LOGPROBS, self.vocab_size)
-
     def check_model(self, name: str) -> None:
+        """Raise ApiError if `name` is not the served model."""
         if name != self.model["id"]:
             raise ApiError(
                 404,
-                f"there is no model {name[:100]!r} here; there is {self.model['id']!r}",
+                f"the model {name[:MAX_QUOTED_CHARACTERS]!r} does not exist; "
+                f"this server has {self.model['id']!r}",
                 "model",
                 "model_not_found",
             )
 
     async def encode(
-        self, param: str, function: Callable[..., list[int]], *given: Any
+        self, param: str, function: Callable[..., list[int]], *args: object
     ) -> list[int]:
-        """The ids of a prompt."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.encoding, function, *given)
-        except UserError as error:
-            raise ApiError(400, str(error), param, "invalid_value") from None
+        """Return the token ids that `function` computes, in the encoding thread.
 
-    async def complete(self, body: CompletionBody) -> tuple[Call, ResponseBuilder]:
-        """Begin completions. Raises ApiError and TooBusy, as `reply` does."""
+        A UserError becomes an ApiError for the field `param`.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self.encoding_thread, function, *args)
+        except UserError as error:
+            raise invalid(param, str(error)) from None
+
+    async def start_completion(self, body: CompletionBody) -> tuple[Call, ResponseBuilder]:
+        """Submit the prompts of a completion request. Raises ApiError and TooBusy."""
         self.check_model(body.model)
-        if len(body.prompt) > self.most_prompts:
-            said = f"prompt has {len(body.prompt):,} entries; it may have {self.most_prompts}"
-            raise ApiError(400, said, "prompt", "array_above_max_length")
-        check_characters(
-            "prompt", sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str))
-        )
-        self.batcher.room_for(len(body.prompt))
+        if len(body.prompt) > self.max_prompts:
+            message = (
+                f"prompt has {len(body.prompt):,} entries; the maximum is {self.max_prompts:,}"
+            )
+            raise invalid("prompt", message, "array_above_max_length")
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        check_characters("prompt", sum(map(len, texts)))
+        self.batcher.check_capacity(len(body.prompt))
         tokenizer, prompts = self.conversation.tokenizer, []
         for prompt in body.prompt:
-            ids = (
-                await self.encode("prompt", encode_prompt, tokenizer, prompt)
-                if isinstance(prompt, str)
-                else prompt
-            )
-            prompts.append(ids)
-        return self.ask(
-            CompletionResponse,
-            "prompt",
-            prompts,
-            body,
-            body.sampling(body.max_tokens, COMPLETION_TOKENS),
-        )
+            if isinstance(prompt, str):
+                prompts.append(await self.encode("prompt", encode_prompt, tokenizer, prompt))
+            else:
+                prompts.append(prompt)
+        options = body.sampling_options(DEFAULT_COMPLETION_TOKENS)
+        return self.submit(EncodedBody(body, "prompt", prompts, options), CompletionResponse)
 
-    async def reply(self, body: ChatBody) -> tuple[Call, ResponseBuilder]:
-        """Begin answers to a conversation."""
+    async def start_chat(self, body: ChatBody) -> tuple[Call, ResponseBuilder]:
+        """Submit the conversation of a chat request. Raises ApiError and TooBusy."""
         self.check_model(body.model)
         check_characters("messages", sum(len(message.content) for message in body.messages))
-        self.batcher.room_for(1)
-        roles = {"developer": "system"}
-        messages = [
-            {"role": roles.get(message.role, message.role), "content": message.content}
-            for message in body.messages
-        ]
+        self.batcher.check_capacity(1)
+        messages = []
+        for message in body.messages:
+            role = "system" if message.role == "developer" else message.role
+            messages.append({"role": role, "content": message.content})
         ids = await self.encode("messages", self.conversation.encode, messages)
-        most = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
-        given = body.sampling(most, max(1, min(ANSWER, self.context - len(ids))))
-        said = self.checkpoint.config.sampling
-        given["stop"] = (*given.get("stop", said.stop), *self.conversation.stops)
-        given["stop_ids"] = (*given.get("stop_ids", said.stop_ids), *self.stop_ids)
-        return self.ask(ChatResponse, "messages", [ids], body, given)
+        options = body.sampling_options(max(1, min(MAX_ANSWER_TOKENS, self.context - len(ids))))
+        defaults = self.checkpoint.config.sampling
+        stop = options.get("stop", defaults.stop)
+        stop_ids = options.get("stop_ids", defaults.stop_ids)
+        options["stop"] = (*stop, *self.conversation.stop)
+        options["stop_ids"] = (*stop_ids, *self.chat_stop_ids)
+        return self.submit(EncodedBody(body, "messages", [ids], options), ChatResponse)
 
-    def ask(
-        self,
-        shape: type[ResponseBuilder],
-        param: str,
-        prompts: list[list[int]],
-        body: Body,
-        given: dict[str, Any],
+    def submit(
+        self, encoded: EncodedBody, builder: type[ResponseBuilder]
     ) -> tuple[Call, ResponseBuilder]:
-        """Check all that is asked, and begin."""
+        """Check an encoded request and submit it to the batcher. Raises ApiError and TooBusy."""
+        body = encoded.body
+        requests = self.generation_requests(encoded)
+        self.check_limits(encoded, requests[0].params)
+        call = self.batcher.submit(requests, self.limits.deadline_seconds, bool(body.stream))
+        return call, builder(
+            model=self.model["id"],
+            formatter=self.formatter,
+            n_prompt_tokens=sum(map(len, encoded.prompts)),
+            with_logprobs=body.requested_logprobs is not None,
+            include_usage=body.include_usage,
+        )
+
+    def generation_requests(self, encoded: EncodedBody) -> list[GenerationRequest]:
+        """Return the engine's requests, one per prompt. Raises ApiError for invalid values."""
+        eos_id, top_logprobs = self.checkpoint.tokenizer.eos_id, encoded.body.requested_logprobs
         try:
-            params = merge_sampling_params(given, self.checkpoint)
+            params = merge_sampling_params(encoded.sampling_options, self.checkpoint)
             requests = [
-                engine.GenerationRequest(
-                    ids, params, self.checkpoint.tokenizer.eos_id, body.likeliest
-                )
-                for ids in prompts
+                GenerationRequest(ids, params, eos_id, top_logprobs) for ids in encoded.prompts
             ]
             for request in requests:
-                engine.validate_request(request, self.vocab_size)
+                validate_request(request, self.vocab_size)
         except FieldError as error:
-            name = {"max_new_tokens": "max_tokens", "num_samples": "n"}.get(
-                error.field, error.field
-            )
-            raise ApiError(400, f"{name} {error.message}", name, "invalid_value") from None
+            name = API_NAMES.get(error.field, error.field)
+            raise invalid(name, f"{name} {error.message}") from None
         except ValueError as error:
-            raise ApiError(400, str(error), param, "invalid_value") from None
-        limits = {
-            "max_tokens": (params.max_new_tokens, MAX_TOKENS),
-            "n": (params.num_samples, self.rows),
-        }
-        limits[body.likeliest_name] = (body.likeliest or 0, self.most_logprobs)
-        for name, (asked, most) in limits.items():
-            if asked > most:
-                raise ApiError(
-                    400, f"{name} is {asked:,}; here it may be {most:,}", name, "invalid_value"
+            raise invalid(encoded.param, str(error)) from None
+        return requests
+
+    def check_limits(self, encoded: EncodedBody, params: SamplingParams) -> None:
+        """Raise ApiError for a value that is valid, but above this server's limits."""
+        body = encoded.body
+        for name, value, maximum in (
+            ("max_tokens", params.max_new_tokens, MAX_COMPLETION_TOKENS),
+            ("n", params.num_samples, self.limits.max_slots),
+            (body.logprobs_field, body.requested_logprobs or 0, self.max_logprobs),
+        ):
+            if value > maximum:
+                raise invalid(
+                    name, f"{name} is {value:,}; the maximum of this server is {maximum:,}"
                 )
-        longest = max(map(len, prompts))
+        longest = max(map(len, encoded.prompts))
         if longest > self.context:
-            said = f"the prompt has {longest:,} tokens, and this model's context {self.context:,}; shorten it"
-            raise ApiError(400, said, param, "context_length_exceeded")
-        call = self.batcher.ask(requests, self.deadline, bool(body.stream))
-        usage_told = bool(body.stream_options and body.stream_options.include_usage)
-        told = body.likeliest is not None
-        return call, shape(
-            self.model["id"], self.spelling, sum(map(len, prompts)), told, usage_told
-        )
+            raise invalid(
+                encoded.param,
+                f"the prompt has {longest:,} tokens, more than the model's context of "
+                f"{self.context:,}; shorten it",
+                "context_length_exceeded",
+            )
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the checkpoint's facts for /v1/models, before its weights are converted."""
+    config = checkpoint.config.model
+    return {
+        "path": checkpoint.path.name,
+        "step": checkpoint.step,
+        "tokens": checkpoint.tokens,
+        "val_loss": checkpoint.val_loss if math.isfinite(checkpoint.val_loss or 0) else None,
+        "parameters": config.n_parameters,
+        "context": config.max_seq_len,
+        "vocab_size": config.vocab_size,
+        "tokenizer": checkpoint.tokenizer.name,
+        "sha256": checkpoint.weights_sha256,
+    }
 
 
 def check_characters(param: str, count: int) -> None:
-    """Before they are made into tokens, which takes time."""
-    if count > PROMPT_CHARACTERS:
-        said = f"{param}: {count:,} characters; there may be {PROMPT_CHARACTERS:,}"
-        raise ApiError(400, said, param, "string_above_max_length")
+    """Raise ApiError for a prompt so long that encoding it would take too much time."""
+    if count > MAX_PROMPT_CHARACTERS:
+        message = f"{param} has {count:,} characters; the maximum is {MAX_PROMPT_CHARACTERS:,}"
+        raise invalid(param, message, "string_above_max_length")

@@ -9,14 +9,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pocketlm.tokenizer.base import Tokenizer
 
 
 class CharTokenizer(Tokenizer):
-    """One id a character: 0 is an unknown one, then begin and end of document where wanted, then the symbols."""
+    """One id per character: 0 is <unk>, then bos and eos if they are wanted, then the symbols."""
 
     kind = name = "char"
     unk_id = 0
@@ -27,27 +29,31 @@ class CharTokenizer(Tokenizer):
         self.symbols, self.name, self.note = symbols, name, note
         self.bos_id = 1 if bos else None
         self.eos_id = 1 + bos if eos else None
-        self.first = 1 + bos + eos  # the first symbol's id
-        self.vocab_size = self.first + len(symbols)
-        self.ids = {symbol: i for i, symbol in enumerate(symbols, self.first)}
+        self.first_symbol_id = 1 + bos + eos
+        self.vocab_size = self.first_symbol_id + len(symbols)
+        self.ids = {symbol: i for i, symbol in enumerate(symbols, self.first_symbol_id)}
 
     @classmethod
     def train(
         cls, texts: Iterable[str], bos: bool = False, eos: bool = True, size: int | None = None
     ) -> "CharTokenizer":
-        """Every character of `texts`, in code-point order; under a `size` the commonest, so that there are so many entries at most."""
+        """Return the tokenizer of the characters of `texts`, in code-point order.
+
+        With `size`, it keeps only the most common characters that fit in a vocabulary of that size.
+        """
         counts: Counter[str] = Counter()
         for text in texts:  # one at a time: the corpus may be larger than memory
             counts.update(text if size else set(text))
-        kept = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))[
-            : size and size - 1 - bos - eos
-        ]
-        tokenizer = cls("".join(sorted(kept)), bos, eos, f"char:{size}" if size else "char")
-        if lost := counts.keys() - set(kept):
-            share = sum(counts[symbol] for symbol in lost) / counts.total()
+        by_frequency = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))
+        n_symbols = size - 1 - bos - eos if size else len(by_frequency)
+        symbols, dropped = by_frequency[:n_symbols], by_frequency[n_symbols:]
+        tokenizer = cls("".join(sorted(symbols)), bos, eos, f"char:{size}" if size else "char")
+        if dropped:
+            share = sum(counts[symbol] for symbol in dropped) / counts.total()
             tokenizer.note = (
-                f"the training text has {len(counts):,} different characters; {tokenizer.name} keeps the {len(kept):,} commonest, "
-                f"and the other {len(lost):,}, {share:.2%} of the text, become <unk>"
+                f"the training text has {len(counts):,} different characters; {tokenizer.name} "
+                f"keeps the {len(symbols):,} most common, and the other {len(dropped):,}, "
+                f"{share:.2%} of the text, become <unk>"
             )
         return tokenizer
 
@@ -55,24 +61,30 @@ class CharTokenizer(Tokenizer):
         return [self.ids.get(character, self.unk_id) for character in text]
 
     @cached_property
-    def table(self) -> np.ndarray:
-        """(code points,) the id of each."""
+    def table(self) -> NDArray[Any]:
+        """Id of every code point, shape (code points,)."""
         table = np.full(sys.maxunicode + 1, self.unk_id, self.dtype)
-        table[[ord(symbol) for symbol in self.symbols]] = np.arange(self.first, self.vocab_size)
+        code_points = [ord(symbol) for symbol in self.symbols]
+        table[code_points] = np.arange(self.first_symbol_id, self.vocab_size)
         return table
 
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_arrays(self, texts: list[str]) -> list[NDArray[Any]]:
         return [self.table[np.frombuffer(text.encode("utf-32-le"), "<u4")] for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        around = {self.bos_id, self.eos_id}
-        return "".join(
-            self.symbols[i - self.first] if self.first <= i < self.vocab_size else "\ufffd"
-            for i in ids
-            if i not in around
-        )
+        return "".join(self._symbol(i) for i in ids if i not in (self.bos_id, self.eos_id))
 
-    def state(self) -> dict:
-        around = {"bos": self.bos_id is not None, "eos": self.eos_id is not None}
-        note = {"note": self.note} if self.note else {}
-        return {"kind": self.kind, "name": self.name, "symbols": self.symbols, **around, **note}
+    def _symbol(self, i: int) -> str:
+        """Return the symbol of an id; U+FFFD if it has none."""
+        known = self.first_symbol_id <= i < self.vocab_size
+        return self.symbols[i - self.first_symbol_id] if known else "\ufffd"
+
+    def state(self) -> dict[str, Any]:
+        state = {
+            "kind": self.kind,
+            "name": self.name,
+            "symbols": self.symbols,
+            "bos": self.bos_id is not None,
+            "eos": self.eos_id is not None,
+        }
+        return state | ({"note": self.note} if self.note else {})

@@ -1,4 +1,4 @@
-"""Ids decoded to text as they come."""
+"""Incremental detokenisation: token ids become text as they are generated."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,39 +6,44 @@ from pocketlm.tokenizer.base import Tokenizer
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text of `ids` as it grows; pieces are never empty."""
+    """Yield the text of `ids` in pieces, as soon as each is complete; no piece is empty."""
     stream = TextStream(tokenizer)
     for i in ids:
-        if piece := stream.push(i):
-            yield piece
-    if piece := stream.rest():
-        yield piece
+        text = stream.push(i)
+        if text:
+            yield text
+    text = stream.flush()
+    if text:
+        yield text
 
 
 class TextStream:
-    """Ids in, text out. A last character that may still be incomplete waits for the ids that complete it.
+    """Incremental decoder: push ids, get text.
 
-    Each piece is decoded behind the piece before it, since some tokenizers drop a space at the start of a text.
+    A last character that may be incomplete is held back until the ids that complete it. Ids are
+    decoded in groups, each group after the one before it, because some tokenizers drop a space at
+    the beginning of a text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.before: list[int] = []
-        self.piece: list[int] = []
-        self.shown = self.text = ""
+        self.previous_ids: list[int] = []  # the last complete group, decoded again as context
+        self.current_ids: list[int] = []  # the group that may end in an incomplete character
+        self.decoded = ""  # text of both groups
+        self.emitted = ""  # the part of it that has been returned
 
     def push(self, i: int) -> str:
-        """What the id adds to the text; often nothing."""
-        self.piece.append(i)
-        self.text = self.tokenizer.decode(self.before + self.piece)
-        whole = self.text.removesuffix("\ufffd")
-        new = whole[len(self.shown) :]
-        self.shown += new
-        if whole == self.text:
-            self.before, self.piece = self.piece, []
-            self.shown = self.text = self.tokenizer.decode(self.before)
+        """Return the text that the id adds; often none."""
+        self.current_ids.append(i)
+        self.decoded = self.tokenizer.decode(self.previous_ids + self.current_ids)
+        complete = self.decoded.removesuffix("\ufffd")
+        new = complete[len(self.emitted) :]
+        self.emitted += new
+        if complete == self.decoded:
+            self.previous_ids, self.current_ids = self.current_ids, []
+            self.emitted = self.decoded = self.tokenizer.decode(self.previous_ids)
         return new
 
-    def rest(self) -> str:
-        """What is left when no id follows."""
-        return self.text[len(self.shown) :]
+    def flush(self) -> str:
+        """Return the text that was held back, if no id follows."""
+        return self.decoded[len(self.emitted) :]

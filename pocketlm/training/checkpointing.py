@@ -1,4 +1,8 @@
-"""Checkpoints of a run, and the random state in them."""
+"""Saving a run: its checkpoints, what they hold besides Lightning's state, and the random state.
+
+Files in the run's checkpoint folder: `step-N.ckpt` (the newest `keep_checkpoints` of them),
+`last.ckpt` (the newest), `best.ckpt` (the lowest validation loss) and `final.ckpt` (max_steps).
+"""
 
 import math
 import random
@@ -9,29 +13,60 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from pocketlm.checkpoint.format import read_checkpoint, save_checkpoint
+from model import Transformer
+from pocketlm.checkpoint.format import checkpoint_metadata, read_checkpoint, save_checkpoint
 from pocketlm.checkpoint.runs import Run
-from pocketlm.config.sections import TrainingConfig
+from pocketlm.config.sections import Config
+from pocketlm.data.prepare import PreparedData
 from pocketlm.errors import UserError
 from pocketlm.files import link_or_copy
 from pocketlm.training.metrics import non_finite
-from pocketlm.training.step_callback import StepCallback
+from pocketlm.training.module import StepCallback, TrainingProgress
 
 
 class Checkpoints(StepCallback):
-    """step-N.ckpt every `save_every_steps`, the newest few kept; last.ckpt the newest, best.ckpt that of the lowest
-    validation loss, final.ckpt the one at max_steps. A step that is also validated is saved after its validation.
+    """Saves every `save_every_steps`, at a new lowest validation loss, and at the last step.
+
+    A step that is also validated is saved after its validation.
     """
 
-    def __init__(self, run: Run, training: TrainingConfig):
-        self.run, self.training = run, training
-        self.best: float | None = None
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        data: PreparedData,
+        model: Transformer,
+        progress: TrainingProgress,
+    ):
+        self.run, self.config, self.training = run, config, config.training
+        self.tokenizer_state, self.data_sha256 = data.tokenizer.state(), data.sha256
+        self.model, self.progress = model, progress
+        self.best: float | None = None  # the lowest validation loss
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the `kit` entry, which infer.py and the other commands read, and the progress."""
+        progress = self.progress.state()
+        checkpoint["kit"] = checkpoint_metadata(
+            self.config,
+            self.tokenizer_state,
+            tokens=progress["tokens_seen"] + progress["targets"],
+            val_loss=self.progress.validation.get("loss"),
+            data_sha256=self.data_sha256,
+        )
+        checkpoint["interval"] = progress
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.progress.saved = checkpoint["interval"]
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -41,7 +76,7 @@ class Checkpoints(StepCallback):
             self.save(trainer, "last.ckpt")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        loss, step = module.validation["loss"], trainer.global_step
+        loss, step = self.progress.validation["loss"], trainer.global_step
         names = []
         if math.isfinite(loss) and (self.best is None or loss < self.best):
             self.best = loss
@@ -52,10 +87,13 @@ class Checkpoints(StepCallback):
             self.save(trainer, "last.ckpt", *names)
 
     def save(self, trainer: L.Trainer, *names: str) -> None:
-        """Save this step under its number and under `names`, and prune the numbered ones."""
+        """Save this step under its number and under `names`, and delete old numbered ones.
+
+        Raises UserError, and saves nothing, if a parameter is not finite.
+        """
         path = self.run.checkpoints / f"step-{trainer.global_step:08d}.ckpt"
-        for name, p in trainer.lightning_module.model.named_parameters():
-            if not torch.isfinite(p).all():
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
                 raise UserError(non_finite(name, trainer.global_step))
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
@@ -67,7 +105,11 @@ class Checkpoints(StepCallback):
 
 
 class RandomState(L.Callback):
-    """Lightning saves no random state; dropout needs torch's on a resume. The state saved is that of the first process."""
+    """Saves and restores the random state, which Lightning does not; dropout draws from it.
+
+    The saved state is the first process's. The other processes must drop other activations, so
+    they are seeded by rank, and by step, so that a resumed run does not repeat its masks.
+    """
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -81,13 +123,11 @@ class RandomState(L.Callback):
             state["mps"] = torch.mps.get_rng_state()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.restored = state
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.restored = state_dict
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if (
-            trainer.global_rank > 0
-        ):  # other processes drop other numbers, and after a resume new ones
+        if trainer.global_rank > 0:
             torch.manual_seed(self.seed + 1_000_003 * trainer.global_rank + trainer.global_step)
             return
         if not self.restored:
@@ -101,7 +141,7 @@ class RandomState(L.Callback):
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """Lightning's way to the disk: whole files, checked when read, plain types only."""
+    """Reads and writes Lightning's checkpoints atomically, checked, and with plain types only."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None

@@ -1,89 +1,112 @@
-"""Lightning's trainer, set up for a run."""
+"""Set up Lightning's trainer and the callbacks of a run, and train."""
 
 import logging
+import math
 import warnings
+from dataclasses import dataclass
 
 import lightning as L
 import torch
 
-from pocketlm.checkpoint.runs import Run, Start
+from pocketlm.checkpoint.runs import ResumePoint, Run
 from pocketlm.config.sections import Config
-from pocketlm.data.loaders import loaders
+from pocketlm.data.loaders import build_loaders
 from pocketlm.data.prepare import PreparedData
+from pocketlm.data.samplers import DataShard
 from pocketlm.hardware.devices import Hardware
 from pocketlm.training.checkpointing import Checkpoints, DurableCheckpointIO, RandomState
-from pocketlm.training.metrics import MetricsLogger, tensorboard
-from pocketlm.training.probes import Probes
-from pocketlm.training.samples import Samples
+from pocketlm.training.metrics import MetricsLogger
+from pocketlm.training.module import TrainableModule
+from pocketlm.training.monitors import Probes, Samples
 from pocketlm.training.signals import GracefulStop
+from pocketlm.training.tensorboard import TensorBoard
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that has reached max_steps, for its verdict."""
+
+    trainer: L.Trainer
+    validation: dict[str, float]  # loss, bpb and perplexity of the last step
+    best_loss: float  # the lowest validation loss of all steps
+    samples: list[tuple[str, str]]  # prompts and texts of the last step
+    tensorboard: TensorBoard
 
 
 def fit(
-    module: L.LightningModule,
+    module: TrainableModule,
     config: Config,
     data: PreparedData,
     hardware: Hardware,
     run: Run,
-    start: Start | None,
-) -> tuple[L.Trainer, Samples, Checkpoints]:
+    start: ResumePoint | None,
+) -> TrainedRun:
     """Train `module` to max_steps, from the beginning or from `start`."""
-    t = config.training
-    if hardware.accelerator == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, where a matmul is left in float32
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # which would cost a pass over all that is allocated
-    )
-    compiled_on_cpu = (
-        hardware.compile and hardware.accelerator == "cpu"
-    )  # its sums of embedding rows race, unless told not to
-    torch.use_deterministic_algorithms(compiled_on_cpu, warn_only=True)
+    t, model, progress = config.training, module.model, module.progress
+    set_torch_options(hardware)
     if hardware.compile:
         module.train_loss_fn = torch.compile(module.loss_sum, dynamic=False)
     first_step = start.step if start else 0
-    metrics = MetricsLogger(run, t, data.train.n_bytes / data.train.n_tokens, first_step)
-    checkpoints, samples = Checkpoints(run, t), Samples(config, data)
-    probes = [Probes(config, data, metrics)] if t.probe_cases else []
-    trainer = L.Trainer(
+    tensorboard = TensorBoard(run, first_step)
+    bytes_per_token = data.train.n_bytes / data.train.n_tokens
+    metrics = MetricsLogger(run, config, bytes_per_token, first_step, progress, tensorboard)
+    samples = Samples(config, data, model, tensorboard)
+    probes = [Probes(config, data, model, progress, metrics)] if t.probe_cases else []
+    checkpoints = Checkpoints(run, config, data, model, progress)
+    stop = GracefulStop(checkpoints)
+    trainer = make_trainer(
+        config, hardware, [RandomState(t.seed), metrics, samples, *probes, checkpoints, stop]
+    )
+    rank = DataShard(trainer.global_rank, trainer.world_size)
+    train_loader, val_loader = build_loaders(
+        config, data, rank, pin_memory=hardware.accelerator == "cuda"
+    )
+    trainer.fit(
+        module, train_loader, val_loader, ckpt_path=start.path if start else None, weights_only=True
+    )
+    best_loss = math.inf if checkpoints.best is None else checkpoints.best
+    return TrainedRun(trainer, progress.validation, best_loss, samples.latest, tensorboard)
+
+
+def set_torch_options(hardware: Hardware) -> None:
+    """Choose between torch's fast and its reproducible kernels."""
+    if hardware.accelerator == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the matmuls left in float32
+    # filling new memory, for reproducibility, would cost a pass over every allocation; the
+    # setting is a property that torch gives the module at run time, which mypy cannot see
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # compiled code on a CPU adds embedding gradients in a random order without this
+    compiled_on_cpu = hardware.compile and hardware.accelerator == "cpu"
+    torch.use_deterministic_algorithms(compiled_on_cpu, warn_only=True)
+
+
+def make_trainer(config: Config, hardware: Hardware, callbacks: list[L.Callback]) -> L.Trainer:
+    """Return a trainer without Lightning's own logger, progress bar, summary and checkpoints."""
+    t = config.training
+    return L.Trainer(
         accelerator=hardware.accelerator,
         devices=config.hardware.devices,
-        precision=hardware.precision,
+        precision=hardware.precision,  # type: ignore[arg-type]  # a str that choose_precision made
         max_steps=t.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=t.grad_accum_steps,
         val_check_interval=t.val_every_steps * t.grad_accum_steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        logger=tensorboard(run, first_step),
+        logger=False,
         plugins=[DurableCheckpointIO()],
         use_distributed_sampler=False,
-        callbacks=[
-            RandomState(t.seed),
-            metrics,
-            samples,
-            *probes,
-            checkpoints,
-            GracefulStop(checkpoints),
-        ],
+        callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    pin = hardware.accelerator == "cuda"
-    train_loader, val_loader = loaders(
-        config, data, pin_memory=pin, rank=trainer.global_rank, world_size=trainer.world_size
-    )
-    trainer.fit(
-        module, train_loader, val_loader, ckpt_path=start.path if start else None, weights_only=True
-    )
-    return trainer, samples, checkpoints
 
 
 def quiet_libraries() -> None:
-    """Keep Lightning's notices, which this program's own lines replace, off the screen."""
+    """Hide the notices of Lightning that this program replaces by its own lines."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings(
-        "ignore", message="This DataLoader will create"
-    )  # more workers than cores are asked for
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores

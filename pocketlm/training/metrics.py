@@ -1,22 +1,27 @@
-"""Metrics of a run: the terminal, metrics.csv, TensorBoard."""
+"""Metrics of a run: one line of text, one row of metrics.csv and TensorBoard points at a time.
+
+Training metrics are logged every `log_every_steps`, and are means over the steps since the last
+logged point; validation metrics are logged after each validation.
+"""
 
 import csv
 import math
 import os
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from pocketlm.checkpoint.runs import Run
-from pocketlm.config.loading import to_yaml
-from pocketlm.config.sections import TrainingConfig
+from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
 from pocketlm.hardware.measure import memory_in_use
-from pocketlm.training.step_callback import StepCallback
+from pocketlm.training.module import StepCallback, TrainingProgress
+from pocketlm.training.tensorboard import TensorBoard
 
 CSV_COLUMNS = [
     "step",
@@ -35,36 +40,37 @@ CSV_COLUMNS = [
 
 
 class MetricsLogger(StepCallback):
-    """Scalars to TensorBoard and to metrics.csv, and the progress of the run to stderr."""
+    """Writes scalars to TensorBoard and metrics.csv, and the progress of the run to stderr."""
 
-    def __init__(self, run: Run, training: TrainingConfig, bytes_per_token: float, first_step: int):
-        self.run, self.training, self.bytes_per_token, self.first_step = (
-            run,
-            training,
-            bytes_per_token,
-            first_step,
-        )
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        bytes_per_token: float,
+        first_step: int,
+        progress: TrainingProgress,
+        tensorboard: TensorBoard,
+    ):
+        self.run, self.config, self.training = run, config, config.training
+        self.bytes_per_token, self.first_step = bytes_per_token, first_step
+        self.progress, self.tensorboard = progress, tensorboard
         self.console = Console(stderr=True, highlight=False, emoji=False)
         self.bar: Progress | None = None
-        self.task: TaskID | None = None
-        self.paused = 0.0  # seconds since the last log that were not training
+        self.task = TaskID(0)
+        self.paused = 0.0  # seconds since the last logged point that were not training
         self.validation_start: float | None = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             self.console.quiet = True
-            return
-        trainer.logger.experiment.add_text(
-            "config", "```yaml\n" + to_yaml(module.config) + "```", self.first_step
-        )
-        if self.console.is_terminal:
-            columns = (
+        elif self.console.is_terminal:
+            self.bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(16),
                 TextColumn("{task.fields[text]}"),
+                console=self.console,
             )
-            self.bar = Progress(*columns, console=self.console)
             self.bar.start()
             self.task = self.bar.add_task(
                 "", total=self.training.max_steps, completed=self.first_step, text=""
@@ -73,19 +79,14 @@ class MetricsLogger(StepCallback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
-            self._cut_csv(
-                self.first_step
-            )  # not before: until here a resume may be refused, and nothing is to be lost
+            # not earlier: until here a resume may be refused, and then no point may be lost
+            drop_rows_after(self.run.metrics_file, self.first_step)
+            self.tensorboard.open(self.config)
         self.start = self.last = time.perf_counter()
         self.start_step = trainer.global_step
-        self.carried = module.resumed.get(
-            "targets", 0
-        )  # of the interval in hand, by the process before this one
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if (
-            self.validation_start is not None
-        ):  # all that surrounds a validation is over: the clock of training goes on
+        if self.validation_start is not None:  # validation has ended: time training again
             self.paused += time.perf_counter() - self.validation_start
             self.validation_start = None
 
@@ -93,114 +94,106 @@ class MetricsLogger(StepCallback):
         step = trainer.global_step
         if step % self.training.log_every_steps and step not in (1, self.training.max_steps):
             return
-        nats, targets = module.take_interval()  # waits for the device
+        loss_sum, targets = self.progress.take_interval()  # waits for the device
         now = time.perf_counter()
-        seconds = now - self.last - self.paused
-        loss = nats / targets
+        loss = loss_sum / targets
         if not math.isfinite(loss):
             raise UserError(non_finite("the training loss", step))
-        speed = (targets - self.carried) / seconds
-        self.write(
-            trainer,
-            step,
-            module.tokens_seen,
-            {
-                "train/loss": loss,
-                "train/bpb": loss / math.log(2) / self.bytes_per_token,
-                "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "train/grad_norm": float(module.grad_norm),
-                "perf/tokens_per_second": speed,
-                "perf/memory_mb": memory_in_use(module.device.type),
-            },
-        )
+        speed = (targets - self.progress.resumed_targets) / (now - self.last - self.paused)
+        metrics = {
+            "train/loss": loss,
+            "train/bpb": loss / math.log(2) / self.bytes_per_token,
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/grad_norm": float(self.progress.grad_norm),
+            "perf/tokens_per_second": speed,
+            "perf/memory_mb": memory_in_use(module.device.type),
+        }
+        self.write(trainer, step, self.progress.tokens_seen, metrics)
         text = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
-        if step > self.start_step + 1:  # the first step is not like the others
+        if step > self.start_step + 1:  # the first step includes the warm-up of the device
             done = (step - self.start_step) / (self.training.max_steps - self.start_step)
             text += f"  {as_clock((now - self.start) * (1 - done) / done)} left"
-        self.say(step, text)
-        self.last, self.carried, self.paused = now, 0, 0.0
+        self.print_status(step, text)
+        self.last, self.progress.resumed_targets, self.paused = now, 0, 0.0
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.validation_start = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        values = module.validation
-        self.write(
-            trainer,
-            trainer.global_step,
-            module.tokens_so_far(),
-            {f"val/{name}": value for name, value in values.items()},
-        )
-        self.say(
-            trainer.global_step,
-            f"validation loss {values['loss']:.4f}  bits per byte {values['bpb']:.4f}  perplexity {values['perplexity']:.1f}",
-            always=True,
+        step, values = trainer.global_step, self.progress.validation
+        metrics = {f"val/{name}": value for name, value in values.items()}
+        self.write(trainer, step, self.progress.tokens_so_far(), metrics)
+        self.print_status(
+            step,
+            f"validation loss {values['loss']:.4f}  bits per byte {values['bpb']:.4f}  "
+            f"perplexity {values['perplexity']:.1f}",
+            permanent=True,
         )
 
-    def write(self, trainer: L.Trainer, step: int, tokens: int, scalars: dict[str, float]) -> None:
+    def write(self, trainer: L.Trainer, step: int, tokens: int, metrics: dict[str, float]) -> None:
+        """Write a row of metrics.csv and the same points to TensorBoard."""
         if not trainer.is_global_zero:
             return
-        trainer.logger.log_metrics(scalars, step)
-        with self.run.metrics_file.open("a", newline="") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(
-                {"step": step, "tokens": tokens}
-                | {name: f"{value:.6g}" for name, value in scalars.items()}
-            )
+        self.tensorboard.add_columns(metrics, step)
+        row = {"step": step, "tokens": tokens}
+        append_row(
+            self.run.metrics_file, row | {name: f"{value:.6g}" for name, value in metrics.items()}
+        )
 
-    def say(self, step: int, text: str, always: bool = False) -> None:
-        """On a terminal the bar moves; elsewhere a line is printed."""
+    def print_status(self, step: int, text: str, permanent: bool = False) -> None:
+        """Update the progress bar on a terminal, else print a line; permanent text always."""
         if self.bar is None:
             self.console.print(f"step {step}/{self.training.max_steps}  {text}", soft_wrap=True)
-        elif always:
+        elif permanent:
             self.bar.console.print(f"step {step}  {text}", soft_wrap=True)
         else:
             self.bar.update(self.task, completed=step, text=text)
 
-    def _cut_csv(self, step: int) -> None:
-        """Drop the rows beyond `step`: they were of progress that is lost and will be made again."""
-        path = self.run.metrics_file
-        if path.exists():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-            unfinished = path.with_suffix(".unfinished")
-            with unfinished.open("w", newline="") as file:
-                writer = csv.DictWriter(file, CSV_COLUMNS)
-                writer.writeheader()
-                writer.writerows(kept)
-            os.replace(unfinished, path)
-
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.tensorboard.close()
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
 
+def append_row(path: Path, row: Mapping[str, int | str]) -> None:
+    """Append a row to metrics.csv, below a header if the file is new."""
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, CSV_COLUMNS)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Drop the rows of metrics.csv after `step`: a resumed run takes those steps again."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, CSV_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(unfinished, path)
+
+
 def non_finite(what: str, step: int) -> str:
+    """Return the message for a value that is not finite."""
     return (
-        f"{what} is not finite at step {step}; training has stopped and the checkpoints on disk are from before. "
-        "Lower training.lr or raise training.warmup_steps, and begin with --fresh or another run.name"
+        f"{what} is not finite at step {step}; training has stopped and the checkpoints on disk "
+        "are from before. Lower training.lr or raise training.warmup_steps, and begin with "
+        "--fresh or another run.name"
     )
 
 
 def as_clock(seconds: float) -> str:
-    """
+    """Format a duration.
+
     >>> as_clock(75), as_clock(3700)
     ('1:15', '1:01:40')
     """
-    minutes, seconds = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def tensorboard(run: Run, first_step: int) -> TensorBoardLogger:
-    """TensorBoard's files straight in the run's log folder; points beyond `first_step` are taken back."""
-    return TensorBoardLogger(
-        run.logs,
-        name="",
-        version="",
-        purge_step=first_step + 1 if first_step else None,
-        default_hp_metric=False,
-    )
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

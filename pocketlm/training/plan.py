@@ -1,43 +1,66 @@
-"""What a run says about itself: the plan before it, the baselines and the verdict after it, the picture of its loss."""
+"""The plan of a run, printed before its first step: device, data, model, steps, memory and time."""
 
 from rich.markup import escape
 from rich.table import Table
 
 from pocketlm.config.sections import Config
-from pocketlm.data.loaders import longer_than_a_row, rows_per_step
+from pocketlm.data.datasets import JoinedDataset
+from pocketlm.data.loaders import (
+    build_rows,
+    build_train_sampler,
+    documents_longer_than_row,
+    rows_in_run,
+    rows_per_step,
+)
 from pocketlm.data.prepare import PreparedData
+from pocketlm.data.samplers import MixtureBatchSampler
 from pocketlm.hardware.devices import Hardware
 from pocketlm.hardware.measure import device_name, matmul_rate
-from pocketlm.training.verdict import passes
 
-MATMUL_SHARE = 0.5  # of the measured matmul rate that a whole training step reaches here, roughly
+# share of the measured matmul rate that a whole training step reaches, roughly
+MATMUL_SHARE = 0.5
+
+
+def training_rate(config: Config, hardware: Hardware) -> float:
+    """Return the floating-point operations per second that training reaches on all devices."""
+    rate = matmul_rate(hardware.accelerator, hardware.precision) * MATMUL_SHARE
+    return rate * config.hardware.devices
 
 
 def estimated_seconds(config: Config, data: PreparedData, hardware: Hardware) -> float:
-    """From the measured rate of one matmul: training at half of it, and the validations."""
+    """Estimate the time of the steps and validations from the measured rate of one matmul."""
     training = config.training
-    tokens = training.max_steps * tokens_per_step(config)
     validations = -(-training.max_steps // training.val_every_steps)
-    tokens += validations * data.val.n_tokens / 3  # no backward pass
-    rate = matmul_rate(hardware.accelerator, hardware.precision) * MATMUL_SHARE
-    return tokens / config.hardware.devices * config.model.flops_per_token(training.seq_len) / rate
+    # a validation has no backward pass, which is two thirds of a training step
+    tokens = training.max_steps * tokens_per_step(config) + validations * data.val.n_tokens / 3
+    flops = tokens * config.model.flops_per_token(training.seq_len)
+    return flops / training_rate(config, hardware)
 
 
 def seconds_outside_head(config: Config, hardware: Hardware) -> float:
-    """The part of the training that compiling makes shorter: all but the head's three matmuls."""
+    """Estimate the part of the training time that compiling shortens: all but the head's matmuls.
+
+    The head has three of them: one in the forward pass and two in the backward pass.
+    """
     model, training = config.model, config.training
+    assert model.vocab_size is not None
     flops = model.flops_per_token(training.seq_len) - 6 * model.vocab_size * model.d_model
-    rate = matmul_rate(hardware.accelerator, hardware.precision) * MATMUL_SHARE
-    return training.max_steps * tokens_per_step(config) / config.hardware.devices * flops / rate
+    tokens = training.max_steps * tokens_per_step(config)
+    return tokens * flops / training_rate(config, hardware)
 
 
 def estimated_memory(config: Config) -> float:
-    """Megabytes on a device: weights, gradients and two moments in float32, kept activations, a chunk of logits, the imports."""
+    """Estimate the megabytes on a device.
+
+    They are weights, gradients and two moments in float32, the activations kept for the backward
+    pass, a chunk of logits, and the imported libraries.
+    """
     model, training = config.model, config.training
+    assert model.vocab_size is not None
+    assert model.d_ff is not None
     tokens = training.micro_batch_size * training.seq_len
-    kept = (
-        2 if model.gradient_checkpointing else 16 + 5 * model.d_ff / model.d_model
-    )  # activations of d_model numbers a layer
+    # activations kept per layer and token, in multiples of d_model
+    kept = 2 if model.gradient_checkpointing else 16 + 5 * model.d_ff / model.d_model
     activations = tokens * model.d_model * model.n_layers * kept * 4
     logits = min(training.loss_chunk or 4 * tokens, 4 * tokens) * model.vocab_size * 6
     return (model.n_parameters * 22 + activations + logits) / 1e6 + 600
@@ -47,60 +70,109 @@ def tokens_per_step(config: Config) -> int:
     return rows_per_step(config) * config.training.seq_len
 
 
+def passes(config: Config, data: PreparedData) -> str:
+    """Describe how often the run reads its data.
+
+    For a mixture, it is the share of the rows and the epochs of each source.
+    """
+    if data.stream:
+        documents = data.train.n_documents + data.val.n_documents
+        return f"a stream, of which the first {documents:,} documents have been looked at"
+    rows, train = rows_in_run(config), build_rows(config, data, "train")
+    order = build_train_sampler(config, data)
+    if not isinstance(order, MixtureBatchSampler):
+        return f"{rows / len(train):.2f} epochs"
+    assert isinstance(train, JoinedDataset)
+    drawn = zip(data.sources, order.rows_per_dataset(rows), train.datasets, strict=True)
+    return "; ".join(
+        f"{name} {count / rows:.1%} of the rows, {count / len(part):.2f} epochs"
+        for name, count, part in drawn
+    )
+
+
 def plan(config: Config, data: PreparedData, hardware: Hardware) -> Table:
-    """The table printed before the first step."""
-    model, training, train, val = config.model, config.training, data.train, data.val
-    step_tokens = tokens_per_step(config)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    entries = f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries"
-    heads = f"{model.n_heads} heads, {model.n_kv_heads} key/value heads"
+    """Return the table printed before the first step."""
     rows = [
-        (
-            "device",
-            f"{hardware.accelerator} ({device_name(hardware.accelerator)}): {hardware.reasons['accelerator']}",
-        ),
-        ("precision", f"{hardware.precision}: {hardware.reasons['precision']}"),
-        ("compile", f"{'on' if hardware.compile else 'off'}: {hardware.reasons['compile']}"),
-        (
-            "corpus",
-            f"{data.name}: {train.n_documents:,} documents to train on, {val.n_documents:,} to validate on",
-        ),
-        (
-            "tokens",
-            f"{train.n_tokens:,} and {val.n_tokens:,}, {train.n_bytes / train.n_tokens:.2f} bytes each ({entries})",
-        ),
-        ("parameters", f"{model.n_parameters:,}"),
-        (
-            "model",
-            f"{model.n_layers} layers, d_model {model.d_model}, {heads}, d_ff {model.d_ff}, context {model.max_seq_len}",
-        ),
-        ("steps", f"{training.max_steps:,} of {step_tokens:,} tokens: {passes(config, data)}"),
-        ("memory", f"about {estimated_memory(config) / 1000:.1f} GB"),
-        (
-            "time",
-            f"about {estimated_seconds(config, data, hardware) / 60:.1f} minutes, from the speed of a matmul",
-        ),
+        *hardware_rows(hardware),
+        *data_rows(data),
+        *model_rows(config),
+        *cost_rows(config, data, hardware),
     ]
-    if data.tokenizer.note:
-        rows.insert(5, ("vocabulary", data.tokenizer.note))
-    if long := longer_than_a_row(data, config):
-        becomes = (
-            "each cut off there"
-            if config.data.packing == "padded"
-            else "each going on in the next row"
-        )
+    if long := documents_longer_than_row(config, data):
+        padded = config.data.packing == "padded"
+        result = "each is cut off there" if padded else "each continues in the next row"
         rows.append(
             (
                 "long documents",
-                f"{long:,} of {train.n_documents:,} do not fit a row of {training.seq_len:,} tokens: {becomes}",
+                f"{long:,} of {data.train.n_documents:,} do not fit a row of "
+                f"{config.training.seq_len:,} tokens: {result}",
             )
         )
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows:
         table.add_row(name, escape(value))
     return table
 
 
+def hardware_rows(hardware: Hardware) -> list[tuple[str, str]]:
+    name, reasons = device_name(hardware.accelerator), hardware.reasons
+    compiled = "on" if hardware.compile else "off"
+    return [
+        ("device", f"{hardware.accelerator} ({name}): {reasons['accelerator']}"),
+        ("precision", f"{hardware.precision}: {reasons['precision']}"),
+        ("compile", f"{compiled}: {reasons['compile']}"),
+    ]
+
+
+def data_rows(data: PreparedData) -> list[tuple[str, str]]:
+    train, val, tokenizer = data.train, data.val, data.tokenizer
+    documents = f"{train.n_documents:,} training and {val.n_documents:,} validation documents"
+    tokens = f"{train.n_tokens:,} and {val.n_tokens:,}"
+    size = f"{train.n_bytes / train.n_tokens:.2f} bytes each"
+    rows = [
+        ("corpus", f"{data.name}: {documents}"),
+        ("tokens", f"{tokens}, {size} ({tokenizer.name}, vocabulary {tokenizer.vocab_size:,})"),
+    ]
+    if tokenizer.note:
+        rows.append(("vocabulary", tokenizer.note))
+    return rows
+
+
+def model_rows(config: Config) -> list[tuple[str, str]]:
+    model = config.model
+    heads = f"{model.n_heads} heads, {model.n_kv_heads} key/value heads"
+    return [
+        ("parameters", f"{model.n_parameters:,}"),
+        (
+            "model",
+            f"{model.n_layers} layers, d_model {model.d_model}, {heads}, d_ff {model.d_ff}, "
+            f"context {model.max_seq_len}",
+        ),
+    ]
+
+
+def cost_rows(config: Config, data: PreparedData, hardware: Hardware) -> list[tuple[str, str]]:
+    minutes = estimated_seconds(config, data, hardware) / 60
+    return [
+        (
+            "steps",
+            f"{config.training.max_steps:,} of {tokens_per_step(config):,} tokens: "
+            f"{passes(config, data)}",
+        ),
+        ("memory", f"about {estimated_memory(config) / 1000:.1f} GB"),
+        ("time", f"about {minutes:.1f} minutes, estimated from the speed of a matmul"),
+    ]
+
+
 def run_header(config: Config, data: PreparedData) -> str:
-    """The three numbers by which two people see that they train the same model on the same documents, as microgpt prints them."""
+    """Return three numbers to compare runs by: documents, vocabulary size, parameters.
+
+    Two people who train the same model on the same documents get the same numbers. microgpt
+    prints them in this form.
+    """
     documents = data.train.n_documents + data.val.n_documents
-    return f"num docs: {documents}\nvocab size: {config.model.vocab_size}\nnum params: {config.model.n_parameters}"
+    return (
+        f"num docs: {documents}\n"
+        f"vocab size: {config.model.vocab_size}\n"
+        f"num params: {config.model.n_parameters}"
+    )

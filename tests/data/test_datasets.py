@@ -1,4 +1,4 @@
-"""Tokens to rows: windows of a shard, a document a row, several shards, and what document_mask keeps apart in the model."""
+"""Datasets: packed rows, padded rows, the rows of several shards, and the mask of documents."""
 
 import tempfile
 from pathlib import Path
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from model import ModelConfig, Transformer
 from pocketlm.data.datasets import JoinedDataset, PackedLMDataset, PaddedLMDataset
+from pocketlm.model.loss import IGNORE_INDEX
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from tests.support.rows import write_shard
 
@@ -21,7 +22,7 @@ def lists(batch: dict[str, torch.Tensor]) -> dict[str, list]:
     return {name: rows.tolist() for name, rows in batch.items()}
 
 
-# ---- windows ---------------------------------------------------------------------------------------------------------
+# ---- packed rows ----
 
 
 @settings(max_examples=100, deadline=None)
@@ -30,29 +31,23 @@ def test_every_token_but_the_first_is_a_target_once(n, seq_len):
     tokens = np.arange(100, 100 + n)
     dataset = PackedLMDataset(tokens, seq_len)
     items = [dataset[i] for i in range(len(dataset))]
-    pairs = [
-        (int(x), int(y))
-        for item in items
-        for x, y in zip(item["input_ids"], item["targets"], strict=True)
-        if y != -100
-    ]
-    assert pairs == list(
-        zip(tokens.tolist(), tokens.tolist()[1:], strict=False)
-    )  # each predicted from the one before it
+    pairs = []
     for item in items:
-        assert item["input_ids"].shape == item["targets"].shape == (seq_len,)
-        assert torch.equal(
-            item["input_ids"][1:][item["targets"][1:] != -100],
-            item["targets"][:-1][item["targets"][1:] != -100],
-        )
-        assert (item["input_ids"][item["targets"] == -100] == 0).all()
-    assert all((item["targets"] != -100).all() for item in items[:-1])
+        inputs, targets = item["input_ids"], item["targets"]
+        counts = targets != IGNORE_INDEX
+        pairs += list(zip(inputs[counts].tolist(), targets[counts].tolist(), strict=True))
+        assert inputs.shape == targets.shape == (seq_len,)
+        assert torch.equal(inputs[1:][counts[1:]], targets[:-1][counts[1:]])
+        assert (inputs[~counts] == 0).all()
+    # Each token is predicted from the token before it.
+    assert pairs == list(zip(tokens.tolist(), tokens.tolist()[1:], strict=False))
+    assert all((item["targets"] != IGNORE_INDEX).all() for item in items[:-1])
 
 
 def plain_row(window: list[int], seq_len: int) -> tuple[list[int], list[int]]:
-    """Inputs and targets of a window of up to T + 1 tokens."""
+    """Return the inputs and targets of a window of up to T + 1 tokens."""
     missing = seq_len + 1 - max(1, len(window))
-    return window[:-1] + [0] * missing, window[1:] + [-100] * missing
+    return window[:-1] + [0] * missing, window[1:] + [IGNORE_INDEX] * missing
 
 
 @settings(max_examples=100, deadline=None)
@@ -81,13 +76,13 @@ def test_a_batch_of_an_array_is_what_a_plain_loop_makes(tokens, seq_len, data):
     st.data(),
 )
 def test_a_batch_of_a_shard_is_what_a_plain_loop_makes(documents, seq_len, bos, eos, data):
-    """The document of each input, too: they are counted here by the loop that joins them."""
+    """The document ids too: the loop that joins the documents counts them."""
     tokenizer = ByteTokenizer(bos, eos)
     tokens, owners = [], []
     for number, document in enumerate(documents):
-        tokens += [*tokenizer.prefix, *document.encode(), *tokenizer.closing]
+        tokens += [*tokenizer.document_prefix, *document.encode(), *tokenizer.document_suffix]
         owners += [number] * (len(tokens) - len(owners))
-    tokens += tokenizer.final
+    tokens += tokenizer.corpus_suffix
     with tempfile.TemporaryDirectory() as folder:
         dataset = PackedLMDataset(
             write_shard(Path(folder) / "x.bin", tokenizer, documents), seq_len, document_mask=True
@@ -105,8 +100,8 @@ def test_a_batch_of_a_shard_is_what_a_plain_loop_makes(documents, seq_len, bos, 
     )
     assert batch["doc_ids"].dtype == torch.int64
     for index, ids, targets in zip(indices, batch["doc_ids"], batch["targets"], strict=True):
-        kept = ids[targets != -100].tolist()
-        assert [i - 1 for i in kept] == owners[index * seq_len :][: len(kept)]
+        counted = ids[targets != IGNORE_INDEX].tolist()
+        assert [i - 1 for i in counted] == owners[index * seq_len :][: len(counted)]
 
 
 @pytest.fixture
@@ -115,21 +110,13 @@ def shard(tmp_path):
 
 
 def test_document_ids_change_where_a_document_begins(shard):
-    """256 leads a document in: a b c | d | e f g h i j k | l m, and the last 256 is only a target."""
+    """Each of abc, d, efghijk and lm starts with 256, and the last 256 is a target only."""
     dataset = PackedLMDataset(shard, 4, document_mask=True)
     batch = dataset.__getitems__(range(len(dataset)))
-    kept = batch["targets"].flatten() != -100
-    assert batch["input_ids"].flatten()[kept].tolist() == [
-        256,
-        *b"abc",
-        256,
-        *b"d",
-        256,
-        *b"efghijk",
-        256,
-        *b"lm",
-    ]
-    ids = batch["doc_ids"].flatten()[kept].tolist()
+    counts = batch["targets"].flatten() != IGNORE_INDEX
+    expected = [256, *b"abc", 256, *b"d", 256, *b"efghijk", 256, *b"lm"]
+    assert batch["input_ids"].flatten()[counts].tolist() == expected
+    ids = batch["doc_ids"].flatten()[counts].tolist()
     assert [sorted(set(ids)).index(i) for i in ids] == [0] * 4 + [1] * 2 + [2] * 8 + [3] * 3
     assert "doc_ids" not in PackedLMDataset(shard, 4)[0]
 
@@ -146,28 +133,26 @@ def test_a_batch_is_its_rows_stacked(shard, document_mask):
 
 def test_an_index_of_minus_one_is_a_row_without_targets(shard):
     batch = PackedLMDataset(shard, 3, True).__getitems__([1, -1])
-    assert batch["targets"][1].tolist() == [-100] * 3
+    assert batch["targets"][1].tolist() == [IGNORE_INDEX] * 3
     assert all(tensor.shape == (2, 3) for tensor in batch.values())
 
 
-# ---- a document a row ------------------------------------------------------------------------------------------------
+# ---- padded rows ----
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(texts, min_size=1, max_size=6), st.integers(1, 30), st.booleans(), st.booleans())
-def test_a_padded_row_is_one_document_with_what_stands_around_it(documents, seq_len, bos, eos):
-    """Wherever bos and eos stand: each document is whole up to T + 1 tokens, and no token of another has a loss."""
+def test_a_padded_row_is_one_document_with_its_special_tokens(documents, seq_len, bos, eos):
+    """Each document is whole up to T + 1 tokens, and no token of another document has a loss."""
     tokenizer = ByteTokenizer(bos, eos)
-    before, behind = (
-        [256] * bos or [256] * eos,
-        [256 + bos] * eos,
-    )  # an eos leads in where there is no bos
-    windows = [[*before, *document.encode(), *behind][: seq_len + 1] for document in documents]
+    before = [256] * bos or [256] * eos  # an eos starts a document if there is no bos
+    after = [256 + bos] * eos
+    windows = [[*before, *document.encode(), *after][: seq_len + 1] for document in documents]
     with tempfile.TemporaryDirectory() as folder:
         dataset = PaddedLMDataset(
             write_shard(Path(folder) / "x.bin", tokenizer, documents),
             seq_len,
-            bool(tokenizer.final),
+            bool(tokenizer.corpus_suffix),
         )
         assert len(dataset) == len(documents)
         batch = lists(dataset.__getitems__([*range(len(documents)), -1]))
@@ -184,18 +169,21 @@ def test_a_padded_row_is_one_document_with_what_stands_around_it(documents, seq_
 def test_a_padded_document_spelled_out(tmp_path, bos, eos, inputs, targets):
     tokenizer = ByteTokenizer(bos, eos)
     dataset = PaddedLMDataset(
-        write_shard(tmp_path / "x.bin", tokenizer, ["abc", "de"]), 6, bool(tokenizer.final)
+        write_shard(tmp_path / "x.bin", tokenizer, ["abc", "de"]), 6, bool(tokenizer.corpus_suffix)
     )
     row, missing = lists(dataset[0]), 6 - len(inputs)
-    assert row == {"input_ids": inputs + [0] * missing, "targets": targets + [-100] * missing}
+    assert row == {
+        "input_ids": inputs + [0] * missing,
+        "targets": targets + [IGNORE_INDEX] * missing,
+    }
 
 
-# ---- several shards --------------------------------------------------------------------------------------------------
+# ---- several shards ----
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=4), st.integers(1, 7), st.data())
-def test_joined_rows_are_those_of_the_parts_in_any_order(sizes, seq_len, data):
+def test_joined_rows_are_the_rows_of_the_datasets_in_any_order(sizes, seq_len, data):
     parts = [
         PackedLMDataset(np.arange(1000 * number, 1000 * number + size), seq_len)
         for number, size in enumerate(sizes)
@@ -207,7 +195,7 @@ def test_joined_rows_are_those_of_the_parts_in_any_order(sizes, seq_len, data):
     batch = joined.__getitems__(indices)
     blank = {
         "input_ids": torch.zeros(seq_len, dtype=torch.long),
-        "targets": torch.full((seq_len,), -100),
+        "targets": torch.full((seq_len,), IGNORE_INDEX),
     }
     for name in ("input_ids", "targets"):
         assert torch.equal(
@@ -228,7 +216,7 @@ def test_joined_rows_keep_their_document_ids(tmp_path):
     ]
 
 
-# ---- what the model sees ---------------------------------------------------------------------------------------------
+# ---- the mask of documents, in the model ----
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +226,13 @@ def model():
         vocab_size=257, max_seq_len=32, n_layers=2, d_model=16, n_heads=2, n_kv_heads=1
     )
     model = Transformer(config).eval()
-    for p in model.parameters():  # the first weights are so small that attention hardly shows
-        p.data.mul_(10)
+    for parameter in model.parameters():  # the initial ones are too small for attention to matter
+        parameter.data.mul_(10)
     return model
+
+
+def logits_of(model: Transformer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(batch["input_ids"], doc_ids=batch.get("doc_ids"))
 
 
 def row_of(folder: Path, documents: list[str], document_mask: bool) -> dict[str, torch.Tensor]:
@@ -250,35 +242,25 @@ def row_of(folder: Path, documents: list[str], document_mask: bool) -> dict[str,
 
 @torch.no_grad()
 def test_under_document_mask_no_document_sees_another(model, tmp_path):
-    """Of three documents in a row any one is changed: the others' logits stay as they are, to the bit. Without the mask not."""
+    """A change of one of three documents changes no bit of the others' logits.
+
+    Without the mask, it changes those of later documents.
+    """
     documents = ["abcdefgh", "ijklmnop", "qrstuvwx"]
-    places = [slice(0, 9), slice(9, 18), slice(18, 27)]  # each led in by its eos
+    spans = [slice(0, 9), slice(9, 18), slice(18, 27)]  # each starts with an eos
     for mask in (True, False):
-        before = model(
-            **{
-                name: rows
-                for name, rows in row_of(tmp_path, documents, mask).items()
-                if name != "targets"
-            }
-        )
+        before = logits_of(model, row_of(tmp_path, documents, mask))
         for changed in range(3):
-            others = [
-                text.upper() if number == changed else text for number, text in enumerate(documents)
-            ]
-            after = model(
-                **{
-                    name: rows
-                    for name, rows in row_of(tmp_path, others, mask).items()
-                    if name != "targets"
-                }
-            )
-            same = [torch.equal(before[:, place], after[:, place]) for place in places]
+            others = documents.copy()
+            others[changed] = documents[changed].upper()
+            after = logits_of(model, row_of(tmp_path, others, mask))
+            same = [torch.equal(before[:, span], after[:, span]) for span in spans]
             assert same == [number != changed if mask else number < changed for number in range(3)]
 
 
 @torch.no_grad()
-def test_under_document_mask_a_document_is_read_as_if_it_stood_alone(model, tmp_path):
-    """Wherever it falls in a row, its logits are those of a row that it begins."""
+def test_under_document_mask_a_document_is_read_as_if_it_were_alone(model, tmp_path):
+    """Anywhere in a row, its logits are those of a row that it starts."""
     together = row_of(tmp_path, ["abcde", "fghijklm"], True)
     alone = row_of(tmp_path, ["fghijklm"], False)
     logits = model(together["input_ids"], doc_ids=together["doc_ids"])[0, 6:15]
@@ -289,13 +271,10 @@ def test_under_document_mask_a_document_is_read_as_if_it_stood_alone(model, tmp_
 
 @torch.no_grad()
 def test_under_document_mask_positions_restart(model, tmp_path):
-    """RoPE is relative, so only the last bits tell: they are those of positions that restart, not of those that go on."""
+    """RoPE is relative, so that only the last bits differ if positions do not restart."""
     row = row_of(tmp_path, ["abcde", "fghijklm"], True)
-    restarting, going_on = torch.tensor([[*range(6), *range(26)]]), torch.arange(32)[None]
-    logits = model(row["input_ids"], doc_ids=row["doc_ids"])[0, :15]
-    assert torch.equal(
-        logits, model(row["input_ids"], doc_ids=row["doc_ids"], positions=restarting)[0, :15]
-    )
-    assert not torch.equal(
-        logits, model(row["input_ids"], doc_ids=row["doc_ids"], positions=going_on)[0, :15]
-    )
+    ids, doc_ids = row["input_ids"], row["doc_ids"]
+    restarting, continued = torch.tensor([[*range(6), *range(26)]]), torch.arange(32)[None]
+    logits = model(ids, doc_ids=doc_ids)[0, :15]
+    assert torch.equal(logits, model(ids, doc_ids=doc_ids, positions=restarting)[0, :15])
+    assert not torch.equal(logits, model(ids, doc_ids=doc_ids, positions=continued)[0, :15])

@@ -1,9 +1,8 @@
-"""The order of rows, of one dataset and of a mixture, and going on in the middle of it, in this process and in a new one."""
+"""Samplers: the order of rows, of one dataset and of a mixture, and resuming in it."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocketlm.config.sections import TrainingConfig
-from pocketlm.data.datasets import JoinedDataset, PackedLMDataset
+from pocketlm.data.datasets import PackedLMDataset
 from pocketlm.data.samplers import (
+    DataShard,
     MixtureBatchSampler,
     ResumableLoader,
     ShuffledBatchSampler,
@@ -23,11 +23,13 @@ from pocketlm.data.samplers import (
     proportions,
 )
 from pocketlm.errors import UserError
+from tests.support.loaders import LOADERS, packed_loader, take
+from tests.support.rows import kept_targets
 
 ROOT = Path(__file__).parents[2]
 
 
-# ---- one dataset -----------------------------------------------------------------------------------------------------
+# ---- one dataset ----
 
 
 def epoch(order: ShuffledBatchSampler, number: int) -> list[int]:
@@ -41,13 +43,12 @@ def test_each_epoch_is_a_permutation_of_its_own():
         for number in range(3)
     }
     assert all(sorted(order) == list(range(50)) for order in orders.values())
-    assert (
-        len({tuple(order) for order in orders.values()}) == 9
-    )  # two of 50! permutations are never equal by chance
+    # Two of 50! permutations are never equal by chance.
+    assert len({tuple(order) for order in orders.values()}) == 9
 
 
 def test_the_order_never_changes():
-    """A run of an older version goes on only while these stay as they are."""
+    """A run of an older version can be resumed only if it does not."""
     assert list(islice(ShuffledBatchSampler(7, 4, seed=42), 3)) == [
         [2, 1, 4, 3],
         [5, 6, 0, 2],
@@ -66,11 +67,10 @@ def test_the_order_is_a_pure_function_of_seed_and_position():
 
 
 def defined(size: int, seed: int, position: int) -> int:
-    """The index at a position by the order's definition: a permutation for each epoch, of a generator with a seed of its own."""
-    epoch, place = divmod(position, size)
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))[
-        place
-    ].item()
+    """Return the index at a position by definition: each epoch has a permutation of its own."""
+    epoch, row = divmod(position, size)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(size, generator=generator)[row].item()
 
 
 @settings(max_examples=200, deadline=None)
@@ -80,11 +80,11 @@ def defined(size: int, seed: int, position: int) -> int:
     st.lists(st.tuples(st.integers(0, 60), st.integers(0, 30)), min_size=1, max_size=4),
 )
 def test_indices_are_those_of_the_definition_one_at_a_time_over_any_number_of_epochs(
-    size, seed, asked
+    size, seed, requests
 ):
-    """Whatever was asked for before; a batch may be longer than an epoch."""
+    """They do not depend on earlier requests, and a batch may be longer than an epoch."""
     order = ShuffledBatchSampler(size, 4, seed)
-    for first, count in asked:
+    for first, count in requests:
         assert order.indices(first, count) == [
             defined(size, seed, position) for position in range(first, first + count)
         ]
@@ -101,7 +101,9 @@ def test_every_seed_that_a_config_takes_gives_an_order(seed):
 
 @pytest.mark.parametrize("batch_size, size", [(4, 30), (3, 7), (5, 3)])
 def test_two_ranks_together_see_what_one_sees_with_double_batches(batch_size, size):
-    first, second = (ShuffledBatchSampler(size, batch_size, 1, rank, 2) for rank in (0, 1))
+    first, second = (
+        ShuffledBatchSampler(size, batch_size, 1, DataShard(rank, 2)) for rank in (0, 1)
+    )
     one = ShuffledBatchSampler(size, 2 * batch_size, 1)
     together = [a + b for a, b in zip(islice(first, 12), islice(second, 12), strict=True)]
     assert together == list(islice(one, 12))
@@ -111,25 +113,23 @@ def test_two_ranks_together_see_what_one_sees_with_double_batches(batch_size, si
 @given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 4))
 def test_validation_covers_every_window_once_in_batches_of_one_shape(size, batch_size, world_size):
     ranks = [
-        list(ValidationBatchSampler(size, batch_size, rank, world_size))
+        list(ValidationBatchSampler(size, batch_size, DataShard(rank, world_size)))
         for rank in range(world_size)
     ]
-    assert {len(batches) for batches in ranks} == {
-        len(ValidationBatchSampler(size, batch_size, 0, world_size))
-    }
-    assert all(len(batch) == batch_size for batches in ranks for batch in batches)
-    assert sorted(i for batches in ranks for batch in batches for i in batch if i >= 0) == list(
-        range(size)
-    )
+    length = len(ValidationBatchSampler(size, batch_size, DataShard(0, world_size)))
+    assert {len(batches) for batches in ranks} == {length}
+    together = [batch for batches in ranks for batch in batches]
+    assert all(len(batch) == batch_size for batch in together)
+    assert sorted(i for batch in together for i in batch if i >= 0) == list(range(size))
 
 
-# ---- a mixture -------------------------------------------------------------------------------------------------------
+# ---- a mixture ----
 
 SIZES, WEIGHTS = [17, 1000, 40], [0.5, 3, 1.5]  # 100, 600 and 300 of 1,000
 
 
 def drawn_from(indices: list[int]) -> list[int]:
-    """Which part each index of a dataset of SIZES is from."""
+    """Return the dataset of each row index of a mixture of SIZES."""
     return [0 if i < 17 else 1 if i < 1017 else 2 for i in indices]
 
 
@@ -143,30 +143,27 @@ def test_every_thousand_rows_hold_the_proportions_exactly():
         assert [drawn[begin : begin + 1000].count(part) for part in range(3)] == [100, 600, 300]
 
 
-def test_a_mixture_is_the_one_it_is_defined_to_be():
-    """Of each block a permutation of the parts' numbers in their proportions; each part goes on where its last row was."""
+def test_a_mixture_is_what_its_definition_says():
+    """A block is a permutation of the datasets' numbers; each continues after its last row."""
     expected, taken = [], [0, 0, 0]
     for block in range(3):
-        for number in np.random.default_rng([9, block]).permutation(
-            np.repeat([0, 1, 2], [100, 600, 300])
-        ):
-            expected.append(
-                [0, 17, 1017][number]
-                + defined(SIZES[number], 9 + 7919 * int(number), taken[number])
-            )
+        numbers = np.repeat([0, 1, 2], [100, 600, 300])
+        for number in np.random.default_rng([9, block]).permutation(numbers):
+            row = defined(SIZES[number], 9 + 7919 * int(number), taken[number])
+            expected.append([0, 17, 1017][number] + row)
             taken[number] += 1
     order = MixtureBatchSampler(SIZES, WEIGHTS, 4, seed=9)
     assert order.indices(0, 2500) == expected[:2500]
-    assert order.indices(990, 1020) == expected[990:2010]  # back, and over two borders of blocks
+    assert order.indices(990, 1020) == expected[990:2010]  # back, and across two borders of blocks
 
 
-def test_a_mixture_is_mixed_anew_in_every_block():
+def test_a_mixture_is_mixed_differently_in_every_block():
     drawn = drawn_from(indices(MixtureBatchSampler(SIZES, WEIGHTS, 4, seed=1), 3000))
     assert len({tuple(drawn[begin : begin + 1000]) for begin in range(0, 3000, 1000)}) == 3
     assert all(len(set(drawn[begin : begin + 100])) == 3 for begin in range(0, 3000, 100))
 
 
-def test_each_part_goes_through_a_whole_permutation_before_it_repeats():
+def test_each_dataset_is_used_whole_before_it_repeats():
     order = indices(MixtureBatchSampler(SIZES, WEIGHTS, 4, seed=1), 5000)
     for part, (first, size) in enumerate(zip([0, 17, 1017], SIZES, strict=True)):
         own = [i for i, of in zip(order, drawn_from(order), strict=True) if of == part]
@@ -175,7 +172,7 @@ def test_each_part_goes_through_a_whole_permutation_before_it_repeats():
         assert len(set(map(tuple, epochs))) == len(epochs) > 1
 
 
-def test_parts_of_one_size_have_orders_of_their_own():
+def test_datasets_of_one_size_have_different_orders():
     order = indices(MixtureBatchSampler([50, 50], [1, 1], 4, seed=1), 100)
     first, second = ([i % 50 for i in order if i // 50 == part] for part in (0, 1))
     assert len(first) + len(second) == 100 and first[:40] != second[:40]
@@ -200,7 +197,7 @@ def test_a_mixture_is_a_pure_function_of_seed_and_position():
     st.integers(0, 3500),
     st.integers(0, 2**32 - 1),
 )
-def test_realised_is_what_counting_gives(parts, count, seed):
+def test_rows_per_dataset_is_what_counting_gives(parts, count, seed):
     sizes, weights = map(list, zip(*parts, strict=True))
     order = MixtureBatchSampler(sizes, weights, 4, seed)
     borders = np.cumsum(sizes)
@@ -211,7 +208,9 @@ def test_realised_is_what_counting_gives(parts, count, seed):
 
 
 def test_two_ranks_of_a_mixture_together_see_what_one_sees():
-    first, second = (MixtureBatchSampler(SIZES, WEIGHTS, 8, 1, rank, 2) for rank in (0, 1))
+    first, second = (
+        MixtureBatchSampler(SIZES, WEIGHTS, 8, 1, DataShard(rank, 2)) for rank in (0, 1)
+    )
     together = [a + b for a, b in zip(islice(first, 150), islice(second, 150), strict=True)]
     assert together == list(islice(MixtureBatchSampler(SIZES, WEIGHTS, 16, 1), 150))
 
@@ -219,10 +218,10 @@ def test_two_ranks_of_a_mixture_together_see_what_one_sees():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8))
 def test_proportions_are_within_a_row_of_the_weights_and_fill_the_block(weights):
-    shares = proportions(weights)
-    assert shares.sum() == 1000
-    for share, weight in zip(shares, weights, strict=True):
-        assert abs(share - 1000 * weight / sum(weights)) < 1
+    rows = proportions(weights)
+    assert rows.sum() == 1000
+    for count, weight in zip(rows, weights, strict=True):
+        assert abs(count - 1000 * weight / sum(weights)) < 1
 
 
 def test_a_weight_that_gets_no_row_is_refused():
@@ -230,74 +229,42 @@ def test_a_weight_that_gets_no_row_is_refused():
         proportions([1, 0.0001])
 
 
-# ---- resuming --------------------------------------------------------------------------------------------------------
-
-
-def loader(tokens: np.ndarray, num_workers: int) -> ResumableLoader:
-    """9 windows in batches of 4: an epoch ends within the third batch, and the next within the fifth."""
-    dataset = PackedLMDataset(tokens, 5)
-    assert len(dataset) == 9
-    return ResumableLoader(dataset, ShuffledBatchSampler(9, 4, seed=3), num_workers)
-
-
-def mixture_loader(num_workers: int) -> ResumableLoader:
-    """A mixture of 9 and 4 windows, 2 to 1: 300 rows a batch, so that a block of 1,000 ends within the fourth."""
-    parts = [PackedLMDataset(np.arange(44), 5), PackedLMDataset(np.arange(100, 120), 5)]
-    return ResumableLoader(
-        JoinedDataset(parts), MixtureBatchSampler([9, 4], [2, 1], 300, seed=3), num_workers
-    )
-
-
-def rows(batches: Iterator[dict[str, torch.Tensor]]) -> list[list]:
-    return [[batch["input_ids"].tolist(), batch["targets"].tolist()] for batch in batches]
+# ---- resuming ----
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_a_restored_loader_goes_on_with_the_very_next_batch(num_workers):
-    tokens = np.arange(44)
-    order = islice(ShuffledBatchSampler(9, 4, seed=3), 8)
-    expected = rows(PackedLMDataset(tokens, 5).__getitems__(indices) for indices in order)
-    first = loader(tokens, num_workers)
-    before = rows(islice(iter(first), 3))
-    state = json.loads(json.dumps(first.state_dict()))  # workers are ahead by now; the state is not
-    second = loader(tokens, num_workers)
+def test_a_restored_loader_continues_with_the_very_next_batch(num_workers):
+    dataset = PackedLMDataset(np.arange(44), 5)
+    expected = []
+    for indices in islice(ShuffledBatchSampler(9, 4, seed=3), 8):
+        batch = dataset.__getitems__(indices)
+        expected.append([batch["input_ids"].tolist(), batch["targets"].tolist()])
+    first = packed_loader(num_workers)
+    before = take(first, 3)
+    state = json.loads(json.dumps(first.state_dict()))  # workers are ahead of it by now
+    second = packed_loader(num_workers)
     second.load_state_dict(state)
-    iterator = iter(second)
-    assert before + rows(islice(iterator, 2)) == expected[:5]
-    third = loader(tokens, 0)  # and with another number of workers
+    assert before + take(second, 2) == expected[:5]
+    third = packed_loader(0)  # the number of workers may change
     third.load_state_dict(second.state_dict())
-    assert rows(islice(iter(third), 3)) == expected[5:]
-
-
-NEW_PROCESS = """
-import json, sys, numpy as np
-from itertools import islice
-import tests.data.test_samplers as t
-make = {"one": lambda workers: t.loader(np.arange(44), workers), "mixture": t.mixture_loader}
-for kind, workers, state in json.load(sys.stdin):
-    loader = make[kind](workers)
-    loader.load_state_dict(state)
-    print(json.dumps(t.rows(islice(iter(loader), 3))))
-"""
+    assert take(third, 3) == expected[5:]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_loader_goes_on_in_a_new_process(tmp_path):
-    """After each of several batches, across the ends of epochs and of a mixture's block, with 0, 1 and 3 workers."""
+def test_a_loader_resumes_in_a_new_process():
+    """It does so after each of several batches, across the ends of epochs and of a block."""
     cases, expected = [], []
-    for kind, make in (
-        ("one", lambda workers: loader(np.arange(44), workers)),
-        ("mixture", mixture_loader),
-    ):
-        whole = rows(islice(iter(make(0)), 10))
-        for workers in (0, 1, 3):
-            one = make(workers)
-            for k, _ in enumerate(islice(iter(one), 5 if workers == 0 else 3), 1):
-                cases.append([kind, workers, one.state_dict()])
-                expected.append(whole[k : k + 3])
+    for kind in ("packed", "mixture"):
+        whole = take(LOADERS[kind](0), 10)
+        for num_workers in (0, 1, 3):
+            loader = LOADERS[kind](num_workers)
+            batches = islice(iter(loader), 5 if num_workers == 0 else 3)
+            for count, _ in enumerate(batches, 1):
+                cases.append([kind, num_workers, loader.state_dict(), 3])
+                expected.append(whole[count : count + 3])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", NEW_PROCESS],
+        [sys.executable, "-m", "tests.programs.resume_loaders"],
         input=json.dumps(cases),
         capture_output=True,
         text=True,
@@ -307,25 +274,22 @@ def test_a_loader_goes_on_in_a_new_process(tmp_path):
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
 
 
-def test_a_new_iterator_of_the_same_loader_goes_on_too():
-    one = loader(np.arange(44), 0)
-    assert rows(islice(iter(one), 2)) + rows(islice(iter(one), 2)) == rows(
-        islice(iter(loader(np.arange(44), 0)), 4)
-    )
+def test_a_new_iterator_of_the_same_loader_continues_too():
+    loader = packed_loader(0)
+    assert take(loader, 2) + take(loader, 2) == take(packed_loader(0), 4)
 
 
 def test_a_loader_leaves_the_global_generator_alone():
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
-    next(iter(loader(np.arange(44), 1)))
+    take(packed_loader(1), 1)
     assert torch.equal(torch.rand(2), expected)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_validation_loader_begins_again_every_time(num_workers):
+def test_a_validation_loader_starts_again_every_time(num_workers):
     dataset = PackedLMDataset(np.arange(44), 5)
     validation = ResumableLoader(dataset, ValidationBatchSampler(len(dataset), 4), num_workers)
     for _ in range(2):
-        targets = torch.cat([batch["targets"].flatten() for batch in validation])
-        assert targets[targets != -100].tolist() == list(range(1, 44))
+        assert kept_targets(validation) == list(range(1, 44))

@@ -1,5 +1,6 @@
-"""Chat templates against transformers' `apply_chat_template`, and conversations on a real terminal."""
+"""Chat templates against transformers' `apply_chat_template`; chat on a real terminal."""
 
+import io
 import json
 import os
 import pty
@@ -18,20 +19,24 @@ from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.config.sampling import SamplingConfig, SamplingParams
 from pocketlm.errors import UserError
 from pocketlm.inference import generate
-from pocketlm.inference.chat import Chat
+from pocketlm.inference.chat import ChatSession
 from pocketlm.inference.conversation import Conversation, render
 from pocketlm.tokenizer.bytes import ByteTokenizer
-from tests.inference.test_generate import ROOT
 from tests.support.chat import CHATML, chat_tokenizer
 from tests.support.checkpoints import write_checkpoint
 
+ROOT = Path(__file__).parents[2]
 LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start|>' + message['role'] + '<|sep|>\n\n' + "
-    "message['content'] | trim + '<|im_end|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start|>' + message['role'] + '<|sep|>\n\n' + "
+    "message['content'] | trim + '<|im_end|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|sep|>\n\n' }}{% endif %}"
 )
 MANNERS = """{%- for message in messages %}
-    {%- if message.role not in ['user', 'assistant', 'system'] %}{{ raise_exception('no such role: ' + message.role) }}{% endif %}
+    {%- if message.role not in ['user', 'assistant', 'system'] %}
+{{ raise_exception('no such role: ' + message.role) }}
+    {%- endif %}
     {%- if message.content == 'break' %}{% break %}{% endif %}
     {%- if message.role == 'assistant' %}
 <|start|>{% generation %}{{ message.content | tojson }}{{ eos_token }}{% endgeneration %}
@@ -60,7 +65,7 @@ def their_tokenizer(template: str):
 
     special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     theirs = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(chat_tokenizer().text), **special
+        tokenizer_object=Tokenizer.from_str(chat_tokenizer().json_text), **special
     )
     theirs.chat_template = template
     return theirs
@@ -78,7 +83,7 @@ def test_text_and_ids_equal_transformers(template, talk, answer, system):
     theirs, ours = their_tokenizer(template), Conversation(chat_tokenizer(), template)
     messages = [{"role": "system", "content": "Sei höflich."}] * system + messages_of(TALKS[talk])
     text = theirs.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
-    assert render(template, messages, add_generation_prompt=answer, **ours.ends) == text
+    assert render(template, messages, add_generation_prompt=answer, **ours.boundary_tokens) == text
     ids = theirs.apply_chat_template(messages, add_generation_prompt=answer, return_dict=False)
     assert ours.encode(messages, answer) == ids
     assert len(ids) > 5 or not answer
@@ -95,21 +100,18 @@ def test_text_and_ids_equal_transformers(template, talk, answer, system):
     ],
 )
 def test_special_tokens_in_what_is_typed_stay_text(template, typed):
-    """So there are as many special tokens as without them, and the text comes back as it was typed."""
+    """There are as many special tokens as without them, and the text decodes as it was typed."""
     conversation, tokenizer = Conversation(chat_tokenizer(), template), chat_tokenizer()
     special = {
         tokenizer.backend.token_to_id(token)
         for token in ("<|im_start|>", "<|im_end|>", "<|start|>", "<|sep|>")
     }
-    ids, harmless = (
-        conversation.encode(messages_of([typed])),
-        conversation.encode(messages_of(["x"])),
-    )
+    ids = conversation.encode(messages_of([typed]))
+    harmless = conversation.encode(messages_of(["x"]))
     assert [i for i in ids if i in special] == [i for i in harmless if i in special]
     assert typed in tokenizer.backend.decode(ids, skip_special_tokens=False)
-    assert not tokenizer.backend.decode(
-        [i for i in ids if i not in special], skip_special_tokens=False
-    ).count("\ue002")
+    plain = [i for i in ids if i not in special]
+    assert "\ue002" not in tokenizer.backend.decode(plain, skip_special_tokens=False)
 
 
 def test_an_answer_ends_where_the_template_says():
@@ -120,17 +122,17 @@ def test_an_answer_ends_where_the_template_says():
     assert Conversation(ByteTokenizer(), None).stop_ids == ()
 
 
-def test_a_template_that_refuses_says_why_and_the_message_is_taken_back(tmp_path):
-    with pytest.raises(UserError, match="refuses this conversation: no such role: poet"):
+def test_a_template_that_rejects_says_why_and_the_message_is_taken_back(tmp_path):
+    with pytest.raises(UserError, match="rejects this conversation: no such role: poet"):
         render(MANNERS, [{"role": "poet", "content": "x"}], add_generation_prompt=True)
-    with pytest.raises(UserError, match="refuses this conversation"):
+    with pytest.raises(UserError, match="rejects this conversation"):
         render(
             "{{ messages[0].__class__.__mro__ }}{{ ''.__class__ }}{{ x.y }}",
             [{"role": "user", "content": "x"}],
         )
     checkpoint = load_checkpoint(write_checkpoint(tmp_path / "x.ckpt", tokenizer=chat_tokenizer()))
     checkpoint.chat_template = "{{ raise_exception('never') }}"
-    chat = Chat(checkpoint, SamplingParams())
+    chat = ChatSession(checkpoint, SamplingParams())
     with pytest.raises(UserError, match="never"):
         list(chat.answer("hello"))
     assert chat.conversation.messages == []
@@ -139,59 +141,53 @@ def test_a_template_that_refuses_says_why_and_the_message_is_taken_back(tmp_path
 def test_without_a_template_turns_are_lines():
     conversation = Conversation(ByteTokenizer(), None)
     for role, text in [("user", "Hi\nthere!"), ("assistant", "Hello."), ("user", "Bye")]:
-        conversation.say(role, text)
+        conversation.add(role, text)
     assert bytes(conversation.prompt(1000)[1:]).decode() == "A: Hi there!\nB: Hello.\nA: Bye\nB:"
     assert conversation.prompt(1000)[0] == 256
-    assert conversation.stops == ("\n",)
+    assert conversation.stop == ("\n",)
 
 
-def test_a_long_conversation_forgets_its_oldest_exchanges_and_keeps_the_system():
+def test_a_long_conversation_loses_its_oldest_exchanges_and_keeps_the_system():
     conversation = Conversation(chat_tokenizer(), CHATML)
-    conversation.say("system", "S")
+    conversation.add("system", "S")
     for n in range(20):
-        conversation.say("user", f"question {n}")
-        conversation.say("assistant", f"answer {n}")
-    conversation.say("user", "last")
-    whole = conversation.encode(conversation.messages)
-    ids = conversation.prompt(len(whole) // 2)
-    kept = int(
-        re.search(
-            r"question (\d+)", conversation.tokenizer.backend.decode(ids, skip_special_tokens=False)
-        )[1]
-    )
-    assert 5 < kept < 20
-    assert ids == conversation.encode(
-        [conversation.messages[0], *conversation.messages[1 + 2 * kept :]]
-    )
-    assert (
-        len(ids)
-        <= len(whole) // 2
-        < len(
-            conversation.encode([conversation.messages[0], *conversation.messages[2 * kept - 1 :]])
-        )
-    )
-    assert len(conversation.prompt(7)) == 7  # what does not fit at all keeps its end
+        conversation.add("user", f"question {n}")
+        conversation.add("assistant", f"answer {n}")
+    conversation.add("user", "last")
+    half = len(conversation.encode(conversation.messages)) // 2
+    ids = conversation.prompt(half)
+    text = conversation.tokenizer.backend.decode(ids, skip_special_tokens=False)
+    first = int(re.search(r"question (\d+)", text)[1])  # the first exchange that is left
+    assert 5 < first < 20
+
+    def ids_from(exchange: int) -> list[int]:
+        system, *others = conversation.messages
+        return conversation.encode([system, *others[2 * exchange :]])
+
+    assert ids == ids_from(first)
+    assert len(ids) <= half < len(ids_from(first - 1))
+    assert len(conversation.prompt(7)) == 7  # a message that is too long keeps its end
     assert len(conversation.messages) == 42
 
 
-def test_an_answer_is_what_the_model_writes_behind_the_prompt(tmp_path):
+def test_an_answer_is_what_the_model_generates_after_the_prompt(tmp_path):
     checkpoint = load_checkpoint(
         write_checkpoint(tmp_path / "x.ckpt", sampling=SamplingConfig(temperature=0.0))
     )
-    chat = Chat(checkpoint, SamplingParams(temperature=0.0, max_new_tokens=20))
-    said = "".join(chat.answer("Hello"))
+    chat = ChatSession(checkpoint, SamplingParams(temperature=0.0, max_new_tokens=20))
+    answer = "".join(chat.answer("Hello"))
     ids = torch.tensor([[256, *b"A: Hello\nB:"]])
     rows = generate.generate(checkpoint.model, ids, chat.params, 256)
     text = bytes(i for [i] in rows if i is not None).decode(errors="replace")
-    assert said == text.partition("\n")[0].lstrip()
+    assert answer == text.partition("\n")[0].lstrip()
     assert chat.conversation.messages == [
         {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": said.strip()},
+        {"role": "assistant", "content": answer.strip()},
     ]
 
 
 def test_commands(tmp_path):
-    chat = Chat(
+    chat = ChatSession(
         load_checkpoint(write_checkpoint(tmp_path / "x.ckpt")), SamplingParams(max_new_tokens=5)
     )
     list(chat.answer("Grüße"))
@@ -203,18 +199,23 @@ def test_commands(tmp_path):
         json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
         == chat.conversation.messages
     )
-    assert chat.command("/reset") == "forgotten"
+    assert chat.command("/reset") == "conversation cleared"
     assert chat.conversation.messages == []
-    for line, said in [("/temp -1", "temperature is -1.0"), ("/temp hot", "hot"), ("/seed x", "x"), ("/seed -2", "seed is -2"),
-                       (f"/save {tmp_path}/no/such", "No such file")]:  # fmt: skip
-        with pytest.raises(UserError, match=said):
+    for line, message in [
+        ("/temp -1", "temperature is -1.0"),
+        ("/temp hot", "hot"),
+        ("/seed x", "x"),
+        ("/seed -2", "seed is -2"),
+        (f"/save {tmp_path}/no/such", "No such file"),
+    ]:
+        with pytest.raises(UserError, match=message):
             chat.command(line)
     assert "/reset" in chat.command("/help")
     with pytest.raises(EOFError):
         chat.command("/quit")
 
 
-# ---- the terminal ----------------------------------------------------------------------------------------------------
+# ---- the terminal ----
 
 
 class Terminal:
@@ -228,46 +229,37 @@ class Terminal:
         }
         self.pid, self.file = pty.fork()
         if self.pid == 0:
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # what was started in the background ignores it, and so would its children
+            # A process started in the background ignores SIGINT, and so would its children
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.chdir(folder)
-            command = [
-                sys.executable,
-                str(ROOT / "infer.py"),
-                "--chat",
-                "--ckpt",
-                "x.ckpt",
-                "--device",
-                "cpu",
-                *args,
-            ]
+            command = [sys.executable, str(ROOT / "infer.py"), "--chat"]
+            command += ["--ckpt", "x.ckpt", "--device", "cpu", *args]
             os.execve(sys.executable, command, environment)
         self.text = ""
 
     def read_until(self, pattern: str, seconds: float = 60) -> str:
-        """What comes up to the end of the pattern; fails with what there was."""
+        """Return the output up to the end of the pattern; fail with what there is instead."""
         end = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.text, re.DOTALL)):
+        while not (match := re.search(pattern, self.text, re.DOTALL)):
             ready, _, _ = select.select([self.file], [], [], max(0, end - time.monotonic()))
             try:
                 assert ready, f"no {pattern!r} in {self.text[-2000:]!r}"
                 self.text += os.read(self.file, 65536).decode(errors="replace")
             except OSError:  # the terminal's other side is closed
                 raise AssertionError(f"ended without {pattern!r}: {self.text[-2000:]!r}") from None
-        seen, self.text = self.text[: found.end()], self.text[found.end() :]
+        seen, self.text = self.text[: match.end()], self.text[match.end() :]
         return seen
 
     def type(self, text: str) -> None:
         os.write(self.file, text.encode())
 
     def press(self, key: str) -> None:
-        """A key for readline, which shows a prompt just before it listens."""
+        """Press a key for readline, which shows its prompt just before it listens."""
         time.sleep(0.5)
         self.type(key)
 
     def status(self) -> int:
-        """The exit status, once it has ended."""
+        """Wait for the end of the program; return its exit status."""
         for _ in range(300):
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -281,21 +273,17 @@ class Terminal:
         raise AssertionError("it did not end")
 
 
-ENDLESS = SamplingConfig(
-    temperature=0.0,
-    logit_bias=(
-        (10, -1e9),
-        (256, -1e9),
-        *((i, -1e9) for i in range(32)),
-        *((i, -1e9) for i in range(127, 256)),
-    ),
-)
+# Only printable ASCII, and no token that ends an answer
+EXCLUDED = [10, 256, *range(32), *range(127, 256)]
+ENDLESS = SamplingConfig(temperature=0.0, logit_bias=tuple((i, -1e9) for i in EXCLUDED))
 
 
 def test_a_conversation_on_a_terminal(tmp_path):
     write_checkpoint(tmp_path / "x.ckpt", sampling=ENDLESS)
     checkpoint = load_checkpoint(tmp_path / "x.ckpt")
-    chat = Chat(checkpoint, generate.merge_sampling_params({"max_new_tokens": 9}, checkpoint))
+    chat = ChatSession(
+        checkpoint, generate.merge_sampling_params({"max_new_tokens": 9}, checkpoint)
+    )
     terminal = Terminal(tmp_path, "--max-new-tokens", "9")
     terminal.read_until("/quit.*> ")
     for line in ("Hello", "and so on"):
@@ -333,34 +321,22 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
 def test_lines_from_a_pipe_are_answered_and_the_answers_alone_come_out(
     tmp_path, capsys, monkeypatch
 ):
-    import io
-
     write_checkpoint(tmp_path / "x.ckpt", sampling=ENDLESS)
     checkpoint = load_checkpoint(tmp_path / "x.ckpt")
-    chat = Chat(checkpoint, generate.merge_sampling_params({"max_new_tokens": 9}, checkpoint))
+    chat = ChatSession(
+        checkpoint, generate.merge_sampling_params({"max_new_tokens": 9}, checkpoint)
+    )
     lines = ["Hello", "NUL \0 and عربي 😀", "a half \udcff"]
     expected = ["".join(chat.answer(line.replace("\udcff", "\ufffd"))) for line in lines]
     raw = "\n".join(["", *lines, "/reset", ""]).encode(errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
-    assert (
-        infer.main(
-            [
-                "--chat",
-                "--ckpt",
-                str(tmp_path / "x.ckpt"),
-                "--device",
-                "cpu",
-                "--max-new-tokens",
-                "9",
-            ]
-        )
-        == 0
-    )
-    said = capsys.readouterr()
-    assert said.out == "".join(text + "\n" for text in expected)
-    assert said.err.endswith("forgotten\n")
+    options = ["--ckpt", str(tmp_path / "x.ckpt"), "--device", "cpu", "--max-new-tokens", "9"]
+    assert infer.main(["--chat", *options]) == 0
+    output = capsys.readouterr()
+    assert output.out == "".join(text + "\n" for text in expected)
+    assert output.err.endswith("conversation cleared\n")
 
 
 def test_chat_with_a_prompt_is_a_mistake(tmp_path):
-    with pytest.raises(UserError, match="--chat answers to what is typed"):
+    with pytest.raises(UserError, match="--chat answers typed messages"):
         infer.main(["--chat", "--prompt", "x"])

@@ -1,7 +1,6 @@
-"""Small random models, their transformers twins, and how far two results are apart."""
+"""Small random models, the Llama of transformers with the same weights, and their gradients."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,46 +9,57 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model import ModelConfig, Transformer
 from pocketlm.model.loss import cross_entropy
 
-T = 13  # odd, so that no kernel's block divides it
+T = 13  # tokens of a row; odd, so that no kernel's block size divides it
+
+TINY: dict[str, Any] = dict(
+    vocab_size=61, max_seq_len=T, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2
+)
+
+# Document ids of two rows of T tokens, of three and of two documents.
+PACKED = torch.tensor([[4] * 5 + [9] * 6 + [2] * 2, [0] * 1 + [1] * 12])
 
 
-TINY = dict(vocab_size=61, max_seq_len=T, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2)
+@torch.no_grad()
+def randomise_weights(model: Transformer) -> None:
+    """Move every parameter, gains too, far enough from its initial value to matter."""
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=p.size(1) ** -0.5)
+        else:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
 
 
 def random_model(seed: int = 0, **sizes: Any) -> Transformer:
-    """A tiny model whose every parameter, gains too, is far enough from its initial value to matter."""
+    """Return a tiny model with random weights; `sizes` change the config."""
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**TINY | sizes))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=p.size(1) ** -0.5) if p.dim() == 2 else torch.nn.init.uniform_(
-            p, 0.5, 1.5
-        )
+    randomise_weights(model)
     return model
 
 
 def random_ids(batch: int = 2, length: int = T, vocab_size: int = TINY["vocab_size"]) -> Tensor:
+    """Return the same random token ids (batch, length) every time."""
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 def mean_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Nats a token of predicting each next token, by our loss."""
+    """Return our cross-entropy of each next token, in nats per token."""
     targets = ids[:, 1:]
     return cross_entropy(logits[:, :-1], targets) / targets.numel()
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the gradients by the names of our parameters."""
     return {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Length of the difference, in units of the reference's length."""
+    """Return the norm of the difference, relative to the norm of `theirs`."""
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-# ---- Hugging Face's Llama ----
-
-
 def llama_config(config: ModelConfig) -> LlamaConfig:
+    """Return the config of transformers for the same model."""
     return LlamaConfig(
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_seq_len,
@@ -67,7 +77,7 @@ def llama_config(config: ModelConfig) -> LlamaConfig:
 
 
 def reference_of(model: Transformer) -> LlamaForCausalLM:
-    """Hugging Face's model with the same weights, copied by name."""
+    """Return the Llama of transformers with the same weights, copied by name."""
     reference = LlamaForCausalLM(llama_config(model.config))
     theirs = {name.removeprefix("model."): p for name, p in reference.named_parameters()}
     ours = dict(model.named_parameters())
@@ -76,41 +86,3 @@ def reference_of(model: Transformer) -> LlamaForCausalLM:
         for name, p in theirs.items():
             p.copy_(ours[name])
     return reference
-
-
-class Precision(NamedTuple):
-    """What our model computes in, and how far it may be from the reference: relative errors, and nats in ten steps."""
-
-    dtype: torch.dtype
-    logits: float
-    loss: float
-    gradients: float
-    ten_losses: float
-
-
-# 1e-5: some 100 roundings (6e-8 each) in another order; the loss is a mean, in which they cancel. Ten steps: Adam divides
-# by the gradient's size, so that roundings of small entries count in full
-FLOAT32 = Precision(torch.float32, logits=1e-5, loss=2e-6, gradients=1e-5, ten_losses=1e-4)
-
-
-# 1e-9: far above float64's rounding, far below what anything left in float32 would show (1e-7)
-FLOAT64 = Precision(torch.float64, logits=1e-9, loss=1e-9, gradients=1e-9, ten_losses=1e-9)
-
-
-def ten_losses(model: torch.nn.Module, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Losses before each of ten AdamW steps on one batch."""
-    ids = random_ids()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    losses = []
-    for _ in range(10):
-        loss = mean_loss(logits_of(ids), ids)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-PACKED = torch.tensor(
-    [[4] * 5 + [9] * 6 + [2] * 2, [0] * 1 + [1] * 12]
-)  # two rows of T tokens: 3 and 2 documents

@@ -1,80 +1,69 @@
-"""The numbers a run prints about itself."""
+"""The plan of a run: its table, its estimates, and the reasons for its choices."""
 
-import math
-from collections import Counter
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import train
 from model import Transformer
 from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sections import DataConfig
+from pocketlm.corpus.chunks import is_validation
 from pocketlm.data.prepare import prepare
+from pocketlm.hardware import devices
 from pocketlm.hardware.devices import Hardware
-from pocketlm.training import plan, verdict
+from pocketlm.training import plan
+from tests.support.training import TINY
 
 
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(
-        "the cat sat on the mat. the dog sat on the log. " * 20 + "a zebra!"
-    )
-    return prepare(DataConfig(path="text.txt", tokenizer="byte", val_share=0.1))
-
-
-def test_baselines_equal_plain_counting(data):
-    """The same three models written again with dictionaries, a token at a time."""
-    train, val = (part.shards[0].tokens.tolist() for part in (data.train, data.val))
-    vocab, unigrams, pairs, histories = (
-        257,
-        Counter(train),
-        Counter(zip(train, train[1:], strict=False)),
-        Counter(train[:-1]),
-    )
-    kinds = Counter(a for a, _ in pairs)
-    bits = dict.fromkeys(("uniform", "unigram", "bigram"), 0.0)
-    for a, b in zip(val, val[1:], strict=False):
-        p1 = (unigrams[b] + 1) / (len(train) + vocab)
-        p2 = (
-            max(pairs[a, b] - 0.75, 0) / histories[a] + 0.75 * kinds[a] / histories[a] * p1
-            if histories[a]
-            else p1
-        )
-        for name, p in (("uniform", 1 / vocab), ("unigram", p1), ("bigram", p2)):
-            bits[name] -= math.log2(p)
-    assert verdict.baselines(data) == pytest.approx(
-        {name: value / data.val.n_bytes for name, value in bits.items()}, rel=1e-9
-    )
-
-
-def test_the_bigram_baseline_is_a_probability_distribution(data):
-    """Its probabilities over the vocabulary sum to one after every history, seen or not."""
-    train = data.train.shards[0].tokens
-    for history in (ord("t"), ord("z"), ord("Q")):
-        total = 0.0
-        for target in range(257):
-            data.val.shards[0].__dict__["tokens"] = np.array([history, target])
-            total += 2 ** (
-                -verdict.baselines(data)["bigram"] * data.val.n_bytes / data.val.n_targets
-            )
-        assert total == pytest.approx(1, abs=1e-9), (history, len(train))
+def printed_plan(capsys, *options: str) -> str:
+    """Return the plan of a dry run, its words one space apart."""
+    assert train.main(["--config", "config.yaml", *TINY, *options, "--dry-run"]) == 0
+    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
-    "train, val, best, word",
+    "rate, choice, reason",
     [
-        (3.0, 3.1, 3.1, "underfitting"),
-        (2.0, 3.0, 3.0, "Beginning to overfit"),
-        (1.0, 3.5, 3.0, "Overfitting"),
+        (1e5, "on", r"saves about \d+ minutes; takes up to \d+ s first"),
+        (1e15, "off", r"it would save about 0 s of this run and take up to \d+"),
     ],
+    ids=["a long run", "a short run"],
 )
-def test_the_verdict_tells_under_from_overfitting(train, val, best, word):
-    assert word in verdict.fit_sentence(train, val, best, 1.0)
+def test_the_plan_says_whether_the_step_is_compiled_and_why(
+    folder, monkeypatch, capsys, rate, choice, reason
+):
+    """By default, on a CPU: if the run would take long."""
+    monkeypatch.setattr(plan, "matmul_rate", lambda *_: rate)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name)
+    assert re.search(f"compile {choice}: {reason}", printed_plan(capsys))
+
+
+def test_the_plan_tells_of_characters_left_out_and_of_documents_that_do_not_fit(folder, capsys):
+    """The rare characters are digits; a row of 16 holds no line with two-digit numbers."""
+    shown = printed_plan(
+        capsys,
+        "data.tokenizer=char:12",
+        "data.separator=line",
+        "data.packing=padded",
+        "data.val_share=0.1",
+    )
+    lines = [
+        line for line in Path("text.txt").read_text().splitlines() if not is_validation(line, 0.1)
+    ]
+    different = len(set("".join(lines)))
+    assert (
+        f"the training text has {different} different characters; char:12 keeps the 10 most "
+        f"common, and the other {different - 10}"
+    ) in shown
+    too_long = sum(len(line) + 1 > 16 for line in lines)
+    assert (
+        f"{too_long} of {len(lines)} do not fit a row of 16 tokens: each is cut off there" in shown
+    )
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
@@ -82,9 +71,10 @@ def test_the_verdict_tells_under_from_overfitting(train, val, best, word):
 def test_the_seconds_outside_the_head_are_those_of_the_operations_that_a_step_does_there(
     monkeypatch, tie_embeddings, devices, accumulated
 ):
-    """A pass over all but the head, whose operations torch counts: weights' matmuls, and of attention's the half that is not future.
+    """Torch counts the operations of a pass over all but the head.
 
-    A device takes `micro_batch_size` rows a pass, and reaches half of the rate that a single matmul has been measured at.
+    They are the weights' matmuls, and the half of attention's that is not future. A device takes
+    `micro_batch_size` rows a pass, and reaches half of the measured rate of a single matmul.
     """
     sections = {
         "model": {"n_layers": 3, "d_model": 48, "tie_embeddings": tie_embeddings},
@@ -102,29 +92,26 @@ def test_the_seconds_outside_the_head_are_those_of_the_operations_that_a_step_do
     counts = counter.get_flop_counts()["Global"]
     matmuls, of_all_pairs = counts.pop(torch.ops.aten.mm), counts.pop(torch.ops.aten.bmm)
     assert not counts
-    asked = []
-    monkeypatch.setattr(plan, "matmul_rate", lambda *of: asked.append(of) or 1e9)
+    measured = []
+
+    def matmul_rate(accelerator: str, precision: str) -> float:
+        measured.append((accelerator, precision))
+        return 1e9
+
+    monkeypatch.setattr(plan, "matmul_rate", matmul_rate)
     seconds = plan.seconds_outside_head(config, Hardware("cpu", "bf16-mixed", False, {}))
-    assert asked == [("cpu", "bf16-mixed")]
-    assert seconds == pytest.approx(
-        7 * accumulated * (matmuls + of_all_pairs / 2) / 0.5e9, rel=1e-12
-    )
+    assert measured == [("cpu", "bf16-mixed")]
+    operations = 7 * accumulated * (matmuls + of_all_pairs / 2)
+    assert seconds == pytest.approx(operations / 0.5e9, rel=1e-12)
 
 
-def test_the_plan_states_counts_and_reasons(data):
+def test_the_plan_states_counts_and_reasons(folder):
+    data = prepare(DataConfig(path="text.txt", tokenizer="byte", val_share=0.1))
     config = config_from_dict({"data": {"tokenizer": "byte"}}).with_vocab_size(257)
-    hardware = Hardware(
-        "cpu", "32-true", False, {"accelerator": "why-a", "precision": "why-p", "compile": "why-c"}
-    )
-    table = plan.plan(config, data, hardware)
+    reasons = {"accelerator": "why-a", "precision": "why-p", "compile": "why-c"}
+    table = plan.plan(config, data, Hardware("cpu", "32-true", False, reasons))
     text = " ".join(str(cell) for column in table.columns for cell in column.cells)
-    for part in (
-        f"{config.model.n_parameters:,}",
-        f"{data.train.n_tokens:,} and {data.val.n_tokens:,}",
-        "why-a",
-        "why-p",
-        "why-c",
-        "GB",
-        "minutes",
-    ):
+    counts = [f"{config.model.n_parameters:,}"]
+    counts.append(f"{data.train.n_tokens:,} and {data.val.n_tokens:,}")
+    for part in (*counts, *reasons.values(), "GB", "minutes"):
         assert part in text

@@ -1,0 +1,131 @@
+"""The tokenizer of a GGUF file, which its keys `tokenizer.ggml.*` describe."""
+
+from typing import Any
+
+import gguf
+import tokenizers as hf
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from pocketlm.conversion.layout import Values, require_key
+from pocketlm.errors import UserError
+from pocketlm.tokenizer.bpe import JsonTokenizer
+from pocketlm.tokenizer.byte_level import byte_level_backend
+
+KEY_PREFIX = "tokenizer.ggml."
+
+# types of tokens in a vocabulary
+NORMAL = gguf.TokenType.NORMAL
+CONTROL = gguf.TokenType.CONTROL
+USER_DEFINED = gguf.TokenType.USER_DEFINED
+
+SPACE = "\u2581"  # SentencePiece's sign for a space
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# llama.cpp's name -> the splitting of a text before the merges
+SPLITTERS: dict[str, list[Any]] = {
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    "llama-bpe": [
+        pre_tokenizers.Split(hf.Regex(LLAMA3_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+
+
+def read_tokenizer(values: Values, name: str, origin: str) -> JsonTokenizer:
+    """Return the tokenizer of a file with these keys. Raises UserError."""
+    keys = {
+        key.removeprefix(KEY_PREFIX): value
+        for key, value in values.items()
+        if key.startswith(KEY_PREFIX)
+    }
+    tokens = require_key(keys, "tokens", list, origin)
+    types = keys.get("token_type") or [NORMAL] * len(tokens)
+    model = keys.get("model")
+    if model == "gpt2":
+        backend = byte_level_bpe(keys, tokens, origin)
+    elif model == "llama":
+        backend = sentencepiece_bpe(keys, tokens, types, origin)
+    else:
+        raise UserError(
+            f"{origin} has a tokenizer of type {model!r}; only gpt2 and llama can be converted"
+        )
+    backend.add_special_tokens(added_tokens(tokens, types, CONTROL))
+    backend.add_tokens(added_tokens(tokens, types, USER_DEFINED))
+    return JsonTokenizer(backend.to_str(), name, keys.get("bos_token_id"), keys.get("eos_token_id"))
+
+
+def added_tokens(tokens: list[str], types: list[int], wanted: int) -> list[hf.AddedToken]:
+    """Return the tokens of one type."""
+    return [
+        hf.AddedToken(token, normalized=False)
+        for token, token_type in zip(tokens, types, strict=True)
+        if token_type == wanted
+    ]
+
+
+def byte_level_bpe(keys: Values, tokens: list[str], origin: str) -> hf.Tokenizer:
+    """Return a BPE as GPT-2's, with the splitting that the file names."""
+    splitter = keys.get("pre")
+    if splitter not in SPLITTERS:
+        raise UserError(
+            f"{origin} splits text by the method {splitter!r}; "
+            f"only {', '.join(SPLITTERS)} can be converted"
+        )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for merge in require_key(keys, "merges", list, origin):
+        left, right = merge.split(" ")
+        merges.append((left, right))
+    model = models.BPE(vocab=vocab, merges=merges, ignore_merges=splitter == "llama-bpe")
+    backend = byte_level_backend(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(SPLITTERS[splitter])
+    return backend
+
+
+def sentencepiece_bpe(
+    keys: Values, tokens: list[str], types: list[int], origin: str
+) -> hf.Tokenizer:
+    """Return a BPE with a list of merges that is equivalent to SentencePiece's BPE.
+
+    SentencePiece joins any two neighbours that make a token, the highest score first.
+    """
+    scores = require_key(keys, "scores", list, origin)
+    pieces = {
+        token: score
+        for token, score, token_type in zip(tokens, scores, types, strict=True)
+        if token_type == NORMAL
+    }
+    merges = []
+    for token in sorted(pieces, key=lambda token: pieces[token], reverse=True):
+        for middle in range(1, len(token)):
+            left, right = token[:middle], token[middle:]
+            if left in pieces and right in pieces:
+                merges.append((left, right))
+    model = models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges,
+        unk_token=tokens[keys.get("unknown_token_id", 0)],
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    backend = hf.Tokenizer(model)
+    to_signs: list[Any] = [normalizers.Replace(" ", SPACE)]
+    to_text: list[Any] = [
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
+    if keys.get("add_space_prefix", True):
+        to_signs.insert(0, normalizers.Prepend(SPACE))
+        to_text.append(decoders.Strip(" ", 1, 0))
+    backend.normalizer = normalizers.Sequence(to_signs)
+    backend.decoder = decoders.Sequence(to_text)
+    return backend

@@ -1,0 +1,6 @@
+"""Everything that talks to the Hugging Face hub: the rows of datasets, and tokenizers by name.
+
+The libraries wait and retry for minutes if the hub is unreachable, so one short request precedes
+them (availability.py). If it gets no answer, the copy that an earlier run downloaded is used; if
+the hub refuses, a UserError says why (messages.py). No code from the hub is ever executed.
+"""

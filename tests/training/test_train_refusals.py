@@ -1,0 +1,131 @@
+"""Runs that cannot be: each is refused in one sentence, and no file of an earlier run is lost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pocketlm.checkpoint.runs import Run
+from pocketlm.errors import UserError
+from tests.support.training import STREAM, TINY, checkpoint_bytes, run, run_stopped_after
+
+ROOT = Path(__file__).parents[2]
+CUDA = ["hardware.accelerator=cuda", "data.path=text.txt", "data.tokenizer=byte"]
+MISTAKES = {
+    "no config": (["--config", "none.yaml"], "there is no config none.yaml"),
+    "misspelt key": (["--config", "config.yaml", "training.lrr=1"], "did you mean lr"),
+    "no data": (["--config", "config.yaml", "data.path=missing.txt"], "missing.txt is not a file"),
+    "misspelt corpus": (["--config", "config.yaml", "data.source=wikki"], "did you mean wiki"),
+    "no device": (["--config", "config.yaml", *CUDA], "this machine has cpu"),
+}
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess, message: str) -> None:
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_status_2(folder, forked_commands, mistake):
+    arguments, message = MISTAKES[mistake]
+    if mistake == "no device" and torch.cuda.is_available():
+        arguments, message = [a.replace("cuda", "mps") for a in arguments], "this machine has"
+    assert_one_sentence(forked_commands.run(*arguments), message)
+
+
+def test_the_script_itself_exits_with_the_sentence_and_status_2(folder):
+    arguments, message = MISTAKES["no config"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True
+    )
+    assert_one_sentence(done, message)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["hardware.num_workers=60"],
+            "error: text.txt has too few documents to train on for 60 workers; "
+            "lower hardware.num_workers or",
+        ),
+        (["data.mixture=[{path: text.txt}]"], "path 'text.txt' and mixture are both set"),
+    ],
+    ids=["too many workers", "path and mixture"],
+)
+def test_a_stream_that_cannot_be_is_refused_in_one_sentence(
+    folder, forked_commands, options, message
+):
+    done = forked_commands.run("--config", "config.yaml", *TINY, *STREAM, *options)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert not list(Path("checkpoints").glob("*.ckpt"))
+
+
+def test_a_finished_run_and_one_with_another_config_are_refused_and_left_alone(finished):
+    before = checkpoint_bytes()
+    message = r"finished: 12 of 12 steps; raise training.max_steps.*--fresh.*run.name=NAME"
+    with pytest.raises(UserError, match=message):
+        run()
+    with pytest.raises(UserError, match=r"another config \(training.lr: 0.004 -> 0.001\).*--fresh"):
+        run("training.lr=1e-3")
+    assert checkpoint_bytes() == before
+
+
+def test_a_run_does_not_resume_on_a_text_that_has_changed(folder):
+    run_stopped_after(4)
+    (folder / "text.txt").write_text("something else. " * 100)
+    with pytest.raises(UserError, match=r"another config \(the tokens to train on\)"):
+        run()
+
+
+LINE_STREAM = ["data.streaming=true", "data.separator=line"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["data.eos=false", "sampling.prompts=['']"],
+            "sampling.prompts holds ''.*no token begins a document",
+        ),
+        (["training.max_epochs=1", *LINE_STREAM], "max_epochs is 1.*stream"),
+        (["data.tokenizer=seen-bytes", *LINE_STREAM], "streaming.*seen-bytes"),
+    ],
+    ids=["empty prompt", "epochs of a stream", "vocabulary of a stream"],
+)
+def test_a_run_that_no_data_allows_is_refused_in_a_sentence(folder, options, message):
+    with pytest.raises(UserError, match=message):
+        run(*options)
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_a_run_cannot_have_the_name_of_a_folder_of_tensorboard_files(folder, name):
+    with pytest.raises(UserError, match=f"'{name}' is the name of a folder of TensorBoard files"):
+        run(f"run.name={name}")
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [("gone.yaml", "cannot read the cases gone.yaml"), ("long.yaml", "'a' has 36 tokens")],
+)
+def test_probe_cases_that_cannot_be_scored_are_refused_before_the_first_step(folder, path, message):
+    Path("long.yaml").write_text(
+        "[{name: a, prompt: much longer than a row of sixteen, target: ' x'}]"
+    )
+    with pytest.raises(UserError, match=message):
+        run(f"training.probe_cases=[{path}]")
+    assert not list(Path("checkpoints").glob("*.ckpt"))
+
+
+def test_a_second_process_in_the_same_folder_is_refused(folder):
+    with (
+        Run("").lock(),
+        pytest.raises(UserError, match="another process is training in checkpoints"),
+    ):
+        run()
