@@ -18,9 +18,8 @@ from pathlib import Path
 
 from pocketlm.config.loading import load_config
 from pocketlm.data.datasets import JoinedDataset, PackedLMDataset, PaddedLMDataset
-from pocketlm.data.export import prepare_and_export
-from pocketlm.data.report import build_report
-from pocketlm.data.report_tables import print_report
+from pocketlm.data.prepare import prepare_and_export
+from pocketlm.data.report import build_report, print_report
 from pocketlm.data.streaming import StreamingPackedLMDataset
 from pocketlm.errors import run_main
 

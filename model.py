@@ -116,7 +116,7 @@ class KVCache:
     """Keys and values of the tokens so far, preallocated and owned by the caller.
 
     keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled.
-    `SlotCache` in pocketlm/inference/cache.py has rows of different lengths.
+    `SlotCache` in pocketlm/inference/backend.py has rows of different lengths.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ from pocketlm.config.sections import DataConfig, SourceConfig
 from pocketlm.corpus.chunks import Split, single_document_bytes, split_source
 from pocketlm.corpus.pieces import FirstDocuments, Source
 from pocketlm.corpus.sources import open_source
+from pocketlm.data.bin_files import write_bin
 from pocketlm.data.shard_builder import BuildSettings, ShardBuilder, hold_lock, holds_tokens
 from pocketlm.data.shards import TokenShard
 from pocketlm.errors import UserError
@@ -233,3 +234,21 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except Exception:  # the tokenizers library raises the bare class
         pass
     raise UserError(f"the tokenizer {path} is damaged; delete it to train it again")
+
+
+def prepare_and_export(data: DataConfig, program: str | None, folder: Path) -> PreparedData:
+    """Prepare the data, and write train.bin and val.bin for a program, nanogpt or llmc, if any.
+
+    Raises UserError, before anything is prepared, for data that has no single file of tokens.
+    """
+    if program and data.mixture:
+        raise UserError(
+            "a mixture is drawn row by row while training; export its sources one at a time"
+        )
+    if program and data.streaming:
+        raise UserError("a stream keeps no tokens to export; set data.streaming to false")
+    prepared = prepare(data)
+    if program:
+        write_bin(folder / "train.bin", prepared.train.shards[0], program)
+        write_bin(folder / "val.bin", prepared.val.shards[0], program)
+    return prepared

@@ -33,8 +33,7 @@ from pocketlm.evaluation.likelihood import (
     query_likelihoods,
     split_at_common_start,
 )
-from pocketlm.inference.generate import generate
-from pocketlm.inference.text import until_stop
+from pocketlm.inference.generate import generate, until_stop
 from pocketlm.tokenizer.streaming import stream_text
 
 Scored = list[tuple[float, bool]]  # log-probability of each continuation; does greedy write it?

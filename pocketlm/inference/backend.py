@@ -7,15 +7,89 @@ The native backend (native.py) is several times faster than torch on a small mod
 and a C compiler. Its logits differ from torch's by rounding only: sums run in another order.
 """
 
+import math
+from mmap import mmap
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from model import Transformer
+from model import KVCache, ModelConfig, Transformer
 from pocketlm.config.sampling import SamplingParams
-from pocketlm.inference.cache import SlotCache
 from pocketlm.inference.sampling import sample_in_torch
+
+
+class SlotCache(KVCache):
+    """A KV cache of `n_slots` slots with lengths of their own.
+
+    A decoding step appends one token to each of the first slots; `slot` is for a prefill.
+
+    lengths: (n_slots,) on the CPU; the first lengths[b] positions of slot b are filled.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_slots: int,
+        max_len: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        super().__init__(config, n_slots, max_len, dtype=dtype, device=device)
+        self.lengths = torch.zeros(n_slots, dtype=torch.long)
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return zeros; on a CPU they are anonymous pages that take memory only when written.
+
+        Most sequences never fill their slot, so most of a large cache is never allocated.
+        """
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        pages = mmap(-1, math.prod(shape) * dtype.itemsize)
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+    # ---- a decoding step: one token for each of the first slots ----
+
+    def begin_step(self, n: int) -> Tensor:
+        """Prepare for one token in each of the first n slots; return their positions (n, 1)."""
+        self.positions = self.lengths[:n].to(self.keys.device)  # (n,)
+        self.length = int(self.lengths[:n].max())
+        return self.positions[:, None]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        n, end = k.size(0), self.length + 1
+        slots = torch.arange(n, device=k.device)
+        self.keys[layer, slots, :, self.positions] = k[:, :, 0]
+        self.values[layer, slots, :, self.positions] = v[:, :, 0]
+        return self.keys[layer, :n, :, :end], self.values[layer, :n, :, :end]
+
+    def mask(self, T: int) -> Tensor:
+        """Return (n, 1, 1, S): each slot attends to its filled positions and its new token."""
+        columns = torch.arange(self.length + T, device=self.keys.device)
+        return (columns <= self.positions[:, None])[:, None, None]
+
+    def advance(self, T: int) -> None:
+        self.lengths[: len(self.positions)] += T
+
+    # ---- single slots ----
+
+    def slot(self, b: int) -> KVCache:
+        """Return slot b as a cache of batch size 1 that shares its memory."""
+        view = object.__new__(KVCache)
+        view.keys = self.keys[:, b : b + 1]
+        view.values = self.values[:, b : b + 1]
+        view.length = int(self.lengths[b])
+        return view
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the filled part of one slot over another."""
+        length = int(self.lengths[source])
+        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
+        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        self.lengths[target] = length
+
 
 Chunk = tuple[int, list[int]]  # a slot, and prompt tokens to append to it
 

@@ -29,8 +29,7 @@ from torch import Tensor
 from model import Transformer
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import FieldError, UserError
-from pocketlm.inference.backend import Chunk, DecodeBackend
-from pocketlm.inference.cache import SlotCache
+from pocketlm.inference.backend import Chunk, DecodeBackend, SlotCache
 from pocketlm.inference.native import select_backend
 from pocketlm.inference.sampling import log_probabilities, sample
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from model import Transformer
 from pocketlm.config.sampling import SamplingParams
-from pocketlm.inference.backend import Chunk, DecodeBackend, TorchBackend
-from pocketlm.inference.cache import SlotCache
+from pocketlm.inference.backend import Chunk, DecodeBackend, SlotCache, TorchBackend
 from pocketlm.inference.native_library import (
     INT4,
     INT8,

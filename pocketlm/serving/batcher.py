@@ -29,7 +29,7 @@ import torch
 
 from model import Transformer
 from pocketlm.inference.engine import Engine, GenerationRequest, Token
-from pocketlm.inference.text import TextDecoder
+from pocketlm.inference.generate import TextDecoder
 from pocketlm.serving.errors import EngineFailed, TooBusy
 from pocketlm.serving.limits import RETRY_AFTER_SECONDS, STREAM_INTERVAL_SECONDS
 from pocketlm.serving.metrics import ServerMetrics

@@ -83,7 +83,7 @@ def test_files_that_a_page_names_exist(page):
     folders = "pocketlm|benchmarks|tests|docs|presets|cases|examples"
     text = page.read_text()
     for path in re.findall(rf"`((?:{folders})/[\w/.]+\.(?:py|c|yaml|md|txt|ckpt))`", text):
-        assert (ROOT / path).exists(), f"{page.name}: there is no {path}"
+        assert "NAME" in path or (ROOT / path).exists(), f"{page.name}: there is no {path}"
 
 
 @pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/images/*")), ids=lambda p: p.name)

@@ -72,7 +72,7 @@ def test_a_cache_that_does_not_fit_names_the_option(monkeypatch: pytest.MonkeyPa
     def out_of_memory(*_: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr("pocketlm.inference.cache.mmap", out_of_memory)
+    monkeypatch.setattr("pocketlm.inference.backend.mmap", out_of_memory)
     options = ["--ckpt", MICROGPT, "--port", "0", "--device", "cpu", "--rows", "7"]
     expected = "not enough memory for 7 slots of 16 tokens: .*; lower --rows"
     with pytest.raises(UserError, match=expected):

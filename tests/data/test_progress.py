@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pocketlm.data.progress import TokenisingProgress
+from pocketlm.data.shard_builder import TokenisingProgress
 
 
 @pytest.mark.parametrize("terminal", [False, True])

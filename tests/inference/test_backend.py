@@ -6,8 +6,7 @@ from torch import Tensor
 
 from model import KVCache
 from pocketlm.config.sampling import SamplingParams
-from pocketlm.inference.backend import TorchBackend
-from pocketlm.inference.cache import SlotCache
+from pocketlm.inference.backend import SlotCache, TorchBackend
 from pocketlm.inference.engine import Engine, GenerationRequest
 from pocketlm.inference.native import NativeBackend
 from pocketlm.inference.native_library import NativeUnavailable, load_library

@@ -9,8 +9,7 @@ import torch
 from model import KVCache, Transformer
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import UserError
-from pocketlm.inference.backend import Chunk, TorchBackend
-from pocketlm.inference.cache import SlotCache
+from pocketlm.inference.backend import Chunk, SlotCache, TorchBackend
 from pocketlm.inference.engine import Engine, GenerationRequest, Token
 from pocketlm.inference.native import NativeBackend
 from tests.support.checkpoints import confident_model

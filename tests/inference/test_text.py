@@ -3,7 +3,7 @@
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pocketlm.inference.text import until_stop
+from pocketlm.inference.generate import until_stop
 
 pieces_of = st.lists(st.text(alphabet="abc\n", max_size=4), max_size=12)
 a_stop = st.text(alphabet="abc\n", min_size=1, max_size=4)

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from model import Transformer
 from pocketlm.errors import UserError
-from pocketlm.inference.backend import TorchBackend
-from pocketlm.inference.cache import SlotCache
+from pocketlm.inference.backend import SlotCache, TorchBackend
 from pocketlm.inference.native import NativeBackend
 from pocketlm.model.quantization import (
     PACKED_MATMUL_MAX_ROWS,
