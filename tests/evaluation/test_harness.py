@@ -15,7 +15,7 @@ from pocketlm.evaluation.cases import Case, load_suite
 from pocketlm.evaluation.results import evaluate
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
-from tests.support.lm_eval import OWN_SUITE, save_random
+from tests.support.lm_eval_tasks import OWN_SUITE, save_random
 
 ROOT = Path(__file__).parents[2]
 GRAMMAR = ROOT / "cases/grammar.yaml"

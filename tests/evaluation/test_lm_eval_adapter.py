@@ -29,7 +29,7 @@ from pocketlm.inference.generate import complete
 from pocketlm.tokenizer.base import END_OF_TEXT
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.bytes import ByteTokenizer
-from tests.support.lm_eval import OWN_SUITE, save_random
+from tests.support.lm_eval_tasks import OWN_SUITE, save_random
 from tests.support.models import reference_of
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@
 import pytest
 
 from pocketlm.tokenizer.base import Tokenizer
-from tests.support.tokenizers import KINDS, named
+from tests.support.tokenizer_kinds import KINDS, named
 
 
 @pytest.fixture(params=KINDS)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.tokenizers import BYTE_LEVEL, KINDS, SYMBOLS, WIDE, arrays, named
+from tests.support.tokenizer_kinds import BYTE_LEVEL, KINDS, SYMBOLS, WIDE, arrays, named
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.build import build_tokenizer
 from pocketlm.wheels import open_wheel
-from tests.support.tokenizers import DATA, named, wiki
+from tests.support.tokenizer_kinds import DATA, named, wiki
 
 
 class PlainGPT2:

@@ -11,7 +11,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from pocketlm.corpus.named import CORPORA
 from pocketlm.tokenizer.bpe import JsonTokenizer
-from tests.support.tokenizers import DATA, arrays, changed, named, trained
+from tests.support.tokenizer_kinds import DATA, arrays, changed, named, trained
 
 
 @cache

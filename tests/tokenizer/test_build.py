@@ -9,7 +9,7 @@ import tokenizers as hf
 from pocketlm.errors import UserError
 from pocketlm.tokenizer import build
 from pocketlm.tokenizer.build import build_tokenizer, from_state
-from tests.support.tokenizers import DATA, trained, word_level
+from tests.support.tokenizer_kinds import DATA, trained, word_level
 
 
 @pytest.mark.parametrize("name, words", [

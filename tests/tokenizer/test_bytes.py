@@ -14,7 +14,7 @@ from pocketlm.errors import UserError
 from pocketlm.tokenizer.build import build_tokenizer, from_state
 from pocketlm.tokenizer.bytes import ByteTokenizer, SeenBytesTokenizer
 from pocketlm.tokenizer.streaming import stream_text
-from tests.support.tokenizers import DATA, WIDE, arrays, stored
+from tests.support.tokenizer_kinds import DATA, WIDE, arrays, stored
 
 HANGUL = ["서연", "지우", "민준", "하윤 a"]
 

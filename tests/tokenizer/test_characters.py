@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.build import build_tokenizer, from_state
 from pocketlm.tokenizer.characters import CharTokenizer
-from tests.support.tokenizers import DATA, SYMBOLS, arrays, named
+from tests.support.tokenizer_kinds import DATA, SYMBOLS, arrays, named
 
 
 @settings(max_examples=50, deadline=None)

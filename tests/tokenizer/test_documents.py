@@ -8,7 +8,7 @@ from tokenizers import models, pre_tokenizers
 
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.build import build_tokenizer
-from tests.support.tokenizers import (
+from tests.support.tokenizer_kinds import (
     BYTE_LEVEL,
     DATA,
     ENDS,

@@ -8,7 +8,7 @@ import pytest
 from pocketlm.tokenizer.build import build_tokenizer, from_state
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
-from tests.support.tokenizers import DATA, ENDS, KINDS, OWN, SYMBOLS, named, stored, word_level
+from tests.support.tokenizer_kinds import DATA, ENDS, KINDS, OWN, SYMBOLS, named, stored, word_level
 
 
 def test_state_through_json_gives_the_same_tokenizer(tokenizer):

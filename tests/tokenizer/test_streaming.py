@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from pocketlm.tokenizer.build import build_tokenizer
 from pocketlm.tokenizer.streaming import stream_text
-from tests.support.tokenizers import BYTE_LEVEL, DATA, WIDE, named
+from tests.support.tokenizer_kinds import BYTE_LEVEL, DATA, WIDE, named
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)

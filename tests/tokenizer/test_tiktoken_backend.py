@@ -14,7 +14,7 @@ from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.build import build_tokenizer
 from pocketlm.tokenizer.byte_level import byte_letters, byte_level_backend
 from pocketlm.tokenizer.tiktoken_backend import SEPARATOR, may_have_wide_gap
-from tests.support.tokenizers import DATA, arrays, backend_ids, changed, named, trained, wiki
+from tests.support.tokenizer_kinds import DATA, arrays, backend_ids, changed, named, trained, wiki
 
 
 @pytest.mark.parametrize(
