@@ -37,7 +37,7 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Source:
-    """What a reader has found in a file, besides the tensors."""
+    """Contents of a model file besides its tensors."""
 
     origin: str  # the file or folder, for messages
     settings: Values  # our model section

@@ -143,7 +143,7 @@ def join_encoded(encoded: Iterable[tuple[Chunk, np.ndarray]], tokenizer: Tokeniz
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How shards are built. Nothing here changes the tokens."""
+    """Options of building shards. None of them changes the tokens."""
 
     batch_size: int = 2**20  # characters that a thread tokenises at a time, or ids of a token file
     journal_seconds: float = 2.0  # between two entries of the journal

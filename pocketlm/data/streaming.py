@@ -45,7 +45,7 @@ class StreamPosition:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """Which documents are streamed, and how their rows are shuffled."""
+    """Options of a stream: its documents, and how their rows are shuffled."""
 
     val_share: float = 0.0  # share of the documents that are left out, for validation
     seed: int = 0

@@ -97,10 +97,10 @@ def test_a_save_into_a_folder_that_is_not_there_says_so():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 is POSIX")
 def test_a_kill_at_any_point_of_a_save_leaves_the_old_file_or_the_new_one():
-    """Once the new file is there it stays. tests/support/killed_save.py says what it prints."""
+    """Once the new file is there it stays. tests/programs/killed_save.py says what it prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/support/killed_save.py"],
+        [sys.executable, ROOT / "tests/programs/killed_save.py"],
         env=environment,
         capture_output=True,
         text=True,

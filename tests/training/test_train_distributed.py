@@ -22,7 +22,7 @@ def run_script(
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     program = ROOT / "train.py"
     if interrupt:
-        program = ROOT / "tests/support/interrupted_train.py"
+        program = ROOT / "tests/programs/interrupted_train.py"
         environment["INTERRUPT"] = "{} {}".format(*map(int, interrupt))
     command = [sys.executable, program, "--config", "config.yaml", *TINY, *overrides]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
