@@ -47,7 +47,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        files = sorted([*Path().glob("*.yaml"), *Path("presets").glob("*.yaml")], key=str)
+        files = sorted([*Path().glob("[!.]*.yaml"), *Path("presets").glob("*.yaml")], key=str)
         by_stem = {file.stem: file for file in reversed(files)}
         similar = difflib.get_close_matches(path.stem, by_stem, n=1)
         hint = f"did you mean {by_stem[similar[0]]}? " if similar else ""

@@ -123,7 +123,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def fast_encoding(self) -> "tiktoken.Encoding | None":
-        """tiktoken encoding with the same ids, or None if tiktoken cannot express this BPE."""
+        """Encoding by tiktoken with the same ids, or None if tiktoken cannot express this BPE."""
         return equivalent_tiktoken(self.backend, self.name)
 
     def last_token_boundary(self, text: str) -> int:
