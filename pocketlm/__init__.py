@@ -1,0 +1,3 @@
+from pocketlm.instruction_sets import limit_libraries
+
+limit_libraries()  # before torch computes anything

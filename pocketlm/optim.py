@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from pocketlm.instruction_sets import multiplies_bfloat16
+
 MUON_MOMENTUM = 0.95  # Jordan et al. 2024
 
 # Liu et al. 2025 (arXiv 2502.16982): this makes the RMS of an update that of AdamW's.
@@ -120,11 +122,13 @@ class MuonAdamW(torch.optim.AdamW):
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     """Orthogonalise each matrix of (n, rows, cols): map U S V^T to about U V^T.
 
-    This is Muon's quintic Newton-Schulz iteration (Jordan et al. 2024) in bfloat16, or in float32
-    on MPS. With its coefficients, singular values end between about 0.67 and 1.15, not at 1.
+    This is Muon's quintic Newton-Schulz iteration (Jordan et al. 2024), in bfloat16 where the
+    device multiplies it and in float32 elsewhere. With its coefficients, singular values end
+    between about 0.67 and 1.15, not at 1.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    x: Tensor = matrices.float() if matrices.device.type == "mps" else matrices.bfloat16()
+    native = multiplies_bfloat16(matrices.device.type)
+    x: Tensor = matrices.bfloat16() if native else matrices.float()
     wide = x.size(-2) <= x.size(-1)
     x = x if wide else x.mT
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)

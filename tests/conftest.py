@@ -1,6 +1,10 @@
-"""Settings of every test: no hub, no skip that is not listed."""
+"""Settings of every test (no hub, no skip that is not listed), and commands in new processes."""
 
 import os
+
+import pytest
+
+from tests.support.forked_commands import ForkedCommands
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on each core
@@ -27,3 +31,11 @@ def pytest_sessionfinish(session, exitstatus):
     if skipped and os.environ.get("CI") and not hasattr(session.config, "workerinput"):
         print(f"\nskipped without being listed as skippable: {', '.join(skipped)}")
         session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def forked_commands():
+    """Commands of the project, each in a new process."""
+    commands = ForkedCommands(threads=int(os.environ["OMP_NUM_THREADS"]))
+    yield commands
+    commands.close()

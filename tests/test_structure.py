@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # from the ground up; a module imports from its own package and from those below
     {"errors"},
+    {"instruction_sets"},
     {"files", "wheels", "hub", "optim"},
     {"model"},
     {"config"},

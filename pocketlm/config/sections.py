@@ -100,8 +100,8 @@ class DataConfig(SourceConfig):
     # several sources at once: a list of the keys above, each with its weight; replaces the keys
     # above
     mixture: tuple[MixtureConfig, ...] = ()
-    # byte, seen-bytes, char, char:SIZE, bpe:SIZE, gpt2, a tokenizer.json, or a Hugging Face folder
-    # or name
+    # byte, seen-bytes, char, char:SIZE, bpe:SIZE, gpt2, gpt2:SIZE, a tokenizer.json, or a Hugging
+    # Face folder or name
     tokenizer: str = "gpt2"
     bos: bool | None = None  # begin-of-document token: true, false; None: if the tokenizer has one
     eos: bool | None = None  # end-of-document token: true, false; None: if the tokenizer has one

@@ -5,7 +5,6 @@ decides on torch.compile once the length of the run is known.
 """
 
 import os
-import platform
 import shutil
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ import torch
 from model import MPS_INNER_LIMIT, ModelConfig
 from pocketlm.config.sections import HardwareConfig
 from pocketlm.errors import UserError
+from pocketlm.instruction_sets import instruction_set, multiplies_bfloat16
 
 COMPILE_SECONDS = 25  # longest first compilation measured; 4 s when torch's cache still has it
 COMPILE_SAVES = 0.2  # share of the time outside the head; measured on a CPU: 0.13 to 0.27
@@ -66,23 +66,21 @@ def choose_precision(requested: str, accelerator: str) -> tuple[str, str]:
         )
     if requested != "auto":
         return requested, "as configured"
-    if accelerator == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16-mixed", "the GPU has bfloat16"
-        return "16-mixed", "the GPU has no bfloat16"
     if accelerator == "mps":
         return "32-true", "half precision is not faster on MPS, and its kernels have been wrong"
-    if has_bfloat16_cpu():
+    native = multiplies_bfloat16(accelerator)
+    if accelerator == "cuda":
+        if native:
+            return "bf16-mixed", "the GPU has bfloat16"
+        return "16-mixed", "the GPU has no bfloat16"
+    found = instruction_set().name
+    if native:
         return (
             "bf16-mixed",
-            "the CPU multiplies bfloat16 twice as fast; attention and sums stay in float32",
+            f"the CPU has {found}, which multiplies bfloat16 twice as fast; attention and sums "
+            "stay in float32",
         )
-    return "32-true", "the CPU has no bfloat16 instructions"
-
-
-def has_bfloat16_cpu() -> bool:
-    """Return whether the CPU multiplies bfloat16 natively (AVX512_BF16 or AMX)."""
-    return platform.machine() in ("x86_64", "AMD64") and torch.cpu._is_avx512_bf16_supported()
+    return "32-true", f"the CPU has {found}, which does not multiply bfloat16"
 
 
 def has_compiler() -> bool:

@@ -4,10 +4,11 @@ import torch
 
 from pocketlm.checkpoint.loading import Checkpoint
 from pocketlm.errors import UserError
-from pocketlm.hardware.devices import choose_accelerator, has_bfloat16_cpu
+from pocketlm.hardware.devices import choose_accelerator
 from pocketlm.hardware.measure import keep_freed_memory
 from pocketlm.hardware.mps_check import check_mps
 from pocketlm.inference.native import native_unavailable_reason
+from pocketlm.instruction_sets import multiplies_bfloat16
 from pocketlm.model.quantization import QUANTIZED_DTYPES, quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,5 +46,4 @@ def move_to_device(checkpoint: Checkpoint, device: str, dtype: str | None) -> st
 
 def quantized_activations(accelerator: str) -> torch.dtype:
     """Return the dtype of activations over quantised weights: bfloat16 where it is native."""
-    fast = accelerator == "cuda" or (accelerator == "cpu" and has_bfloat16_cpu())
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16(accelerator) else torch.float32

@@ -25,6 +25,7 @@ from pocketlm.wheels import open_wheel
 if TYPE_CHECKING:
     import tiktoken
 
+GPT2_SIZE = 50_257  # 256 bytes, 50,000 merges and <|endoftext|>
 BOUNDARY_TRIALS = 100  # spaces to try from the end of a text
 BOUNDARY_CONTEXT = 64  # characters on either side of a space that are encoded to test it
 
@@ -34,8 +35,10 @@ class JsonTokenizer(Tokenizer):
 
     kind = "json"
 
-    def __init__(self, json_text: str, name: str, bos_id: int | None, eos_id: int | None):
-        self.json_text, self.name, self.eos_id = json_text, name, eos_id
+    def __init__(
+        self, json_text: str, name: str, bos_id: int | None, eos_id: int | None, note: str = ""
+    ):
+        self.json_text, self.name, self.eos_id, self.note = json_text, name, eos_id, note
         # a single token for both ends is an eos that opens the next document
         self.bos_id = None if bos_id == eos_id else bos_id
         self.backend = hf.Tokenizer.from_str(json_text)
@@ -48,7 +51,13 @@ class JsonTokenizer(Tokenizer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # the library's own copies lose the settings of __init__
-        return JsonTokenizer, (self.json_text, self.name, self.bos_id, self.eos_id)
+        return JsonTokenizer, (
+            self.json_text,
+            self.name,
+            self.bos_id,
+            self.eos_id,
+            self.note,
+        )
 
     @classmethod
     def gpt2(cls, data_dir: str | Path) -> "JsonTokenizer":
@@ -59,7 +68,7 @@ class JsonTokenizer(Tokenizer):
         pairs = [line.split(" ") for line in lines if line]
         merges = [(left, right) for left, right in pairs]
         backend = byte_level_backend(models.BPE(vocab=vocab, merges=merges))
-        assert backend.get_vocab_size() == 50_257
+        assert backend.get_vocab_size() == GPT2_SIZE
         return cls(backend.to_str(), "gpt2", None, vocab[END_OF_TEXT])
 
     @classmethod
@@ -96,12 +105,11 @@ class JsonTokenizer(Tokenizer):
 
     def with_bos_eos(self, bos: bool | None, eos: bool | None) -> "JsonTokenizer":
         """Return this tokenizer with or without bos and eos; None leaves one as it is."""
-        return JsonTokenizer(
-            self.json_text,
-            self.name,
-            self._select("bos", bos, self.bos_id),
-            self._select("eos", eos, self.eos_id),
-        )
+        bos_id = self._select("bos", bos, self.bos_id)
+        eos_id = self._select("eos", eos, self.eos_id)
+        if (bos_id, eos_id) == (self.bos_id, self.eos_id):
+            return self
+        return JsonTokenizer(self.json_text, self.name, bos_id, eos_id, self.note)
 
     def _select(self, key: str, wanted: bool | None, token_id: int | None) -> int | None:
         """Return the id, or None if it is not wanted. Raises UserError if there is none to want."""
@@ -171,13 +179,14 @@ class JsonTokenizer(Tokenizer):
         return letter_bytes() if "ByteLevel" in kinds else {}
 
     def state(self) -> dict[str, Any]:
-        return {
+        state = {
             "kind": self.kind,
             "name": self.name,
             "json": self.json_text,
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
         }
+        return state | ({"note": self.note} if self.note else {})
 
 
 def read_settings(path: Path) -> dict[str, Any]:

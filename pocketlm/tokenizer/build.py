@@ -7,31 +7,35 @@ from typing import Any
 from pocketlm.errors import UserError
 from pocketlm.hub.tokenizers import hub_tokenizer
 from pocketlm.tokenizer.base import Tokenizer
-from pocketlm.tokenizer.bpe import JsonTokenizer
+from pocketlm.tokenizer.bpe import GPT2_SIZE, JsonTokenizer
 from pocketlm.tokenizer.bytes import ByteTokenizer, SeenBytesTokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
+from pocketlm.tokenizer.trimming import trim_vocabulary
+
+SIZED = ("char", "bpe", "gpt2")  # a name of these kinds may have a size: bpe:4096
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
     """Rebuild a tokenizer from its `state()`. Raises UserError for an unknown kind."""
     # the first checkpoints lack both keys, and always had eos
     bos, eos = state.get("bos", False), state.get("eos", True)
+    note = state.get("note", "")
     match state["kind"]:
         case "byte":
             return ByteTokenizer(bos, eos)
         case "seen-bytes":
             return SeenBytesTokenizer(bytes(state["seen"]), bos, eos)
         case "char":
-            note = state.get("note", "")
             return CharTokenizer(state["symbols"], bos, eos, state["name"], note)
         case "json":
-            return JsonTokenizer(state["json"], state["name"], state["bos_id"], state["eos_id"])
+            bos_id, eos_id = state["bos_id"], state["eos_id"]
+            return JsonTokenizer(state["json"], state["name"], bos_id, eos_id, note)
     raise UserError(f"unknown kind of tokenizer {state['kind']!r}; was it made by a newer version?")
 
 
 def is_trained(name: str) -> bool:
-    """Return whether the tokenizer of this name is trained on the training documents."""
-    return name in ("char", "seen-bytes") or name.startswith(("char:", "bpe:"))
+    """Return whether the tokenizer of this name depends on the training documents."""
+    return name in ("char", "seen-bytes") or name.startswith(tuple(f"{kind}:" for kind in SIZED))
 
 
 def build_tokenizer(
@@ -43,23 +47,20 @@ def build_tokenizer(
 ) -> Tokenizer:
     """Return the tokenizer of a name; one that is trained reads `train_texts`. Raises UserError.
 
-    The name is `byte`, `seen-bytes`, `char`, `char:SIZE`, `bpe:SIZE`, `gpt2`, a path, or a name on
-    the Hugging Face hub. `bos` and `eos` choose the special tokens around a document; None keeps
-    those that the tokenizer has, which is only eos for byte, char and bpe.
+    The name is `byte`, `seen-bytes`, `char`, `char:SIZE`, `bpe:SIZE`, `gpt2`, `gpt2:SIZE`, a path,
+    or a name on the Hugging Face hub. `bos` and `eos` choose the special tokens around a document;
+    None keeps those that the tokenizer has, which is only eos for byte, char, bpe and gpt2.
     """
     with_bos, with_eos = bool(bos), eos is not False
-    kind, colon, size = name.partition(":")
-    if colon and kind in ("char", "bpe"):
-        n_special = with_bos + with_eos
-        min_size = n_special + (2 if kind == "char" else 256)  # <unk> and a character, or all bytes
-        if not size.isdecimal() or int(size) < min_size:
-            raise UserError(
-                f"data.tokenizer {name!r}: write {kind}:SIZE with a size of {min_size} or more, "
-                f"for example {kind}:4096"
-            )
+    kind, colon, _ = name.partition(":")
+    if colon and kind in SIZED:
+        size = parse_size(name, with_bos + with_eos)
+        if kind == "gpt2":
+            gpt2 = JsonTokenizer.gpt2(data_dir).with_bos_eos(bos, eos)
+            return trim_vocabulary(gpt2, train_texts, size)
         if kind == "bpe":
-            return JsonTokenizer.train_bpe(train_texts, int(size), with_bos, with_eos)
-        return CharTokenizer.train(train_texts, with_bos, with_eos, int(size))
+            return JsonTokenizer.train_bpe(train_texts, size, with_bos, with_eos)
+        return CharTokenizer.train(train_texts, with_bos, with_eos, size)
     if name == "byte":
         return ByteTokenizer(with_bos, with_eos)
     if name == "seen-bytes":
@@ -72,9 +73,23 @@ def build_tokenizer(
         tokenizer = JsonTokenizer.from_file(Path(name))
     else:
         tokenizer = from_hub(name)
-    if bos is None and eos is None:
-        return tokenizer
     return tokenizer.with_bos_eos(bos, eos)
+
+
+def parse_size(name: str, n_special: int) -> int:
+    """Return the SIZE of `kind:SIZE`; `n_special` is the number of bos and eos. Raises UserError.
+
+    It is at least 256 bytes and <|endoftext|> for gpt2, <unk> and a character for char.
+    """
+    kind, _, size = name.partition(":")
+    least = {"gpt2": 257, "bpe": 256 + n_special, "char": 2 + n_special}[kind]
+    if size.isdecimal() and least <= int(size) and (kind != "gpt2" or int(size) <= GPT2_SIZE):
+        return int(size)
+    if kind == "gpt2":
+        wanted = f"from {least} to {GPT2_SIZE:,}, for example gpt2:16384"
+    else:
+        wanted = f"of {least} or more, for example {kind}:4096"
+    raise UserError(f"data.tokenizer {name!r}: write {kind}:SIZE with a size {wanted}")
 
 
 def from_hub(name: str) -> JsonTokenizer:
@@ -84,7 +99,7 @@ def from_hub(name: str) -> JsonTokenizer:
     except UserError as error:
         raise UserError(
             f"{error} (without the hub there are byte, seen-bytes, char, char:SIZE, bpe:SIZE, "
-            "gpt2 and the path of a tokenizer)"
+            "gpt2, gpt2:SIZE and the path of a tokenizer)"
         ) from error.__cause__
     return JsonTokenizer(
         tokenizer.backend_tokenizer.to_str(), name, tokenizer.bos_token_id, tokenizer.eos_token_id

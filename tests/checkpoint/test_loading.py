@@ -9,7 +9,9 @@ import torch
 from pocketlm.checkpoint.format import hash_weights, save_checkpoint
 from pocketlm.checkpoint.loading import best_checkpoint, load_checkpoint
 from pocketlm.errors import UserError
+from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.bytes import ByteTokenizer
+from pocketlm.tokenizer.characters import CharTokenizer
 from tests.support.checkpoints import tiny_checkpoint
 
 SIZES = {"tied": {}, "grouped": dict(tie_embeddings=False, n_kv_heads=1, rope_theta=500.0)}
@@ -73,6 +75,28 @@ def test_the_tokenizer_named_must_be_the_one_it_was_trained_with():
     assert load_checkpoint("x.ckpt", "byte").tokenizer.name == "byte"
     with pytest.raises(UserError, match="trained with the tokenizer 'byte', not 'bpe:300'"):
         load_checkpoint("x.ckpt", "bpe:300")
+
+
+def test_gpt2_also_names_a_trimmed_one_and_a_line_says_which_it_is(capsys):
+    state = tiny_checkpoint(vocab_size=300)[1]
+    trained = JsonTokenizer.train_bpe(["a cat"], 260)
+    state["kit"]["tokenizer"] = trained.state() | {"name": "gpt2:260"}
+    save_checkpoint(state, Path("x.ckpt"))
+    line = "x.ckpt: the tokenizer is gpt2:260, GPT-2's vocabulary trimmed to 260 of 50,257 tokens\n"
+    for name, err in (("gpt2", line), ("gpt2:260", ""), (None, "")):
+        assert load_checkpoint("x.ckpt", name).tokenizer.name == "gpt2:260"
+        assert capsys.readouterr().err == err
+    for other in ("byte", "gpt2:300"):
+        with pytest.raises(UserError, match=f"the tokenizer 'gpt2:260', not '{other}'"):
+            load_checkpoint("x.ckpt", other)
+
+
+def test_a_trained_tokenizer_may_be_named():
+    """It was refused: "trained with the tokenizer 'char', not 'char'"."""
+    state = tiny_checkpoint(vocab_size=9)[1]
+    state["kit"]["tokenizer"] = CharTokenizer("abc").state()
+    save_checkpoint(state, Path("x.ckpt"))
+    assert load_checkpoint("x.ckpt", "char").tokenizer.symbols == "abc"
 
 
 # ---- the best checkpoint ----

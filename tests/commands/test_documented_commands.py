@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forked_commands import ForkedCommands
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "training.max_steps=3",
@@ -79,18 +81,13 @@ def shortened(words: list[str]) -> list[str]:
     return words
 
 
-def run_python(command: str, folder: Path) -> None:
+def run_python(command: str, folder: Path, commands: ForkedCommands) -> None:
     """Run a command of the project, which has to succeed and print a result."""
     words = shlex.split(command)
     assert words[0] == "python", f"no way to run {command!r} is known"
-    done = subprocess.run(
-        [sys.executable, *shortened(words)[1:]],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    _, program, *arguments = shortened(words)
+    with contextlib.chdir(folder):
+        done = commands.run(*arguments, program=program)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert done.stdout.strip()
 
@@ -134,7 +131,9 @@ def run_tensorboard(command: str, folder: Path) -> None:
     assert "loss/bits_per_byte" in tags
 
 
-def run_documented(document: str, folder: Path, ran: set[str]) -> None:
+def run_documented(
+    document: str, folder: Path, ran: set[str], forked_commands: ForkedCommands
+) -> None:
     """Run a document's commands in order, except those in `ran`, and add them to it."""
     commands = commands_of(document)
     for i, command in enumerate(commands):
@@ -145,7 +144,7 @@ def run_documented(document: str, folder: Path, ran: set[str]) -> None:
         elif command.startswith("python serve.py"):
             run_server(command, commands[i + 1], folder)
         else:
-            run_python(command, folder)
+            run_python(command, folder, forked_commands)
         ran.add(command)
 
 
@@ -162,12 +161,12 @@ def test_the_four_commands_are_in_the_readme_word_for_word():
 
 
 @pytest.mark.slow
-def test_the_documented_commands_run_in_order(tmp_path):
+def test_the_documented_commands_run_in_order(tmp_path, forked_commands):
     """In one copy of the project: the README's, and then each document's that are new."""
     copy_project(tmp_path)
     ran: set[str] = set()
     for document in ("README.md", *DOCUMENTS):
-        run_documented(document, tmp_path, ran)
+        run_documented(document, tmp_path, ran, forked_commands)
     commands = {command.split()[1] for command in ran if command.startswith("python ")}
     assert commands >= {f"{name}.py" for name in COMMANDS}
 

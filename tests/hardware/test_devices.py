@@ -7,15 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from pocketlm import instruction_sets
 from pocketlm.config.loading import load_config
 from pocketlm.config.sections import HardwareConfig
 from pocketlm.errors import UserError
 from pocketlm.hardware import devices, measure
+from pocketlm.instruction_sets import INSTRUCTION_SETS
 from pocketlm.training import plan
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def use_instruction_set(monkeypatch):
+    """Make this CPU have the named instruction set, and no newer one."""
+
+    def use(name: str) -> None:
+        isa = INSTRUCTION_SETS[name]
+        monkeypatch.setattr(instruction_sets, "instruction_set", lambda: isa)
+        monkeypatch.setattr(devices, "instruction_set", lambda: isa)
+
+    return use
+
+
+@pytest.fixture
+def machine(monkeypatch, use_instruction_set):
     """Make this machine have the named devices and a CPU without bfloat16."""
 
     def has(*names: str, bf16: bool = True) -> None:
@@ -27,7 +41,7 @@ def machine(monkeypatch):
             "is_bf16_supported",
             lambda including_emulation=True: bf16 or including_emulation,
         )
-        monkeypatch.setattr(devices, "has_bfloat16_cpu", lambda: False)
+        use_instruction_set("avx2")
 
     has()
     return has
@@ -63,8 +77,8 @@ def test_a_gpu_without_bfloat16_gets_float16_with_loss_scaling(machine):
     assert choose() == ("cuda", "16-mixed", True)
 
 
-def test_a_cpu_with_bfloat16_uses_it(machine, monkeypatch):
-    monkeypatch.setattr(devices, "has_bfloat16_cpu", lambda: True)
+def test_a_cpu_with_bfloat16_uses_it(machine, use_instruction_set):
+    use_instruction_set("avx512_bf16")
     assert choose() == ("cpu", "bf16-mixed", False)
     assert choose("32-true") == ("cpu", "32-true", False)
 

@@ -1,24 +1,25 @@
-"""Commands of train.py in processes of their own, without importing torch for each of them.
+"""Commands in processes of their own, without importing torch for each of them.
 
-A server process imports train.py once, which takes seconds, and then forks a child for each
-command, which takes milliseconds. The server itself never trains, so that it has no threads, whose
-locks a fork would copy. A child is a new process in every respect that a run can notice: working
-directory, arguments, output files, signal handlers, exit status.
+A server process imports what the commands import, which takes seconds, and then forks a child for
+each command, which takes milliseconds. The server itself never trains, so that it has no threads,
+whose locks a fork would copy. A child is a new process in every respect that a run can notice:
+working directory, arguments, output files, signal handlers, exit status.
 
 The server reads a JSON object a line from its standard input, and answers with the exit status.
 """
 
+import atexit
+import gc
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import traceback
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
-
-import train
-from pocketlm.errors import run_main
-from tests.support.training import signal_after
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,10 +38,18 @@ class ForkedCommands:
         )
 
     def run(
-        self, *arguments: str, interrupt: tuple[int, int] | None = None
+        self,
+        *arguments: str,
+        program: str = "train.py",
+        interrupt: tuple[int, int] | None = None,
     ) -> subprocess.CompletedProcess:
-        """Run `train.py arguments` in the working directory; `interrupt` is a step and a signal."""
-        command = {"folder": os.getcwd(), "arguments": arguments, "interrupt": interrupt}
+        """Run `program arguments` in the working directory; `interrupt` is a step and a signal."""
+        command = {
+            "folder": os.getcwd(),
+            "program": str(ROOT / program),
+            "arguments": arguments,
+            "interrupt": interrupt,
+        }
         self.server.stdin.write(json.dumps(command) + "\n")
         self.server.stdin.flush()
         status = json.loads(self.server.stdout.readline())
@@ -54,6 +63,9 @@ class ForkedCommands:
 
 def serve() -> None:
     """Answer commands until the standard input ends."""
+    for name in ("data", "evaluate_checkpoints", "infer", "tests.support.training"):
+        import_module(name)
+    gc.freeze()  # a collection in a child would copy every page of the server
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -62,15 +74,39 @@ def serve() -> None:
         print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
 
 
-def run_command(folder: str, arguments: list[str], interrupt: list[int] | None) -> None:
+def run_command(
+    folder: str, program: str, arguments: list[str], interrupt: list[int] | None
+) -> None:
     """Run a command in this child process, and exit."""
+    from tests.support.training import signal_after  # imports train.py
+
     os.chdir(folder)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, name in ((1, "stdout.txt"), (2, "stderr.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["train.py", *arguments]
-    with signal_after(*interrupt) if interrupt else nullcontext():
-        run_main(train.main)
+    sys.argv = [program, *arguments]
+    status: int | str | None = 0
+    try:
+        with signal_after(*interrupt) if interrupt else nullcontext():
+            runpy.run_path(program, run_name="__main__")
+    except SystemExit as exit:
+        status = exit.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    leave(status)
+
+
+def leave(status: int | str | None) -> None:
+    """Exit as the interpreter does, without freeing every object, which copies its page first."""
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""Working directories for tiny runs, a run that many tests look at, and new processes."""
+"""Working directories for tiny runs, and a run that many tests look at."""
 
 import contextlib
 
 import pytest
-import torch
 
-from tests.support.forked_commands import ForkedCommands
 from tests.support.training import run, write_text_and_config
 
 
@@ -32,11 +30,3 @@ def finished(finished_folder, monkeypatch):
     """The finished run's folder as the working directory."""
     monkeypatch.chdir(finished_folder)
     return finished_folder
-
-
-@pytest.fixture(scope="session")
-def forked_commands():
-    """Commands of train.py, each in a new process."""
-    commands = ForkedCommands(torch.get_num_threads())
-    yield commands
-    commands.close()
