@@ -8,24 +8,36 @@
     python bench.py probes --cases cases/grammar.yaml         # probe scoring and a plain loop
     python bench.py generate --ckpt checkpoints/final.ckpt    # generation and transformers'
     python bench.py serve --ckpt checkpoints/final.ckpt       # the server: one client, 16 at once
+    python bench.py generate --ckpt checkpoints/final.ckpt --isa avx2 --isa avx512_bf16
 
+`--isa` makes all contenders keep to an instruction set, as on a CPU that has no more.
 Memory is the highest sum of the private (anonymous) memory of a process and its children, sampled
 while it runs. Contenders take turns, `--repeat` times; tables show the median and every run. Each
 benchmark is a file of benchmarks/.
 """
 
 import argparse
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from pocketlm.errors import run_main
+from pocketlm.errors import UserError, run_main
+from pocketlm.instruction_sets import (
+    INSTRUCTION_SETS,
+    LIBRARY_VARIABLES,
+    VARIABLE,
+    available_sets,
+)
 
 if TYPE_CHECKING:
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DTYPES = ["float32", "bfloat16", "int8", "int4"]
-WORKLOADS = ["alone", "batch", "first"]
+WORKLOADS = ["alone", "batch", "first", "start"]
 
 
 def lazily(module: str, function: str) -> Callable[[argparse.Namespace], int]:
@@ -52,13 +64,37 @@ def add_peer(command: argparse.ArgumentParser, metavar: str, help_text: str) -> 
 
 def add_work(command: argparse.ArgumentParser) -> None:
     """Add `--work`."""
-    command.add_argument("--work", help="folder for scratch files (default: the system's)")
+    command.add_argument("--work", type=folder, help="folder for scratch files (default: system's)")
+
+
+def folder(path: str) -> Path:
+    """Return the absolute path of a folder. Raises UserError if there is none."""
+    absolute = Path(path).expanduser().resolve()
+    if not absolute.is_dir():
+        raise UserError(f"--work {path} is not a folder; create it, or leave --work out")
+    return absolute
+
+
+def isa_parser() -> argparse.ArgumentParser:
+    """Return a parser of `--isa`, which may be repeated."""
+    parser = argparse.ArgumentParser(add_help=False)
+    names = ", ".join(INSTRUCTION_SETS)
+    parser.add_argument(
+        "--isa",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"instruction set of all contenders: {names} (default: what the CPU has)",
+    )
+    return parser
 
 
 def add_train(commands: "Commands") -> None:
     """Add `bench.py train`."""
     train = commands.add_parser(
-        "train", help="training speed, compared with other programs on the same shapes"
+        "train",
+        parents=[isa_parser()],
+        help="training speed, compared with other programs on the same shapes",
     )
     train.add_argument("--config", default="config.yaml")
     peers = "checkout of another program: nanogpt=PATH, llmc=PATH, litgpt=PATH; or transformers"
@@ -79,7 +115,9 @@ def add_train(commands: "Commands") -> None:
 def add_prepare(commands: "Commands") -> None:
     """Add `bench.py prepare`."""
     prepare = commands.add_parser(
-        "prepare", help="text to token shards, compared with datasets.map and nanoGPT; reading them"
+        "prepare",
+        parents=[isa_parser()],
+        help="text to token shards, compared with datasets.map and nanoGPT; reading them",
     )
     prepare.add_argument(
         "--mb", type=int, nargs="+", default=[10, 100], help="sizes of text in MB (default: 10 100)"
@@ -93,7 +131,9 @@ def add_prepare(commands: "Commands") -> None:
 def add_loader(commands: "Commands") -> None:
     """Add `bench.py loader`."""
     loader = commands.add_parser(
-        "loader", help="the loader alone, compared with the training that it feeds"
+        "loader",
+        parents=[isa_parser()],
+        help="the loader alone, compared with the training that it feeds",
     )
     loader.add_argument("--config", default="config.yaml")
     loader.add_argument(
@@ -117,7 +157,9 @@ def add_loader(commands: "Commands") -> None:
 def add_probes(commands: "Commands") -> None:
     """Add `bench.py probes`."""
     probes = commands.add_parser(
-        "probes", help="probe scoring, compared with a loop over the candidates"
+        "probes",
+        parents=[isa_parser()],
+        help="probe scoring, compared with a loop over the candidates",
     )
     probes.add_argument(
         "--ckpt", help="checkpoint (default: the default run's model with random weights)"
@@ -133,7 +175,9 @@ def add_probes(commands: "Commands") -> None:
 def add_generate(commands: "Commands") -> None:
     """Add `bench.py generate`."""
     generate = commands.add_parser(
-        "generate", help="generation, compared with transformers' generate on the same weights"
+        "generate",
+        parents=[isa_parser()],
+        help="generation, compared with transformers' generate on the same weights",
     )
     generate.add_argument("--ckpt", required=True)
     generate.add_argument(
@@ -147,7 +191,9 @@ def add_generate(commands: "Commands") -> None:
         help="transformers' dtypes (default: bfloat16)",
     )
     generate.add_argument(
-        "--torch", action="store_true", help="our decoding step in torch, in bfloat16, as well"
+        "--torch",
+        action="store_true",
+        help="our decoding step in torch as well, in bfloat16 where the CPU multiplies it",
     )
     generate.add_argument(
         "--works",
@@ -168,7 +214,9 @@ def add_generate(commands: "Commands") -> None:
 
 def add_serve(commands: "Commands") -> None:
     """Add `bench.py serve`."""
-    serve = commands.add_parser("serve", help="the server: one client, and many at once")
+    serve = commands.add_parser(
+        "serve", parents=[isa_parser()], help="the server: one client, and many at once"
+    )
     serve.add_argument("--ckpt", required=True)
     serve.add_argument("--dtypes", nargs="+", default=DTYPES[:3], choices=DTYPES)
     serve.add_argument(
@@ -181,6 +229,24 @@ def add_serve(commands: "Commands") -> None:
     serve.set_defaults(run=lazily("serve", "bench_serve"))
 
 
+def run_with_sets(names: list[str], arguments: list[str]) -> int:
+    """Run the benchmark in a new process for each instruction set. Raises UserError.
+
+    The libraries read the variables when a process begins to compute.
+    """
+    for variable in (VARIABLE, *LIBRARY_VARIABLES):
+        os.environ.pop(variable, None)  # --isa replaces what is set
+    available = [isa.name for isa in available_sets()]
+    for name in names:
+        if name not in available:
+            raise UserError(f"--isa {name}: this CPU has {', '.join(available)}; name one of these")
+    statuses = []
+    for name in names:
+        command = [sys.executable, __file__, *arguments]
+        statuses.append(subprocess.run(command, env=os.environ | {VARIABLE: name}).returncode)
+    return next(filter(None, statuses), 0)  # the first that is not zero
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description="Measure this program and compare it with others.")
@@ -188,6 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     for add in (add_train, add_prepare, add_loader, add_probes, add_generate, add_serve):
         add(commands)
     args = parser.parse_args(argv)
+    if args.isa:
+        _, others = isa_parser().parse_known_args(argv)
+        return run_with_sets(args.isa, others)
     status: int = args.run(args)
     return status
 

@@ -17,27 +17,30 @@ import argparse
 import glob
 import sys
 
-from pocketlm.checkpoint.format import known_checkpoints
-from pocketlm.checkpoint.loading import best_checkpoint
 from pocketlm.errors import UserError, run_main
-from pocketlm.evaluation.cases import (
-    Suite,
-    known_suites,
-    lint,
-    load_suite,
-    merge_suites,
-    read_blimp,
-)
-from pocketlm.evaluation.exports import (
-    plot_accuracies,
-    print_csv,
-    print_json,
-    print_markdown,
-    write_tensorboard,
-)
-from pocketlm.evaluation.results import Result, evaluate, summarise
-from pocketlm.evaluation.tables import print_tables
-from pocketlm.files import expand_globs
+from pocketlm.startup import fast_imports
+
+with fast_imports():
+    from pocketlm.checkpoint.format import known_checkpoints
+    from pocketlm.checkpoint.loading import best_checkpoint
+    from pocketlm.evaluation.cases import (
+        Suite,
+        known_suites,
+        lint,
+        load_suite,
+        merge_suites,
+        read_blimp,
+    )
+    from pocketlm.evaluation.exports import (
+        plot_accuracies,
+        print_csv,
+        print_json,
+        print_markdown,
+        write_tensorboard,
+    )
+    from pocketlm.evaluation.results import Result, evaluate, summarise
+    from pocketlm.evaluation.tables import print_tables
+    from pocketlm.files import expand_globs
 
 BROKEN = 1  # exit status if a checkpoint has numbers that are not finite
 INVALID = 2  # exit status if --validate-only finds a problem

@@ -17,14 +17,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pocketlm.checkpoint.loading import Checkpoint, best_checkpoint, load_checkpoint
-from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import FieldError, UserError, run_main
-from pocketlm.inference.chat import run_chat
-from pocketlm.inference.conversation import MAX_ANSWER_TOKENS
-from pocketlm.inference.generate import complete, merge_sampling_params
-from pocketlm.inference.placement import DTYPES, move_to_device
-from pocketlm.model.quantization import QUANTIZED_DTYPES
+from pocketlm.startup import fast_imports
+
+with fast_imports():
+    from pocketlm.checkpoint.loading import Checkpoint, best_checkpoint, load_checkpoint
+    from pocketlm.config.sampling import SamplingParams
+    from pocketlm.inference.chat import run_chat
+    from pocketlm.inference.conversation import MAX_ANSWER_TOKENS
+    from pocketlm.inference.generate import complete, merge_sampling_params
+    from pocketlm.inference.placement import DTYPES, move_to_device
+    from pocketlm.model.quantization import QUANTIZED_DTYPES
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -17,17 +17,20 @@ import signal
 import socket
 import sys
 
-import torch
-from prometheus_client import disable_created_metrics
-
-from pocketlm.checkpoint.loading import best_checkpoint, load_checkpoint
 from pocketlm.errors import UserError, run_main
-from pocketlm.inference.placement import DTYPES, move_to_device
-from pocketlm.model.quantization import QUANTIZED_DTYPES
-from pocketlm.serving.app import build_server
-from pocketlm.serving.limits import MAX_DEADLINE_SECONDS, MAX_QUEUE, MAX_SLOTS, ServerLimits
-from pocketlm.serving.middleware import allowed_hosts, is_loopback, url_host
-from pocketlm.serving.service import Service, describe_checkpoint
+from pocketlm.startup import fast_imports
+
+with fast_imports():
+    import torch
+    from prometheus_client import disable_created_metrics
+
+    from pocketlm.checkpoint.loading import best_checkpoint, load_checkpoint
+    from pocketlm.inference.placement import DTYPES, move_to_device
+    from pocketlm.model.quantization import QUANTIZED_DTYPES
+    from pocketlm.serving.app import build_server
+    from pocketlm.serving.limits import MAX_DEADLINE_SECONDS, MAX_QUEUE, MAX_SLOTS, ServerLimits
+    from pocketlm.serving.middleware import allowed_hosts, is_loopback, url_host
+    from pocketlm.serving.service import Service, describe_checkpoint
 
 KEY_VARIABLE = "SERVE_API_KEY"
 

@@ -122,6 +122,7 @@ def watch_memory() -> None:
 
 def main(out: str, arguments: list[str]) -> int:
     """Train with clocks and write the times."""
+    imports = private_memory(psutil.Process()) / 1e6
     watch_memory()
     clock_batches()
     clock_optimizer()
@@ -135,6 +136,7 @@ def main(out: str, arguments: list[str]) -> int:
         "steps": [after - before for before, after in zip(begins, begins[1:], strict=False)],
         "first": begins[0] - psutil.Process().create_time(),
         "megabytes": max(megabytes),
+        "imports": imports,
     }
     Path(out).write_text(json.dumps(times))
     return status

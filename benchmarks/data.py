@@ -5,7 +5,6 @@ training that it feeds.
 """
 
 import argparse
-import csv
 import hashlib
 import os
 import platform
@@ -13,7 +12,6 @@ import random
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,7 +20,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.measure import OUT, ROOT, Measured, commit_of, measure, parse_peers
+from benchmarks.configs import write_config
+from benchmarks.measure import OUT, ROOT, Measured, commit_of, machine, measure, parse_peers
+from benchmarks.train import our_run, prepare_task
 from pocketlm.corpus.named import CORPORA
 from pocketlm.errors import UserError
 from pocketlm.wheels import open_wheel
@@ -37,6 +37,8 @@ COLUMNS = [
     "tokens",
     "each, after imports",
 ]
+
+READ_SECONDS = 5.0  # how long the loader is read
 
 OURS = """
 import sys, time
@@ -190,9 +192,7 @@ def bench_prepare(args: argparse.Namespace) -> int:
     contenders["this, byte"] = workplace.contender(OURS, tokenizer="byte")
     contenders["this, gpt2"] = workplace.contender(OURS, tokenizer="gpt2")
     try:
-        OUT.print(
-            f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-        )
+        OUT.print(f"{machine()}, Python {platform.python_version()}")
         for megabytes in args.mb:
             synthesise(workplace.text, megabytes, workplace.cache)
             show(contenders, args.repeat, workplace.text.stat().st_size)
@@ -232,10 +232,11 @@ def print_reading(workplace: Workplace) -> None:
     settings = [
         f"data.path={workplace.text}",
         "data.separator=blank_line",
+        "data.tokenizer=gpt2",
         f"data.cache_dir={workplace.scratch}",
     ]
     for name, more in (("shards", []), ("a stream", ["data.streaming=true"])):
-        measured = read_alone(str(ROOT / "config.yaml"), [*settings, *more])
+        measured = read_alone(ROOT / "config.yaml", [*settings, *more], workplace.scratch)
         OUT.print(
             f"  reading {name}: {measured.tokens / measured.work_seconds / 1e6:.2f} M tokens/s, "
             f"{measured.megabytes:,.0f} MB private"
@@ -253,49 +254,35 @@ batches = iter(build_loaders(config, prepare(config.data))[0])
 next(batches)
 begin = time.perf_counter()
 tokens = 0
-while time.perf_counter() - begin < 5:
+while time.perf_counter() - begin < {seconds}:
     tokens += next(batches)["targets"].numel()
 print(time.perf_counter() - begin, tokens)
 """
 
 
-def read_alone(config: str, overrides: list[str]) -> Measured:
-    """Run the training loader of a config without training, for five seconds."""
-    code = READING.format(root=str(ROOT), config=config, overrides=overrides)
-    return measure([sys.executable, "-c", code], ROOT)
-
-
-def training_speed(config: str, overrides: list[str], steps: int, work: str | None) -> float:
-    """Return the median tokens per second of training for some steps."""
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        command = [
-            *(sys.executable, str(ROOT / "train.py"), "--config", config),
-            *overrides,
-            f"training.max_steps={steps}",
-            "training.log_every_steps=10",
-            f"training.val_every_steps={steps}",
-            'run.name=""',
-        ]
-        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if finished.returncode:
-            raise UserError(finished.stderr.strip().splitlines()[-1].removeprefix("error: "))
-        with (Path(folder) / "logs" / "metrics.csv").open(newline="") as file:
-            column = [row["perf/tokens_per_second"] for row in csv.DictReader(file)]
-    speeds = [float(speed) for speed in column if speed]
-    return statistics.median(speeds[2:])  # the first intervals warm up
+def read_alone(config: Path, overrides: list[str], folder: Path) -> Measured:
+    """Run the training loader of a config without training, for READ_SECONDS."""
+    values = {"root": str(ROOT), "config": str(config), "seconds": READ_SECONDS}
+    code = READING.format(overrides=overrides, **values)
+    return measure([sys.executable, "-c", code], folder)
 
 
 def bench_loader(args: argparse.Namespace) -> int:
     """Compare the loader alone with the training that it feeds, for each of `--workers`."""
-    config = str(Path(args.config).resolve())
-    overrides = [f"data.cache_dir={(ROOT / 'data').resolve()}", *args.overrides]
-    demand = training_speed(config, overrides, args.steps, args.work)
-    OUT.print(f"{args.config} {' '.join(args.overrides)}: training takes {demand:,.0f} tokens/s")
-    for workers in args.workers:
-        measured = read_alone(config, [*overrides, f"hardware.num_workers={workers}"])
-        rate = measured.tokens / measured.work_seconds
+    task = prepare_task(args.config, args.overrides)
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        seconds, _ = our_run(task, args.steps, Path(folder))
+        demand = task.tokens / statistics.median(seconds)
         OUT.print(
-            f"  the loader alone, {workers} workers: {rate:,.0f} tokens/s, "
-            f"{rate / demand:.0f} times"
+            f"{args.config} {' '.join(args.overrides)}, {machine()}: "
+            f"training takes {demand:,.0f} tokens/s"
         )
+        config = write_config(task.written, Path(folder))
+        for workers in args.workers:
+            measured = read_alone(config, [f"hardware.num_workers={workers}"], Path(folder))
+            rate = measured.tokens / measured.work_seconds
+            OUT.print(
+                f"  the loader alone, {workers} workers: {rate:,.0f} tokens/s, "
+                f"{rate / demand:.0f} times"
+            )
     return 0

@@ -3,11 +3,13 @@
 Greedy, from a prompt of 32 random tokens, whose prefill is part of the time. The batch is several
 such prompts; they reach the engine together. The prompt of 512 tokens is timed to its first new
 token. Contenders take turns, `--repeat` times; the table shows the median and every run. The limit
-is the time to read the weights once, at the bandwidth of a sum over 512 MB measured here.
+is the time to read the weights once, at the bandwidth of a sum over 512 MB measured here. The start
+is the time from the start of a process of infer.py to its first token.
 """
 
 import argparse
-import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +19,19 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import OUT
-from model import ModelConfig, Transformer
+from benchmarks.measure import OUT, ROOT, machine
+from model import ModelConfig
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import UserError
 from pocketlm.inference.backend import TorchBackend
 from pocketlm.inference.engine import Engine, GenerationRequest
 from pocketlm.inference.placement import move_to_device
+from pocketlm.instruction_sets import multiplies_bfloat16
 from pocketlm.model.quantization import weight_bytes
 
 PROMPT, LONG = 32, 512
+TEXT = "The history of the river and of the city"  # the prompt of infer.py
 Rates = dict[tuple[str, str], list[float]]  # (contender, workload): tokens per second of each run
 
 
@@ -150,7 +154,7 @@ def transformers_generate(llama: torch.nn.Module) -> Callable[[Tensor, int], Non
 def workloads(args: argparse.Namespace, config: ModelConfig) -> dict[str, Workload]:
     """Return the workloads of `--works`."""
     context, size = config.max_seq_len, config.vocab_size
-    if PROMPT + args.tokens > context:
+    if PROMPT + args.tokens > context and {"alone", "batch"} & set(args.works):
         raise UserError(
             f"--tokens {args.tokens} after a prompt of {PROMPT} do not fit the context of "
             f"{context}; use {context - PROMPT} or fewer"
@@ -163,7 +167,7 @@ def workloads(args: argparse.Namespace, config: ModelConfig) -> dict[str, Worklo
         "batch": Workload(short, args.tokens, f"tokens/s, {args.batch} prompts"),
         "first": Workload(long, 1, f"ms to the first token after {long.size(1)}"),
     }
-    return {name: every[name] for name in args.works}
+    return {name: work for name, work in every.items() if name in args.works}
 
 
 def time_in_turn(contenders: list[Contender], works: dict[str, Workload], repeat: int) -> Rates:
@@ -210,23 +214,55 @@ def rates_table(
     return table
 
 
+def seconds_to_output(command: list[str]) -> float:
+    """Return the seconds from the start of a process to its first byte on stdout."""
+    begin = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        first = process.stdout.read(1)
+        seconds = time.perf_counter() - begin
+        _, stderr = process.communicate()
+    if not first or process.returncode:
+        raise UserError(f"infer.py failed: {stderr.decode().strip()[-400:]}")
+    return seconds
+
+
+def print_starts(path: str, dtypes: list[str], repeat: int) -> None:
+    """Print the time from the start of infer.py to its first token, for each dtype in turn."""
+    command = [sys.executable, str(ROOT / "infer.py"), "--ckpt", path, "--device", "cpu"]
+    command += ["--prompt", TEXT, "--max-new-tokens", "1"]
+    starts: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
+    for _ in range(repeat):
+        for dtype, seconds in starts.items():
+            seconds.append(seconds_to_output([*command, "--dtype", dtype]))
+    for dtype, seconds in starts.items():
+        each = " ".join(f"{one:.2f}" for one in seconds)
+        OUT.print(
+            f"  infer.py's first token, {dtype}: {median(seconds):.2f} s after the start of the "
+            f"process ({each})"
+        )
+
+
 def bench_generate(args: argparse.Namespace) -> int:
-    """Print tokens per second for one prompt and for a batch, and the time to a first token."""
-    model: Transformer = load_checkpoint(args.ckpt).model
-    works = workloads(args, model.config)
-    contenders = [theirs(args.ckpt, dtype) for dtype in args.beside]
-    contenders += [ours(args.ckpt, dtype) for dtype in args.dtypes]
-    if args.torch:
-        contenders.append(ours(args.ckpt, "bfloat16", in_torch=True))
-    warm_up = torch.zeros(1, PROMPT, dtype=torch.long)
-    for contender in contenders:
-        contender.generate(warm_up, 2)
-    rates = time_in_turn(contenders, works, args.repeat)
-    memory = bandwidth()
-    OUT.print(
-        f"{args.ckpt}: {model.config.n_parameters:,} parameters; {platform.platform()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
-        f"memory is read at {memory / 1e9:.1f} GB/s"
-    )
-    OUT.print(rates_table(contenders, works, rates, memory))
+    """Print tokens per second for one prompt and for a batch, and the times to a first token."""
+    config = load_checkpoint(args.ckpt).model.config
+    works = workloads(args, config)
+    OUT.print(f"{args.ckpt}: {config.n_parameters:,} parameters; {machine()}")
+    if works:
+        contenders = [theirs(args.ckpt, dtype) for dtype in args.beside]
+        contenders += [ours(args.ckpt, dtype) for dtype in args.dtypes]
+        if args.torch:
+            dtype = "bfloat16" if multiplies_bfloat16("cpu") else "float32"
+            contenders.append(ours(args.ckpt, dtype, in_torch=True))
+        warm_up = torch.zeros(1, PROMPT, dtype=torch.long)
+        for contender in contenders:
+            contender.generate(warm_up, 2)
+        rates = time_in_turn(contenders, works, args.repeat)
+        memory = bandwidth()
+        OUT.print(
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
+            f"memory is read at {memory / 1e9:.1f} GB/s"
+        )
+        OUT.print(rates_table(contenders, works, rates, memory))
+    if "start" in args.works:
+        print_starts(args.ckpt, args.dtypes, args.repeat)
     return 0

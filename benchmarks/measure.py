@@ -1,6 +1,7 @@
 """Running a contender in a process of its own, and measuring its time and memory."""
 
 import os
+import platform
 import re
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ import psutil
 from rich.console import Console
 
 from pocketlm.errors import UserError
+from pocketlm.instruction_sets import instruction_set
 
 ROOT = Path(__file__).parent.parent
 OUT = Console(highlight=False, emoji=False, soft_wrap=True, width=200)
@@ -137,6 +139,11 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - begin, result
 
 
+def absolute_path(path: str) -> str:
+    """Return an absolute path, or pattern, with the user's home folder for `~`."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def commit_of(checkout: Path) -> str:
     """Return the short commit of a checkout."""
     shown = subprocess.run(
@@ -146,5 +153,11 @@ def commit_of(checkout: Path) -> str:
 
 
 def parse_peers(arguments: list[str]) -> dict[str, str]:
-    """Return {name: path} of `--peer NAME=PATH` arguments."""
-    return dict(argument.partition("=")[::2] for argument in arguments)
+    """Return {name: absolute path} of `--peer NAME=PATH`; an empty path if there is none."""
+    peers = dict(argument.partition("=")[::2] for argument in arguments)
+    return {name: absolute_path(path) if path else "" for name, path in peers.items()}
+
+
+def machine() -> str:
+    """Describe the system, the cores and the instruction set that all contenders keep to."""
+    return f"{platform.platform()}, {os.cpu_count()} cores, {instruction_set().name}"

@@ -5,6 +5,7 @@ two numbers are replaced there before it is compiled. Models of transformers and
 by the plainest loop: autocast, fused AdamW, a clip.
 """
 
+import os
 import pickle
 import re
 import shutil
@@ -22,6 +23,7 @@ from pocketlm.config.sections import Config
 from pocketlm.data.bin_files import write_bin
 from pocketlm.data.prepare import PreparedData
 from pocketlm.errors import UserError
+from pocketlm.instruction_sets import VARIABLE, instruction_set
 
 MILLISECONDS = r"(?:time |took )([\d.]+) ?ms"
 
@@ -47,13 +49,29 @@ def step_times(finished: Finished) -> list[float]:
     return [float(milliseconds) / 1e3 for milliseconds in re.findall(MILLISECONDS, finished.stdout)]
 
 
-def find_checkout(path: str, name: str, file: str) -> Path:
-    """Return the path of a checkout; raise UserError if the file is not in it."""
-    if not (Path(path) / file).is_file():
+def check_peers(peers: dict[str, str], model: ModelConfig) -> None:
+    """Raise UserError for a peer that is not known, has no checkout, or cannot train the model."""
+    for name, path in peers.items():
+        if name not in PEERS:
+            known = [f"{peer}=PATH" for peer in CHECKOUTS]
+            raise UserError(f"--peer {name}: the peers are {', '.join(known)}, transformers")
+        file = CHECKOUTS.get(name)
+        if file and not (Path(path) / file).is_file():
+            raise UserError(
+                f"--peer {name}={path}: there is no {file} in it; give a checkout of {name}"
+            )
+    if "llmc" in peers and not is_gpt2(model):
         raise UserError(
-            f"--peer {name}={path}: there is no {file} in it; give a checkout of {name}"
+            "--peer llmc trains GPT-2 only; give it a config of that kind, "
+            "such as presets/gpt2_124m.yaml"
         )
-    return Path(path).resolve()
+    if "llmc" in peers and c_compiler() is None:
+        raise UserError("--peer llmc needs clang or gcc on the PATH")
+
+
+def c_compiler() -> str | None:
+    """Return the compiler for llm.c."""
+    return next((name for name in ("clang", "gcc") if shutil.which(name)), None)
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -63,8 +81,7 @@ def round_up(number: int, multiple: int) -> int:
 
 def nanogpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
     """Run its train.py: float32 on a CPU, where it supports nothing else, or compiled bfloat16."""
-    checkout = find_checkout(path, "nanogpt", "train.py")
-    model, training = shape.config.model, shape.config.training
+    checkout, model, training = Path(path), shape.config.model, shape.config.training
     tokens = folder / "data" / "bench"
     tokens.mkdir(parents=True)
     for name in ("train", "val"):
@@ -106,21 +123,15 @@ def is_gpt2(model: ModelConfig) -> bool:
 
 def llmc(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
     """Compile train_gpt2.c as its Makefile does, with our batch, and run it on random weights."""
-    checkout = find_checkout(path, "llmc", "train_gpt2.c")
-    if not is_gpt2(shape.config.model):
-        raise UserError(
-            "--peer llmc trains GPT-2 only; give it a config of that kind, "
-            "such as presets/gpt2_124m.yaml"
-        )
-    compiler = next((name for name in ("clang", "gcc") if shutil.which(name)), None)
-    if compiler is None:
-        raise UserError("--peer llmc needs clang or gcc on the PATH")
-    training = shape.config.training
+    checkout, compiler, training = Path(path), c_compiler(), shape.config.training
+    assert compiler, "check_peers has found one"
     source = (checkout / "train_gpt2.c").read_text()
     source = source.replace("int B = 4;", f"int B = {training.micro_batch_size};")
     source = source.replace("int T = 64;", f"int T = {training.seq_len};")
     (folder / "train_gpt2.c").write_text(source)
-    flags = ["-Ofast", "-march=native", "-fopenmp", "-DOMP", f"-I{checkout}", "-Wno-unused-result"]
+    limited = os.environ.get(VARIABLE)
+    target = instruction_set().flags if limited else ["-march=native"]
+    flags = ["-Ofast", *target, "-fopenmp", "-DOMP", f"-I{checkout}", "-Wno-unused-result"]
     command = [compiler, *flags, "train_gpt2.c", "-lm", "-o", "train_gpt2"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     write_llmc_weights(folder / "gpt2_124M.bin", shape.config.model)
@@ -237,7 +248,7 @@ def transformers(_: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
 
 def litgpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
     """Train its GPT with a Llama's parts; its own requirements have to be installed."""
-    checkout, m = find_checkout(path, "litgpt", "litgpt/model.py"), shape.config.model
+    checkout, m = Path(path), shape.config.model
     sizes = keywords(
         block_size=m.max_seq_len,
         padded_vocab_size=round_up(m.vocab_size, 64),
@@ -256,4 +267,9 @@ def litgpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
     return f"litgpt {commit_of(checkout)}, {shape.dtype}", finished
 
 
+CHECKOUTS = {  # a file that a checkout has
+    "nanogpt": "train.py",
+    "llmc": "train_gpt2.c",
+    "litgpt": "litgpt/model.py",
+}
 PEERS = {"nanogpt": nanogpt, "llmc": llmc, "transformers": transformers, "litgpt": litgpt}

@@ -5,7 +5,7 @@ import statistics
 
 import torch
 
-from benchmarks.measure import OUT, ROOT, timed
+from benchmarks.measure import OUT, ROOT, machine, timed
 from model import ModelConfig, Transformer
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.evaluation.cases import known_suites, load_suite, merge_suites
@@ -56,7 +56,7 @@ def bench_probes(args: argparse.Namespace) -> int:
     median = statistics.median(ours)
     OUT.print(
         f"{description}: {len(cases)} cases, {len(requests)} candidates, "
-        f"{torch.get_num_threads()} threads"
+        f"{torch.get_num_threads()} threads, {machine()}"
     )
     OUT.print(
         f"  encoding {encoding:.2f} s, scoring {median:.2f} s "

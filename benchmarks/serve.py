@@ -20,7 +20,7 @@ from statistics import median
 
 from rich.table import Table
 
-from benchmarks.measure import OUT, ROOT
+from benchmarks.measure import OUT, ROOT, machine
 from pocketlm.errors import UserError
 
 PROMPT = "The history of the river and of the city"
@@ -97,6 +97,6 @@ def bench_serve(args: argparse.Namespace) -> int:
                     cells += [f"{median(rates):,.0f}", " ".join(f"{each:.0f}" for each in rates)]
                 name = f"{dtype}, {'streaming' if stream else 'whole'}"
                 table.add_row(name, *cells, f"{median(many) / median(one):.2f}")
-    OUT.print(f"{args.ckpt}, {args.tokens} tokens an answer")
+    OUT.print(f"{args.ckpt}, {args.tokens} tokens an answer; {machine()}")
     OUT.print(table)
     return 0

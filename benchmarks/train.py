@@ -3,7 +3,6 @@
 import argparse
 import csv
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -12,15 +11,16 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.measure import OUT, ROOT, parse_peers, run_watched
-from benchmarks.peers import PEERS, Shape, step_times
+from benchmarks.configs import load_absolute, write_config
+from benchmarks.measure import OUT, ROOT, machine, parse_peers, run_watched
+from benchmarks.peers import PEERS, Shape, check_peers, step_times
 from pocketlm.config.loading import load_config
 from pocketlm.config.sections import Config
 from pocketlm.data.loaders import resolve_max_steps
 from pocketlm.data.prepare import PreparedData, prepare
-from pocketlm.errors import UserError
 from pocketlm.hardware.devices import Hardware, choose_hardware, with_compile
 from pocketlm.hardware.measure import device_name, matmul_rate
+from pocketlm.instruction_sets import multiplies_bfloat16
 from pocketlm.training.plan import seconds_outside_head, tokens_per_step
 
 # FLOP/s in bfloat16, dense, as the makers state them.
@@ -41,90 +41,85 @@ class Times:
         self.megabytes[name] = max(megabytes, self.megabytes.get(name, 0))
 
 
-def our_command(program: Path, args: argparse.Namespace, every: int) -> list[str]:
-    """Return the command of a run of `--steps` steps that logs every so many steps.
+@dataclass(frozen=True)
+class Task:
+    """What all contenders train: the config, with absolute paths, and what train.py makes of it."""
 
-    It uses the config's own cache, saves only at the end, and compiles if the whole run would.
+    written: Config  # as the user wrote it
+    config: Config  # with the size of the vocabulary and the number of steps
+    data: PreparedData
+    hardware: Hardware
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return tokens_per_step(self.config)
+
+
+def our_command(program: Path, task: Task, steps: int, folder: Path) -> list[str]:
+    """Return the command of a run of so many steps, which logs ten times.
+
+    It saves only at the end, and compiles if the whole run would.
     """
-    cache = (ROOT / load_config(args.config, args.overrides).data.cache_dir).resolve()
     return [
-        *(sys.executable, str(program), "--config", str(Path(args.config).resolve()), "--fresh"),
-        *args.overrides,
-        f"training.max_steps={args.steps}",
-        f"training.val_every_steps={args.steps}",
-        f"training.save_every_steps={args.steps}",
-        f"training.log_every_steps={every}",
-        f"data.cache_dir={cache}",
+        *(sys.executable, str(program)),
+        *("--config", str(write_config(task.written, folder)), "--fresh"),
+        f"training.max_steps={steps}",
+        f"training.val_every_steps={steps}",
+        f"training.save_every_steps={steps}",
+        f"training.log_every_steps={max(1, steps // 10)}",
         "run.name=bench",
-        f"hardware.compile={args.compile}",
+        f"hardware.compile={'on' if task.hardware.compile else 'off'}",
     ]
 
 
-def our_run(args: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
+def our_run(task: Task, steps: int, folder: Path) -> tuple[list[float], float]:
     """Return the seconds per step in each interval that train.py logged, and its memory in MB."""
-    every = max(1, args.steps // 10)
-    finished = run_watched(our_command(ROOT / "train.py", args, every), folder)
+    finished = run_watched(our_command(ROOT / "train.py", task, steps, folder), folder)
     with (folder / "logs" / "bench" / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["perf/tokens_per_second"]]
     seconds = []
     for before, after in zip(rows, rows[1:], strict=False):
         tokens = float(after["tokens"]) - float(before["tokens"])
-        steps = float(after["step"]) - float(before["step"])
-        seconds.append(tokens / float(after["perf/tokens_per_second"]) / steps)
+        steps_between = float(after["step"]) - float(before["step"])
+        seconds.append(tokens / float(after["perf/tokens_per_second"]) / steps_between)
     return seconds[min(WARMUP, len(seconds) - 1) :], finished.megabytes
 
 
-def imports_megabytes(code: str) -> float:
-    """Return the private memory of a process that only imports."""
-    command = [sys.executable, "-c", f"{code}; import time; time.sleep(0.3)"]
-    return run_watched(command, ROOT, every=0.05).megabytes
-
-
-def known_peers(arguments: list[str]) -> dict[str, str]:
-    """Return {name: path}; raise UserError for a peer that is not known."""
-    peers = parse_peers(arguments)
-    for name in peers:
-        if name not in PEERS:
-            known = [f"{peer}=PATH" for peer in PEERS if peer != "transformers"]
-            raise UserError(f"--peer {name}: the peers are {', '.join(known)}, transformers")
-    return peers
-
-
-def prepare_run(args: argparse.Namespace) -> tuple[Config, PreparedData, Hardware]:
-    """Resolve the config as train.py does, and set `args.compile`."""
-    config = load_config(args.config, args.overrides)
-    hardware = choose_hardware(config.hardware, config.training.precision)
-    data = prepare(config.data)
-    config = resolve_max_steps(config.with_vocab_size(data.tokenizer.vocab_size), data)
+def prepare_task(path: str, overrides: list[str]) -> Task:
+    """Prepare the data, and resolve the config as train.py does."""
+    written = load_absolute(path, overrides)
+    hardware = choose_hardware(written.hardware, written.training.precision)
+    data = prepare(written.data)
+    config = resolve_max_steps(written.with_vocab_size(data.tokenizer.vocab_size), data)
     seconds = seconds_outside_head(config, hardware)
     hardware = with_compile(hardware, config.hardware.compile, seconds)
-    args.compile = "on" if hardware.compile else "off"
-    return config, data, hardware
+    return Task(written, config, data, hardware)
 
 
 def bench_train(args: argparse.Namespace) -> int:
     """Run ours and the peers in turn; print medians, ratios and the parts of one of our steps."""
-    config, data, hardware = prepare_run(args)
-    shape = Shape(config, data, hardware.accelerator, hardware.precision, args.peer_steps)
-    peers = known_peers(args.peer)
+    peers = parse_peers(args.peer)
+    check_peers(peers, load_config(args.config, args.overrides).model)
+    task = prepare_task(args.config, args.overrides)
+    config, hardware = task.config, task.hardware
+    shape = Shape(config, task.data, hardware.accelerator, hardware.precision, args.peer_steps)
     times = Times()
     for _ in range(args.repeat):
         with tempfile.TemporaryDirectory(dir=args.work) as folder:
-            times.add("this", *our_run(args, Path(folder)))
+            times.add("this", *our_run(task, args.steps, Path(folder)))
         for name, path in peers.items():
             with tempfile.TemporaryDirectory(dir=args.work) as folder:
                 title, finished = PEERS[name](path, shape, Path(folder))
             times.add(title, step_times(finished)[WARMUP:], finished.megabytes)
-    tokens = tokens_per_step(config)
     OUT.print(
         f"{args.config} {' '.join(args.overrides)}: {config.model.n_parameters:,} parameters, "
-        f"{tokens:,} tokens a step, {device_name(hardware.accelerator)}, {platform.system()}"
+        f"{task.tokens:,} tokens a step, {device_name(hardware.accelerator)}, {machine()}"
     )
-    OUT.print(times_table(times, hardware, tokens))
-    print_imports()
-    print_flops(config, hardware, tokens / statistics.median(times.seconds["this"]))
+    OUT.print(times_table(times, hardware, task.tokens))
+    print_flops(config, hardware, task.tokens / statistics.median(times.seconds["this"]))
     if args.parts:
-        print_parts(args)
+        print_parts(task, args.steps, args.work)
     return 0
 
 
@@ -149,24 +144,16 @@ def times_table(times: Times, hardware: Hardware, tokens: int) -> Table:
     return table
 
 
-def print_imports() -> None:
-    """Print the memory that imports take."""
-    ours = imports_megabytes("import train, matplotlib.pyplot")
-    torch_alone = imports_megabytes("import torch")
-    OUT.print(
-        f"of the memory are imports: {ours:,.0f} MB of train.py and its picture, "
-        f"{torch_alone:,.0f} MB of torch alone"
-    )
-
-
 def print_flops(config: Config, hardware: Hardware, tokens_per_second: float) -> None:
     """Print the model's FLOP/s beside the rate of a matmul measured now, and MFU on known GPUs."""
     flops = config.model.flops_per_token(config.training.seq_len) * tokens_per_second
-    shares = []
-    for kind, precision in (("float32", "32-true"), ("bfloat16", "bf16-mixed")):
+    shares, kinds = [], {"float32": "32-true"}
+    if multiplies_bfloat16(hardware.accelerator):  # else it is emulated, and takes minutes
+        kinds["bfloat16"] = "bf16-mixed"
+    for kind, precision in kinds.items():
         peak = matmul_rate(hardware.accelerator, precision)
         shares.append(f"{flops / peak:.0%} of the {peak / 1e9:,.0f} GFLOP/s of a {kind} matmul")
-    OUT.print(f"{flops / 1e9:,.0f} GFLOP/s in the model: {', '.join(shares)}, both measured now")
+    OUT.print(f"{flops / 1e9:,.0f} GFLOP/s in the model: {', '.join(shares)}, measured now")
     for card, peak in GPU_PEAKS.items():
         if hardware.accelerator == "cuda" and card in device_name("cuda"):
             OUT.print(
@@ -175,11 +162,11 @@ def print_flops(config: Config, hardware: Hardware, tokens_per_second: float) ->
             )
 
 
-def print_parts(args: argparse.Namespace) -> None:
+def print_parts(task: Task, steps: int, work: Path | None) -> None:
     """Print the time of each part of a step, from one more run with clocks in it."""
-    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+    with tempfile.TemporaryDirectory(dir=work) as folder:
         out = Path(folder) / "clocked.json"
-        command = our_command(Path(__file__).parent / "clocked.py", args, max(1, args.steps // 10))
+        command = our_command(Path(__file__).parent / "clocked.py", task, steps, Path(folder))
         run_watched([*command[:2], str(out), *command[2:]], Path(folder))
         clocked = json.loads(out.read_text())
     micro_batch = statistics.median(clocked["steps"][WARMUP:]) * 1e3
@@ -188,15 +175,16 @@ def print_parts(args: argparse.Namespace) -> None:
         for name, seconds in clocked["parts"].items()
         if name != "logging"
     }
-    steps = len(clocked["parts"]["clip"])
-    micro_batches = len(clocked["parts"]["backward"]) / steps  # per step
+    run_steps = len(clocked["parts"]["clip"])
+    micro_batches = len(clocked["parts"]["backward"]) / run_steps  # per step
     for name in ("data", "forward", "backward"):
         parts[name] *= micro_batches
     # Most steps log nothing, so the mean is what counts.
-    parts["logging"] = sum(clocked["parts"]["logging"]) / steps * 1e3
+    parts["logging"] = sum(clocked["parts"]["logging"]) / run_steps * 1e3
     parts["Lightning and the rest"] = micro_batch * micro_batches - sum(parts.values())
     OUT.print("a step, ms: " + ", ".join(f"{name} {ms:.2f}" for name, ms in parts.items()))
     OUT.print(
         f"first step {clocked['first']:.1f} s after the start of the process; "
-        f"{clocked['megabytes']:,.0f} MB private while training"
+        f"{clocked['megabytes']:,.0f} MB private while training, of which imports "
+        f"{clocked['imports']:,.0f} MB"
     )

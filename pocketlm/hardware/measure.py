@@ -8,6 +8,8 @@ from functools import cache
 import psutil  # type: ignore[import-untyped]  # ships no types
 import torch
 
+from pocketlm.instruction_sets import instruction_set
+
 
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of returning it to the kernel.
@@ -48,9 +50,10 @@ def memory_in_use(accelerator: str) -> float:
 
 
 def device_name(accelerator: str) -> str:
-    """Return the name of the device, for the plan."""
+    """Return the name of the device, for the plan; of a CPU also what it computes with."""
     if accelerator == "cuda":
         return torch.cuda.get_device_name()
     if accelerator == "mps":
         return platform.machine()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    processor = platform.processor() or platform.machine()
+    return f"{processor}, {instruction_set().name}, {torch.get_num_threads()} threads"

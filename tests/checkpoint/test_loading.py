@@ -32,6 +32,14 @@ def test_what_is_loaded_is_what_was_saved(sizes):
     assert loaded.weights_sha256 == hash_weights(dict(model.state_dict()))
 
 
+def test_loading_draws_no_random_weights():
+    """Drawing them, to overwrite them, took three seconds for 135 million."""
+    save_checkpoint(tiny_checkpoint(tie_embeddings=False)[1], Path("x.ckpt"))
+    before = torch.get_rng_state()
+    load_checkpoint("x.ckpt")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_rotary_tables_are_computed_again():
     """They are in no checkpoint, and a model that was built without memory has none.
 
