@@ -144,11 +144,11 @@ class KVCache:
         return self.keys.size(3)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new (B, K, T, D) to `layer`; return all of its (B, K, S, D)."""
+        """Append the new (B, K, T, D) to `layer`; return all of its (B, K, S, D) in their dtype."""
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return self.keys[layer, :, :, :end].to(k), self.values[layer, :, :, :end].to(v)
 
     def mask(self, T: int) -> Tensor | None:
         """Return the mask (T, S) of T new tokens for `attend`, or None if it needs none."""

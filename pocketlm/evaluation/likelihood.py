@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model import KVCache, Transformer
+from pocketlm.model.quantization import without_bfloat16_products
 from pocketlm.tokenizer.base import Tokenizer
 
 MAX_BATCH_TOKENS = 4096  # in one forward pass
@@ -118,6 +119,7 @@ def query_likelihoods(
 
     `top_k` is the number of most likely first tokens to return with each likelihood.
     """
+    model = without_bfloat16_products(model)
     likelihoods = {query: Likelihood() for query in queries}
     by_context: dict[tuple[int, ...], list[Query]] = defaultdict(list)
     for query in likelihoods:

@@ -17,6 +17,7 @@ from torch import Tensor
 from model import KVCache, ModelConfig, Transformer
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.inference.sampling import sample_in_torch
+from pocketlm.model.quantization import without_bfloat16_products
 
 
 class SlotCache(KVCache):
@@ -61,9 +62,9 @@ class SlotCache(KVCache):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         n, end = k.size(0), self.length + 1
         slots = torch.arange(n, device=k.device)
-        self.keys[layer, slots, :, self.positions] = k[:, :, 0]
-        self.values[layer, slots, :, self.positions] = v[:, :, 0]
-        return self.keys[layer, :n, :, :end], self.values[layer, :n, :, :end]
+        self.keys[layer, slots, :, self.positions] = k[:, :, 0].to(self.keys)
+        self.values[layer, slots, :, self.positions] = v[:, :, 0].to(self.values)
+        return self.keys[layer, :n, :, :end].to(k), self.values[layer, :n, :, :end].to(v)
 
     def mask(self, T: int) -> Tensor:
         """Return (n, 1, 1, S): each slot attends to its filled positions and its new token."""
@@ -111,12 +112,15 @@ class DecodeBackend(Protocol):
 
 
 class TorchBackend:
-    """The model's own operations, for every device and dtype."""
+    """The model's own operations, for every device and dtype.
+
+    Bfloat16 weights are widened first where the CPU does not multiply bfloat16.
+    """
 
     name = "torch"
 
     def __init__(self, model: Transformer, fallback_reason: str = ""):
-        self.model, self.fallback_reason = model, fallback_reason
+        self.model, self.fallback_reason = without_bfloat16_products(model), fallback_reason
 
     def prefill(self, cache: SlotCache, chunks: list[Chunk]) -> None:
         """Run the model over one chunk after another."""

@@ -1,23 +1,15 @@
 /* The decoding step of a batch and the sampling of its tokens, for a CPU.
 
-   This is what model.py and sampling.py compute. A step of a small model is so short that torch
-   spends most of it between its operations. Here the whole step is one call, which reads each
-   weight once, at the speed of the memory. native.py compiles this file and fills its structures
-   with pointers to the model's weights.
+   This is what model.py and sampling.py compute. torch spends most of a small model's step between
+   its operations. Here a step is one call, which reads each weight once, as fast as the memory can.
+   native.py compiles this file and fills its structures with pointers to the model's weights.
 
-   Contents
-     types             vectors, the model's structures, conversions of numbers
-     sums of products  the dot product for each kind of weights, and matmul
-     one row           what is computed between the matmuls: quantisation of activations, norms,
-                       embeddings, RoPE, the KV cache, attention, the MLP's activation
-     threads           the barrier
-     step              exported: a decoding step, or a prefill
-     sampling          choose, exported: temperature, top-k, top-p, min-p and the draw
-
+   Vectors are as long as the registers of the instruction set that the compiler is told to use.
    Activations are float. Weights are float, bfloat16, int8 (a scale per output) or int4 (a scale
-   and an offset per 32 inputs). The input of a matmul is rounded to bfloat16 for bfloat16 weights,
-   as in torch, and to 16 bits for integer weights, which is finer. Sums run in the same order
-   whatever the batch size: the logits of a row are the same to the last bit alone and in a batch.
+   and an offset per 32 inputs). The input of a matmul is rounded to 16 bits for integer weights,
+   and to bfloat16 for bfloat16 weights where the CPU multiplies them; elsewhere bfloat16 weights
+   become floats. Sums run in the same order whatever the batch size: the logits of a row are the
+   same to the last bit alone and in a batch.
 
    Letters: B rows of a batch, one token each; C d_model, D head_dim, H heads, K key/value heads,
    V vocabulary size, S tokens of a sequence up to the row's own. x[b][i] is at x[b * width + i]. */
@@ -29,48 +21,61 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#define THREADS omp_get_num_threads()
+#else
+#define THREADS 1
 #endif
-#ifdef __AVX2__
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 /* ---- types ---------------------------------------------------------------- */
 
-/* The same values as in native_library.py */
-enum { FLOAT, BFLOAT16, INT8, INT4 };            /* kinds of numbers */
-enum { ROPE, LEARNED };                          /* kinds of positions */
-enum { SWIGLU, GELU, RELU, RELU2 };              /* kinds of MLP */
+/* Kinds of numbers, positions and MLPs: the same values as in native_library.py */
+enum { FLOAT, BFLOAT16, INT8, INT4 };
+enum { ROPE, LEARNED };
+enum { SWIGLU, GELU, RELU, RELU2 };
 
-enum { TILE = 8 };                               /* outputs that a thread computes at a time */
+/* BYTES of a vector; ROWS x OUTS sums, and what they are made of, fit the registers; TILE outputs
+   are what a thread computes at a time. */
+#if defined(__AVX512BW__)
+enum { BYTES = 64, ROWS = 4, OUTS = 4, TILE = 8 };
+#elif defined(__AVX2__)
+enum { BYTES = 32, ROWS = 4, OUTS = 3, TILE = 12 };
+#elif defined(__aarch64__)
+enum { BYTES = 16, ROWS = 4, OUTS = 4, TILE = 8 };
+#else
+enum { BYTES = 16, ROWS = 4, OUTS = 2, TILE = 8 };
+#endif
+enum { LANES = BYTES / 4 };                      /* floats of a vector */
 enum { GROUP = 32 };                             /* inputs that share an int4 scale */
 enum { LINE = 64 };                              /* bytes of a cache line */
-#ifdef __AVX512F__
-enum { ROWS = 4, OUTS = 4 };                     /* rows and outputs with sums in registers */
-#else
-enum { ROWS = 4, OUTS = 2 };
-#endif
+enum { CACHE = 1 << 19 };                        /* bytes of the second cache, or less */
+enum { LARGEST = 127 * 256 + 127 };              /* input of integer weights: two signed bytes */
 
-/* Vectors of 64, 32 and 16 bytes; if registers are shorter, the compiler splits them. The letter is
-   the type (Float, Int, Word of 32 bits, Short, Unsigned short, Byte), the number the length. */
-typedef float F16 __attribute__((vector_size(64)));
-typedef float F8 __attribute__((vector_size(32)));
-typedef float F4 __attribute__((vector_size(16)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint32_t W16 __attribute__((vector_size(64)));
-typedef int16_t S32 __attribute__((vector_size(64)));
-typedef uint16_t U32 __attribute__((vector_size(64)));
-typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef int8_t B32 __attribute__((vector_size(32)));
+/* Vectors of floats, of ints and unsigned words of 32 bits, of shorts and unsigned ones of 16; and
+   those that become one when their elements are widened to twice the size. */
+typedef float Floats __attribute__((vector_size(BYTES)));
+typedef int32_t Ints __attribute__((vector_size(BYTES)));
+typedef uint32_t Words __attribute__((vector_size(BYTES)));
+typedef int16_t Shorts __attribute__((vector_size(BYTES)));
+typedef uint16_t UShorts __attribute__((vector_size(BYTES)));
+typedef uint16_t HalfUShorts __attribute__((vector_size(BYTES / 2)));
+typedef int8_t HalfBytes __attribute__((vector_size(BYTES / 2)));
+typedef float Quad __attribute__((vector_size(16)));
 
-#define EACH _Pragma("GCC unroll 4")
+#define EACH _Pragma("GCC unroll 8")
+#define EACH_SUM EACH for (int r = 0; r < R; r++) EACH for (int n = 0; n < N; n++)
 #define INLINE static inline __attribute__((always_inline))
+#define LOAD(type, from) ({ type loaded; memcpy(&loaded, from, sizeof loaded); loaded; })
 /* Keep a vector in a register: gcc would rather load it again for every product. */
-#ifdef __AVX512F__
+#if defined(__SSE2__)
 #define KEEP(x) __asm__("" : "+v"(x))
 #else
 #define KEEP(x)
 #endif
-#define LOAD(type, from) ({ type loaded; memcpy(&loaded, from, sizeof loaded); loaded; })
 
 /* The model, as native.py describes it */
 typedef struct {
@@ -122,9 +127,30 @@ INLINE float number(const void *from, int64_t kind, int64_t at) {
     return kind == FLOAT ? ((const float *)from)[at] : bf16(((const uint16_t *)from)[at]);
 }
 
-INLINE F16 numbers(const void *from, int64_t kind, int64_t at) {
-    if (kind == FLOAT) return LOAD(F16, (const float *)from + at);
-    return (F16)(__builtin_convertvector(LOAD(U16, (const uint16_t *)from + at), W16) << 16);
+INLINE Floats numbers(const void *from, int64_t kind, int64_t at) {
+    if (kind == FLOAT) return LOAD(Floats, (const float *)from + at);
+    HalfUShorts halves = LOAD(HalfUShorts, (const uint16_t *)from + at);
+#if defined(__AVX512BW__)
+    return (Floats)((Words)_mm512_cvtepu16_epi32((__m256i)halves) << 16);
+#elif defined(__AVX2__)
+    return (Floats)((Words)_mm256_cvtepu16_epi32((__m128i)halves) << 16);
+#endif
+    return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+/* The next n, at most LANES, and zeros */
+INLINE Floats some_numbers(const void *from, int64_t kind, int64_t at, int64_t n) {
+    float some[LANES] = {0};
+    for (int64_t i = 0; i < n && i < LANES; i++) some[i] = number(from, kind, at + i);
+    return LOAD(Floats, some);
+}
+
+/* a b + c, rounded once where the CPU can: left to itself, the compiler decides anew each time. */
+INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#endif
+    return a * b + c;
 }
 
 INLINE float larger(float a, float b) { return a > b ? a : b; }
@@ -154,123 +180,131 @@ INLINE float exp_(float x) {
     return p * power;
 }
 
+/* ---- instructions --------------------------------------------------------- */
+
+/* STEP integer weights and as many 16-bit inputs, ready to be multiplied.
+   sums[j] + a[2j] b[2j] + a[2j + 1] b[2j + 1] */
+#ifdef __ARM_FEATURE_DOTPROD
+/* An input is 256 high + low, each a signed byte. */
+enum { STEP = 16 };
+typedef int8x16_t Weights;
+typedef int8x16x2_t Inputs;
+typedef struct { int32x4_t low, high; } Sums;
+
+INLINE int16_t to_input(int32_t q) { return ((q + 128) & ~255) | (q & 255); }
+INLINE int32_t input(int16_t q) { return (q & ~255) + (int8_t)q; }
+INLINE Inputs inputs(const int16_t *x) { return vld2q_s8((const int8_t *)x); }
+INLINE Weights int8s(const int8_t *from) { return vld1q_s8(from); }
+INLINE Ints total(Sums s) { return (Ints)vaddq_s32(vshlq_n_s32(s.high, 8), s.low); }
+
+INLINE Sums add_products(Sums sums, Weights w, Inputs x) {
+    sums.low = vdotq_s32(sums.low, w, x.val[0]);
+    sums.high = vdotq_s32(sums.high, w, x.val[1]);
+    return sums;
+}
+
+INLINE void int4s(const uint16_t *from, Weights *w) {
+    uint8x16x2_t bytes = vld2q_u8((const uint8_t *)from);
+    EACH for (int i = 0; i < 2; i++) {
+        w[2 * i] = (int8x16_t)vandq_u8(bytes.val[i], vdupq_n_u8(15));
+        w[2 * i + 1] = (int8x16_t)vshrq_n_u8(bytes.val[i], 4);
+    }
+}
+#else
+enum { STEP = BYTES / 2 };
+typedef Shorts Weights, Inputs;
+typedef Ints Sums;
+
+INLINE int16_t to_input(int32_t q) { return q; }
+INLINE int32_t input(int16_t q) { return q; }
+INLINE Ints total(Sums sums) { return sums; }
+
+INLINE Inputs inputs(const int16_t *from) { return LOAD(Inputs, from); }
+
+INLINE Weights int8s(const int8_t *from) {
+    HalfBytes bytes = LOAD(HalfBytes, from);
+#if defined(__AVX512BW__)
+    return (Weights)_mm512_cvtepi8_epi16((__m256i)bytes);
+#elif defined(__AVX2__)
+    return (Weights)_mm256_cvtepi8_epi16((__m128i)bytes);
+#endif
+    return __builtin_convertvector(bytes, Weights);
+}
+
+INLINE Sums add_products(Sums sums, Weights w, Inputs x) {
+#if defined(__AVX512VNNI__)
+    return (Sums)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__)
+    return sums + (Sums)_mm512_madd_epi16((__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+    return (Sums)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
+#elif defined(__AVX2__)
+    return sums + (Sums)_mm256_madd_epi16((__m256i)w, (__m256i)x);
+#elif defined(__SSE2__)
+    return sums + (Sums)_mm_madd_epi16((__m128i)w, (__m128i)x);
+#elif defined(__aarch64__)
+    int16x8_t a = (int16x8_t)w, b = (int16x8_t)x;
+    int32x4_t low = vmlal_s16((int32x4_t)sums, vget_low_s16(a), vget_low_s16(b));
+    return (Sums)vmlal_high_s16(low, a, b);
+#else
+    sums += ((Ints)w << 16 >> 16) * ((Ints)x << 16 >> 16);
+    return sums + ((Ints)w >> 16) * ((Ints)x >> 16);
+#endif
+}
+
+/* 16 words of four nibbles: word j has the weights j, j + 16, j + 32 and j + 48 of 64. */
+INLINE void int4s(const uint16_t *from, Weights *w) {
+#ifdef __AVX512BW__
+    __m256i words = LOAD(__m256i, from);
+    __m512i low = _mm512_castsi256_si512(words);
+    UShorts both = (UShorts)_mm512_inserti64x4(low, _mm256_srli_epi16(words, 4), 1);
+    w[0] = (Weights)(both & 15);
+    w[1] = (Weights)(both >> 8 & 15);
+#else
+    EACH for (int i = 0; i < 16 / STEP; i++) {
+        UShorts words = LOAD(UShorts, from + i * STEP);
+        EACH for (int k = 0; k < 4; k++) w[k * 16 / STEP + i] = (Weights)(words >> 4 * k & 15);
+    }
+#endif
+}
+#endif
+
 /* ---- sums of products ----------------------------------------------------- */
 
-/* The sum of the 16 elements of a vector, of 4 vectors or of 16. All variants add the elements in
-   the same order. */
+/* The sums of the elements of four vectors. Each lane of 16 bytes is transposed and added. */
 #if __has_builtin(__builtin_shufflevector)
-#define PART(v, w, ...) __builtin_shufflevector(v, w, __VA_ARGS__)
-
-INLINE F4 sum_to_4(F16 v) {
-    F8 s = PART(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + PART(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    return PART(s, s, 0, 1, 2, 3) + PART(s, s, 4, 5, 6, 7);
-}
-
-INLINE float sum16(F16 v) {
-    F4 s = sum_to_4(v);
-    return (s[0] + s[2]) + (s[1] + s[3]);
-}
-
-INLINE void sum16_of_4(const F16 *v, float *sums) {
-    F4 a = sum_to_4(v[0]), b = sum_to_4(v[1]), c = sum_to_4(v[2]), d = sum_to_4(v[3]);
-    F4 ab = PART(a, b, 0, 4, 1, 5) + PART(a, b, 2, 6, 3, 7);
-    F4 cd = PART(c, d, 0, 4, 1, 5) + PART(c, d, 2, 6, 3, 7);
-    F4 all = PART(ab, cd, 0, 1, 4, 5) + PART(ab, cd, 2, 3, 6, 7);
-    memcpy(sums, &all, sizeof all);
-}
-
-/* With registers of 16 elements: each macro adds the two parts of v and of w, so that two vectors
-   become one, which has half as many elements of each. */
-#define HALVES(v, w) \
-    PART(v, w, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) + \
-    PART(v, w, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
-#define QUARTERS(v, w) \
-    PART(v, w, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) + \
-    PART(v, w, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
-#define PAIRS(v, w) \
-    PART(v, w, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) + \
-    PART(v, w, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31)
-#define ONES(v, w) \
-    PART(v, w, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) + \
-    PART(v, w, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
-
-INLINE void sum16_of_16(const F16 *v, float *sums) {
-    F16 a[8], b[4], c[2];
-    _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) a[i] = HALVES(v[2 * i], v[2 * i + 1]);
-    EACH for (int i = 0; i < 4; i++) b[i] = QUARTERS(a[2 * i], a[2 * i + 1]);
-    EACH for (int i = 0; i < 2; i++) c[i] = PAIRS(b[2 * i], b[2 * i + 1]);
-    c[0] = ONES(c[0], c[1]);
-    memcpy(sums, c, sizeof *c);
-}
+#define PICK(v, w, ...) __builtin_shufflevector(v, w, __VA_ARGS__)
 #else
-INLINE float sum16(F16 v) {
-    float s[8];
-    for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-}
-
-INLINE void sum16_of_4(const F16 *v, float *sums) {
-    EACH for (int n = 0; n < 4; n++) sums[n] = sum16(v[n]);
-}
-
-INLINE void sum16_of_16(const F16 *v, float *sums) {
-    EACH for (int n = 0; n < 16; n += 4) sum16_of_4(v + n, sums + n);
-}
+#define PICK(v, w, ...) __builtin_shuffle(v, w, (Ints){__VA_ARGS__})
 #endif
-
-INLINE S32 widen(B32 bytes) {
-#ifdef __AVX512BW__
-    return (S32)_mm512_cvtepi8_epi16((__m256i)bytes);
-#else
-    return __builtin_convertvector(bytes, S32);
-#endif
-}
-
-INLINE U32 join(U16 first, U16 second) {
-#ifdef __AVX512F__
-    __m512i low = _mm512_castsi256_si512((__m256i)first);
-    return (U32)_mm512_inserti64x4(low, (__m256i)second, 1);
-#else
-    union { U16 halves[2]; U32 whole; } both = {{first, second}};
-    return both.whole;
-#endif
-}
-
-/* sums[j] + a[2j] b[2j] + a[2j + 1] b[2j + 1] of bfloat16: half a word becomes a float for free */
-INLINE F16 add_pairs(F16 sums, W16 a, W16 b) {
-#ifdef __AVX512BF16__
-    return (F16)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-#else
-    sums += (F16)(a << 16) * (F16)(b << 16);
-    return sums + (F16)(a & 0xffff0000) * (F16)(b & 0xffff0000);
-#endif
-}
-
-/* sums[j] + a[2j] b[2j] + a[2j + 1] b[2j + 1] of integers */
-INLINE I16 add_products(I16 sums, S32 a, S32 b) {
-#if defined(__AVX512VNNI__)
-    return (I16)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#define IN_LANE(at, a, b, c, d) at + a, at + b, at + LANES + c, at + LANES + d
+#if defined(__AVX512BW__)
+#define IN_LANES(...) \
+    IN_LANE(0, __VA_ARGS__), IN_LANE(4, __VA_ARGS__), IN_LANE(8, __VA_ARGS__), \
+    IN_LANE(12, __VA_ARGS__)
 #elif defined(__AVX2__)
-    union { I16 whole; __m256i halves[2]; } s = {sums};
-    union { S32 whole; __m256i halves[2]; } x = {a}, y = {b};
-    for (int i = 0; i < 2; i++) {
-        s.halves[i] = _mm256_add_epi32(s.halves[i], _mm256_madd_epi16(x.halves[i], y.halves[i]));
-    }
-    return s.whole;
+#define IN_LANES(...) IN_LANE(0, __VA_ARGS__), IN_LANE(4, __VA_ARGS__)
 #else
-    for (int i = 0; i < 16; i++) {
-        sums[i] += (int32_t)a[2 * i] * b[2 * i] + (int32_t)a[2 * i + 1] * b[2 * i + 1];
-    }
-    return sums;
+#define IN_LANES(...) IN_LANE(0, __VA_ARGS__)
 #endif
+
+#define PART(v, w, a, b, c, d) PICK(v, w, IN_LANES(a, b, c, d))
+
+INLINE Quad sums_of_4(Floats a, Floats b, Floats c, Floats d) {
+    Floats ab = PART(a, b, 0, 1, 0, 1) + PART(a, b, 2, 3, 2, 3);
+    Floats cd = PART(c, d, 0, 1, 0, 1) + PART(c, d, 2, 3, 2, 3);
+    Floats all = PART(ab, cd, 0, 2, 0, 2) + PART(ab, cd, 1, 3, 1, 3);
+    union { Floats whole; Quad quads[BYTES / 16]; } u = {all};
+    for (int n = BYTES / 32; n; n /= 2) for (int i = 0; i < n; i++) u.quads[i] += u.quads[i + n];
+    return u.quads[0];
 }
 
-/* Reduce each vector of sums to a number. */
-INLINE void sum_all(F16 sums[ROWS][OUTS], int R, int N, float results[ROWS][OUTS]) {
-    if (R == 4 && N == 4) sum16_of_16(sums[0], results[0]);
-    else EACH for (int r = 0; r < R; r++) {
-        if (N == 4) sum16_of_4(sums[r], results[r]);
-        else EACH for (int n = 0; n < N; n++) results[r][n] = sum16(sums[r][n]);
+/* Reduce each vector of R x N sums to a number. */
+INLINE void sum_all(Floats sums[ROWS][OUTS], int R, int N, float results[ROWS][OUTS]) {
+#define SUM(k) sums[(k) < R * N ? (k) / N : 0][(k) < R * N ? (k) % N : 0]
+    EACH for (int k = 0; k < R * N; k += 4) {
+        Quad four = sums_of_4(SUM(k), SUM(k + 1), SUM(k + 2), SUM(k + 3));
+        for (int i = 0; i < 4 && k + i < R * N; i++) results[(k + i) / N][(k + i) % N] = four[i];
     }
 }
 
@@ -284,159 +318,115 @@ INLINE void fetch(Ahead *ahead) {
 
 /* In the functions dot_*, results[r][n] is row b + r of the input times output o + n. R and N are
    constants where the functions are inlined: the sums are in registers, and each vector that is
-   loaded of the weights is used for all rows, each of the rows for all outputs. A single row reads
-   the weights in the order of the memory, which the hardware prefetches by itself. */
-INLINE void dot_floats(const Linear *l, int64_t o, int N, const float *x, int R, Ahead *ahead,
-                       float results[ROWS][OUTS]) {
-    F16 sums[ROWS][OUTS] = {0};
-    const float *weight = (const float *)l->weight + o * l->in;
-    int64_t i = 0, in = l->in;
-    for (; i + 16 <= in; i += 16) {
-        F16 w[OUTS];
-        EACH for (int n = 0; n < N; n++) {
-            w[n] = LOAD(F16, weight + n * in + i);
-            KEEP(w[n]);
-        }
-        if (R > 1) fetch(ahead);
-        EACH for (int r = 0; r < R; r++) {
-            F16 v = LOAD(F16, x + r * in + i);
-            KEEP(v);
-            EACH for (int n = 0; n < N; n++) sums[r][n] += w[n] * v;
-        }
+   loaded of the weights is used for all rows, each of the rows for all outputs. */
+#define STEP_OF(Weight, weights, Row, row, product) do { \
+        Weight w[OUTS]; \
+        EACH for (int n = 0; n < N; n++) { w[n] = weights; KEEP(w[n]); } \
+        fetch(ahead); \
+        EACH for (int r = 0; r < R; r++) { \
+            Row v = row; \
+            KEEP(v); \
+            EACH for (int n = 0; n < N; n++) sums[r][n] = product; \
+        } \
+    } while (0)
+
+INLINE void dot_floats(int64_t kind, const Linear *l, int64_t o, int N, const float *x, int R,
+                       Ahead *ahead, float results[ROWS][OUTS]) {
+    Floats sums[ROWS][OUTS] = {0};
+    int64_t i = 0, in = l->in, at = o * in;
+    for (; i + LANES <= in; i += LANES) {
+        STEP_OF(Floats, numbers(l->weight, kind, at + n * in + i),
+                Floats, LOAD(Floats, x + r * in + i), sums[r][n] + w[n] * v);
+    }
+    if (i < in) {
+        STEP_OF(Floats, some_numbers(l->weight, kind, at + n * in + i, in - i),
+                Floats, some_numbers(x, FLOAT, r * in + i, in - i), sums[r][n] + w[n] * v);
     }
     sum_all(sums, R, N, results);
-    for (; i < in; i++) {
-        EACH for (int r = 0; r < R; r++) {
-            EACH for (int n = 0; n < N; n++) results[r][n] += weight[n * in + i] * x[r * in + i];
-        }
-    }
 }
+
+#ifdef __AVX512BF16__
+#define WIDENED 0                                /* bfloat16 weights become floats */
+#define BF16_PRODUCT \
+    (Floats)_mm512_dpbf16_ps((__m512)sums[r][n], (__m512bh)w[n], (__m512bh)v)
 
 INLINE void dot_bf16(const Linear *l, int64_t o, int N, const int16_t *x, int R, Ahead *ahead,
                      float results[ROWS][OUTS]) {
-    F16 sums[ROWS][OUTS] = {0};
-    const uint16_t *weight = (const uint16_t *)l->weight + o * l->in;
+    Floats sums[ROWS][OUTS] = {0};
     int64_t i = 0, in = l->in;
+    const uint16_t *weight = (const uint16_t *)l->weight + o * in;
     for (; i + 32 <= in; i += 32) {
-        W16 w[OUTS];
-        EACH for (int n = 0; n < N; n++) {
-            w[n] = LOAD(W16, weight + n * in + i);
-            KEEP(w[n]);
-        }
-        if (R > 1) fetch(ahead);
-        EACH for (int r = 0; r < R; r++) {
-            W16 v = LOAD(W16, x + r * in + i);
-            KEEP(v);
-            EACH for (int n = 0; n < N; n++) sums[r][n] = add_pairs(sums[r][n], w[n], v);
-        }
+        STEP_OF(Words, LOAD(Words, weight + n * in + i), Words, LOAD(Words, x + r * in + i),
+                BF16_PRODUCT);
+    }
+    if (i < in) {
+        __mmask32 rest = (1u << (in - i)) - 1;
+        STEP_OF(__m512i, _mm512_maskz_loadu_epi16(rest, weight + n * in + i),
+                __m512i, _mm512_maskz_loadu_epi16(rest, x + r * in + i), BF16_PRODUCT);
     }
     sum_all(sums, R, N, results);
-    for (; i < in; i++) {
-        EACH for (int r = 0; r < R; r++) {
-            EACH for (int n = 0; n < N; n++) {
-                results[r][n] += bf16(weight[n * in + i]) * bf16(x[r * in + i]);
-            }
-        }
-    }
 }
+#else
+#define WIDENED 1
+#define dot_bf16(...) (void)0
+#endif
 
-/* 4,096 products of 7 and 15 bits fit 16 sums of 31 bits; then the sums are added up as floats. */
+/* 256 products of 7 and 15 bits fit a sum of 31 bits; then the sums are added up as floats. */
 INLINE void dot_int8(const Linear *l, int64_t o, int N, const int16_t *x, int R, Ahead *ahead,
                      float results[ROWS][OUTS]) {
     const int8_t *weight = (const int8_t *)l->weight + o * l->in;
-    F16 totals[ROWS][OUTS] = {0};
-    for (int64_t begin = 0; begin < l->in; begin += 4096) {
-        int64_t i = begin, end = begin + 4096 < l->in ? begin + 4096 : l->in;
-        I16 sums[ROWS][OUTS] = {0};
-        for (; i + 32 <= end; i += 32) {
-            S32 w[OUTS];
-            EACH for (int n = 0; n < N; n++) {
-                w[n] = widen(LOAD(B32, weight + n * l->in + i));
-                KEEP(w[n]);
-            }
-            if (R > 1) fetch(ahead);
-            EACH for (int r = 0; r < R; r++) {
-                S32 v = LOAD(S32, x + r * l->in + i);
-                KEEP(v);
-                EACH for (int n = 0; n < N; n++) sums[r][n] = add_products(sums[r][n], w[n], v);
-            }
+    Floats totals[ROWS][OUTS] = {0};
+    for (int64_t begin = 0, part = 256 * LANES; begin < l->in; begin += part) {
+        int64_t i = begin, end = begin + part < l->in ? begin + part : l->in;
+        Sums sums[ROWS][OUTS] = {0};
+        for (; i + STEP <= end; i += STEP) {
+            STEP_OF(Weights, int8s(weight + n * l->in + i), Inputs, inputs(x + r * l->in + i),
+                    add_products(sums[r][n], w[n], v));
         }
-        EACH for (int r = 0; r < R; r++) {
-            EACH for (int n = 0; n < N; n++) {
-                totals[r][n] += __builtin_convertvector(sums[r][n], F16);
-            }
-        }
+        EACH_SUM totals[r][n] += __builtin_convertvector(total(sums[r][n]), Floats);
         for (; i < end; i++) {
-            EACH for (int r = 0; r < R; r++) {
-                EACH for (int n = 0; n < N; n++) {
-                    totals[r][n][0] += (int32_t)weight[n * l->in + i] * x[r * l->in + i];
+            EACH_SUM totals[r][n][0] += weight[n * l->in + i] * input(x[r * l->in + i]);
+        }
+    }
+    sum_all(totals, R, N, results);
+}
+
+/* Half of 64 inputs are a group. It has a scale and an offset, two bfloat16 in a word of 32 bits:
+   sum((q scale + offset) x) = scale sum(q x) + offset sum(x). */
+INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const float *x_sums,
+                     int R, Ahead *ahead, float results[ROWS][OUTS]) {
+    enum { VECTORS = GROUP / STEP };             /* of a group */
+    int64_t groups = l->in / GROUP, g = 0;
+    const uint16_t *weight = (const uint16_t *)l->weight + o * l->in / 4;
+    const uint32_t *scale = (const uint32_t *)l->scale + o * groups;
+    Floats sums[ROWS][OUTS] = {0};
+    for (int64_t i = 0; i < l->in; i += 64) {
+        fetch(ahead);
+        EACH for (int n = 0; n < N; n++) {
+            Weights w[2 * VECTORS];
+            int4s(weight + (n * l->in + i) / 4, w);
+            EACH for (int half = 0; half < 2; half++) {
+                Floats s = (Floats)(((Words){0} + scale[n * groups + i / GROUP + half]) << 16);
+                EACH for (int k = 0; k < VECTORS; k++) KEEP(w[half * VECTORS + k]);
+                EACH for (int r = 0; r < R; r++) {
+                    const int16_t *v = x + r * l->in + i + half * GROUP;
+                    Sums p = {0};
+                    EACH for (int k = 0; k < VECTORS; k++) {
+                        p = add_products(p, w[half * VECTORS + k], inputs(v + k * STEP));
+                    }
+                    sums[r][n] += s * __builtin_convertvector(total(p), Floats);
                 }
             }
         }
     }
-    sum_all(totals, R, N, results);
-    EACH for (int r = 0; r < R; r++) {
-        EACH for (int n = 0; n < N; n++) results[r][n] *= ((const float *)l->scale)[o + n];
-    }
-}
-
-/* 64 inputs are 16 words of four nibbles: word j has inputs j, j + 16, j + 32 and j + 48, so that
-   half of the nibbles are a group. A group has a scale and an offset, two bfloat16 in a word of 32
-   bits: sum((q scale + offset) x) = scale sum(q x) + offset sum(x). */
-INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const float *x_sums,
-                     int R, Ahead *ahead, float results[ROWS][OUTS]) {
-    int64_t groups = l->in / GROUP, g = 0;
-    const uint16_t *weight = (const uint16_t *)l->weight + o * l->in / 4;
-    const uint32_t *scale = (const uint32_t *)l->scale + o * groups;
-    F16 sums[ROWS][OUTS] = {0};
-    for (int64_t i = 0; i < l->in; i += 64) {
-        if (R > 1) fetch(ahead);
-        EACH for (int n = 0; n < N; n++) {
-            U16 words = LOAD(U16, weight + (n * l->in + i) / 4);
-            U32 both = join(words, words >> 4);
-            S32 first = (S32)(both & 15), second = (S32)(both >> 8 & 15);
-            F16 s = (F16)(((W16){0} + scale[n * groups + i / GROUP]) << 16);
-            F16 t = (F16)(((W16){0} + scale[n * groups + i / GROUP + 1]) << 16);
-            KEEP(first);
-            KEEP(second);
-            EACH for (int r = 0; r < R; r++) {
-                const int16_t *v = x + r * l->in + i;
-                I16 p = add_products((I16){0}, first, LOAD(S32, v));
-                sums[r][n] += s * __builtin_convertvector(p, F16);
-                I16 p2 = add_products((I16){0}, second, LOAD(S32, v + GROUP));
-                sums[r][n] += t * __builtin_convertvector(p2, F16);
-            }
-        }
-    }
-    for (; g + 16 <= groups; g += 16) {
-        EACH for (int n = 0; n < N; n++) {
-            F16 offset = (F16)(LOAD(W16, scale + n * groups + g) & 0xffff0000);
-            EACH for (int r = 0; r < R; r++) {
-                sums[r][n] += offset * LOAD(F16, x_sums + r * groups + g);
-            }
-        }
+    for (; g + LANES <= groups; g += LANES) {
+        EACH_SUM sums[r][n] += (Floats)(LOAD(Words, scale + n * groups + g) & 0xffff0000) *
+                               LOAD(Floats, x_sums + r * groups + g);
     }
     sum_all(sums, R, N, results);
     for (; g < groups; g++) {
-        EACH for (int r = 0; r < R; r++) {
-            EACH for (int n = 0; n < N; n++) {
-                results[r][n] += bf16(scale[n * groups + g] >> 16) * x_sums[r * groups + g];
-            }
-        }
-    }
-}
-
-INLINE void dot(int64_t kind, const Linear *l, int64_t o, int N, const Input *in, int64_t b, int R,
-                Ahead *ahead, float results[ROWS][OUTS]) {
-    if (kind == FLOAT) dot_floats(l, o, N, in->x + b * l->in, R, ahead, results);
-    if (kind == BFLOAT16) dot_bf16(l, o, N, in->q + b * l->in, R, ahead, results);
-    if (kind == INT8) dot_int8(l, o, N, in->q + b * l->in, R, ahead, results);
-    if (kind == INT4) {
-        const float *x_sums = in->sums + b * (l->in / GROUP);
-        dot_int4(l, o, N, in->q + b * l->in, x_sums, R, ahead, results);
-    }
-    EACH for (int r = 0; r < R && kind > BFLOAT16; r++) {
-        EACH for (int n = 0; n < N; n++) results[r][n] *= in->scale[b + r];
+        EACH_SUM results[r][n] = multiply_add(bf16(scale[n * groups + g] >> 16),
+                                              x_sums[r * groups + g], results[r][n]);
     }
 }
 
@@ -444,49 +434,73 @@ INLINE void dot(int64_t kind, const Linear *l, int64_t o, int N, const Input *in
 INLINE void block_of(int64_t kind, const Linear *l, int64_t o, int N, const Input *in, int64_t b,
                      int R, Ahead *ahead, float *y, int add) {
     float results[ROWS][OUTS];
-    dot(kind, l, o, N, in, b, R, ahead, results);
-    EACH for (int r = 0; r < R; r++) {
-        float *at = y + (b + r) * l->out + o;
-        EACH for (int n = 0; n < N; n++) {
-            float value = results[r][n] + (l->bias ? l->bias[o + n] : 0);
-            at[n] = add ? at[n] + value : value;
-        }
+    const float *x = in->x + b * l->in, *x_sums = in->sums + b * (l->in / GROUP);
+    const int16_t *q = in->q + b * l->in;
+    if (kind == INT8) dot_int8(l, o, N, q, R, ahead, results);
+    else if (kind == INT4) dot_int4(l, o, N, q, x_sums, R, ahead, results);
+    else if (kind == FLOAT || WIDENED) dot_floats(kind, l, o, N, x, R, ahead, results);
+    else dot_bf16(l, o, N, q, R, ahead, results);
+    EACH_SUM {
+        float *at = y + (b + r) * l->out + o + n, value = results[r][n];
+        float scale = in->scale[b + r], bias = l->bias ? l->bias[o + n] : 0;
+        if (kind == INT8) scale *= ((const float *)l->scale)[o + n];
+        value = kind > BFLOAT16 ? multiply_add(value, scale, bias) : value + bias;
+        *at = add ? *at + value : value;
     }
 }
 
-/* The threads share the outputs; there is no barrier at the end. While a tile is multiplied, the
-   next one is prefetched: each step of each block fetches its part of it. A large batch has more
-   steps than a tile has lines, and prefetches further; stopping at the tile's end was no faster. */
-INLINE void matmul_of(int64_t kind, const Linear *l, const Input *in, int64_t B, float *y,
-                      int add) {
-    int64_t bytes =                              /* of the weights of an output */
-        kind == FLOAT ? 4 * l->in : kind == BFLOAT16 ? 2 * l->in : kind == INT8 ? l->in : l->in / 2;
+/* A function of its own, since gcc would otherwise keep some of the sums in memory */
+static __attribute__((noinline)) void block_of_floats(const Linear *l, int64_t o, const Input *in,
+                                                      int64_t b, Ahead *ahead, float *y, int add) {
+    block_of(FLOAT, l, o, OUTS, in, b, ROWS, ahead, y, add);
+}
+
+/* Rows `begin` to `end`, which the cache holds. The threads share the outputs; there is no barrier
+   at the end. While a tile is multiplied, the next one is prefetched: each step of each block
+   fetches its part of it. If bfloat16 weights are multiplied as FLOAT, each tile is widened once,
+   into the thread's scratch (TILE, in). */
+INLINE void matmul_of(int64_t kind, const Linear *l, const Input *in, int64_t begin, int64_t end,
+                      float *y, int add, float *scratch) {
+    int64_t rows = end - begin, bits[] = {32, 16, 8, 4}, bytes = bits[l->kind] * l->in / 8;
     #pragma omp for schedule(static) nowait
-    for (int64_t tile = 0; tile < (l->out + TILE - 1) / TILE; tile++) {
-        int64_t end = (tile + 1) * TILE < l->out ? (tile + 1) * TILE : l->out;
-        Ahead ahead = {(const char *)l->weight + end * bytes,
-                       B < ROWS || B >= ROWS * OUTS ? 1 : ROWS * OUTS / B};
-        for (int64_t b = 0; b < B;) {
-            int R = B - b >= ROWS ? ROWS : B - b >= 2 ? 2 : 1;
-            for (int64_t o = tile * TILE; o < end;) {
-                int N = R < ROWS || end - o < OUTS ? 1 : OUTS;
-                if (R == 1) block_of(kind, l, o, 1, in, b, 1, &ahead, y, add);
-                else if (R == 2) block_of(kind, l, o, 1, in, b, 2, &ahead, y, add);
-                else if (N == 1) block_of(kind, l, o, 1, in, b, ROWS, &ahead, y, add);
-                else block_of(kind, l, o, OUTS, in, b, ROWS, &ahead, y, add);
-                o += N;
+    for (int64_t first = 0; first < l->out; first += TILE) {
+        int64_t last = first + TILE < l->out ? first + TILE : l->out;
+        const char *next = (const char *)l->weight + last * bytes;
+        Ahead ahead = {next, rows < ROWS || rows >= ROWS * OUTS ? 1 : ROWS * OUTS / rows};
+        Linear tile = *l;
+        if (kind < l->kind) {
+            const uint16_t *weight = (const uint16_t *)l->weight + first * l->in;
+            for (int64_t i = 0; i < (last - first) * l->in; i++) scratch[i] = bf16(weight[i]);
+            tile.weight = scratch - first * l->in;
+        }
+        for (int64_t b = begin; b < end;) {
+            int R = end - b >= ROWS ? ROWS : end - b >= 2 ? 2 : 1;
+            int few = kind > BFLOAT16 ? 2 : OUTS, N = R < ROWS ? few : OUTS;
+            if (ahead.next >= next + TILE * bytes) ahead.lines = 0;
+            for (int64_t o = first; o < last; o += N) {
+                if (last - o < N) N = 1;
+                if (R == 1 && N == 1) block_of(kind, &tile, o, 1, in, b, 1, &ahead, y, add);
+                else if (R == 1) block_of(kind, &tile, o, few, in, b, 1, &ahead, y, add);
+                else if (R == 2 && N == 1) block_of(kind, &tile, o, 1, in, b, 2, &ahead, y, add);
+                else if (R == 2) block_of(kind, &tile, o, few, in, b, 2, &ahead, y, add);
+                else if (N == 1) block_of(kind, &tile, o, 1, in, b, ROWS, &ahead, y, add);
+                else if (kind == FLOAT) block_of_floats(&tile, o, in, b, &ahead, y, add);
+                else block_of(kind, &tile, o, OUTS, in, b, ROWS, &ahead, y, add);
             }
             b += R;
         }
     }
 }
 
-static void matmul(const Linear *l, const Input *in, int64_t B, float *y, int add) {
-    switch (l->kind) {
-    case FLOAT: matmul_of(FLOAT, l, in, B, y, add); break;
-    case BFLOAT16: matmul_of(BFLOAT16, l, in, B, y, add); break;
-    case INT8: matmul_of(INT8, l, in, B, y, add); break;
-    case INT4: matmul_of(INT4, l, in, B, y, add); break;
+static void matmul(const Linear *l, const Input *in, int64_t B, float *y, int add, float *scratch) {
+    int64_t bytes = l->in * (l->kind == FLOAT ? 4 : 2), rows = ROWS * (CACHE / bytes / ROWS + 1);
+    for (int64_t b = 0; b < B; b += rows) {
+        int64_t end = b + rows < B ? b + rows : B;
+        int widen = WIDENED && l->kind == BFLOAT16 && end - b >= 4 * ROWS;
+        if (l->kind == FLOAT || widen) matmul_of(FLOAT, l, in, b, end, y, add, scratch);
+        else if (l->kind == BFLOAT16) matmul_of(BFLOAT16, l, in, b, end, y, add, scratch);
+        else if (l->kind == INT8) matmul_of(INT8, l, in, b, end, y, add, scratch);
+        else matmul_of(INT4, l, in, b, end, y, add, scratch);
     }
 }
 
@@ -496,19 +510,19 @@ static void matmul(const Linear *l, const Input *in, int64_t B, float *y, int ad
 static void prepare(const Model *m, const Input *in, int64_t b) {
     float *x = in->x + b * in->width, top = 1e-30f;
     int16_t *q = in->q + b * in->width;
-    if (m->weights_kind == FLOAT) return;
-    if (m->weights_kind == BFLOAT16) {
+    if (m->weights_kind <= BFLOAT16) {
+        if (m->weights_kind == FLOAT || WIDENED) return;
         for (int64_t i = 0; i < in->width; i++) q[i] = to_bf16(x[i]);
         return;
     }
     #pragma omp simd reduction(max : top)
     for (int64_t i = 0; i < in->width; i++) top = larger(top, fabsf(x[i]));
-    float inverse = 32767 / top;
-    in->scale[b] = top / 32767;
-    for (int64_t i = 0; i < in->width; i++) q[i] = (int16_t)rintf(x[i] * inverse);
+    float inverse = LARGEST / top;
+    in->scale[b] = top / LARGEST;
+    for (int64_t i = 0; i < in->width; i++) q[i] = to_input(rintf(x[i] * inverse));
     for (int64_t g = 0; g < in->width / GROUP; g++) {
         int32_t sum = 0;
-        for (int i = 0; i < GROUP; i++) sum += q[g * GROUP + i];
+        for (int i = 0; i < GROUP; i++) sum += input(q[g * GROUP + i]);
         in->sums[b * (in->width / GROUP) + g] = sum;
     }
 }
@@ -562,49 +576,53 @@ static void write_cache(void *cache, int64_t kind, int64_t at, const float *x, i
 /* Scores p (N): q (D) times N keys, the first at `at`, over sqrt(D). */
 INLINE void score(const void *keys, int64_t kind, int64_t at, int N, int64_t D, const float *q,
                   float *p) {
-    F16 sums[4] = {0};
-    float results[4];
+    Floats sums[4] = {0};
     int64_t i = 0;
-    for (; i + 16 <= D; i += 16) {
+    for (; i + LANES <= D; i += LANES) {
         EACH for (int n = 0; n < N; n++) {
-            sums[n] += LOAD(F16, q + i) * numbers(keys, kind, at + n * D + i);
+            sums[n] += LOAD(Floats, q + i) * numbers(keys, kind, at + n * D + i);
         }
     }
-    if (N == 4) sum16_of_4(sums, results);
-    else results[0] = sum16(sums[0]);
-    for (; i < D; i++) {
-        EACH for (int n = 0; n < N; n++) results[n] += q[i] * number(keys, kind, at + n * D + i);
+    EACH for (int n = 0; n < N && i < D; n++) {
+        Floats rest = some_numbers(keys, kind, at + n * D + i, D - i);
+        sums[n] += some_numbers(q, FLOAT, i, D - i) * rest;
     }
+    Quad results = sums_of_4(sums[0], sums[1], sums[2], sums[3]);
     EACH for (int n = 0; n < N; n++) p[n] = results[n] / sqrtf(D);
 }
 
-/* y (16 N): the sum of S values, which begin at `at` and are D apart, weighted by p / total. */
+enum { MIX = BYTES == 64 ? 4 : 8 };              /* vectors of values that are summed at once */
+
+/* y (LANES N): the sum of S values, which begin at `at` and are D apart, weighted by p / total. */
 INLINE void mix(const void *values, int64_t kind, int64_t at, int N, int64_t S, int64_t D,
                 const float *p, float total, float *y) {
-    F16 sums[4] = {0};
+    Floats sums[MIX] = {0};
     for (int64_t s = 0; s < S; s++) {
         EACH for (int n = 0; n < N; n++) {
-            sums[n] += p[s] * numbers(values, kind, at + s * D + 16 * n);
+            sums[n] += p[s] * numbers(values, kind, at + s * D + LANES * n);
         }
     }
     EACH for (int n = 0; n < N; n++) {
-        F16 mean = sums[n] / total;
-        memcpy(y + 16 * n, &mean, sizeof mean);
+        Floats mean = sums[n] / total;
+        memcpy(y + LANES * n, &mean, sizeof mean);
     }
 }
 
 /* y (D) = softmax(q k^T / sqrt(D)) v over S tokens, whose keys and values begin at `at`.
    p: working memory (S) */
-INLINE void attend(const void *keys, const void *values, int64_t kind, int64_t at, int64_t S,
+INLINE void attend(int64_t kind, const void *keys, const void *values, int64_t at, int64_t S,
                    int64_t D, const float *q, float *p, float *y) {
     int64_t s = 0, i = 0;
     for (; s + 4 <= S; s += 4) score(keys, kind, at + s * D, 4, D, q, p + s);
     for (; s < S; s++) score(keys, kind, at + s * D, 1, D, q, p + s);
     float top = largest_of(p, S), total = 0;
     for (s = 0; s < S; s++) p[s] = exp_(p[s] - top);
+    #pragma omp simd reduction(+ : total)
     for (s = 0; s < S; s++) total += p[s];
-    for (; i + 64 <= D; i += 64) mix(values, kind, at + i, 4, S, D, p, total, y + i);
-    for (; i + 16 <= D; i += 16) mix(values, kind, at + i, 1, S, D, p, total, y + i);
+    for (; i + MIX * LANES <= D; i += MIX * LANES) {
+        mix(values, kind, at + i, MIX, S, D, p, total, y + i);
+    }
+    for (; i + LANES <= D; i += LANES) mix(values, kind, at + i, 1, S, D, p, total, y + i);
     for (; i < D; i++) {
         float sum = 0;
         for (s = 0; s < S; s++) sum += p[s] * number(values, kind, at + s * D + i);
@@ -642,14 +660,6 @@ static void meet(Team *team) {
     }
 }
 
-static int n_threads(void) {
-#ifdef _OPENMP
-    return omp_get_num_threads();
-#else
-    return 1;
-#endif
-}
-
 /* ---- step ----------------------------------------------------------------- */
 
 /* Memory that begins at a cache line: a vector across two lines would be loaded twice. */
@@ -663,11 +673,13 @@ static Input make_input(int64_t B, int64_t width) {
     return in;
 }
 
-static void free_input(Input *in) {
-    free(in->x);
-    free(in->scale);
-    free(in->sums);
-    free(in->q);
+/* The input of the matmuls after a norm; the threads share the rows. */
+static void normalise_rows(const Model *m, const Norm *norm, int64_t B, const float *x, Input *h) {
+    #pragma omp for nowait
+    for (int64_t b = 0; b < B; b++) {
+        normalise(m, norm, x + b * m->d_model, h->x + b * m->d_model);
+        prepare(m, h, b);
+    }
 }
 
 /* Append tokens (B) at positions (B) to slots (B) of the KV cache; write the next logits (B, V)
@@ -684,9 +696,9 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *slots
 
     #pragma omp parallel
     {
-        float *p = malloc(max_len * 4);
+        float *p = malloc(larger(max_len, TILE * larger(m->d_ff, larger(C, H * D))) * 4);
         #pragma omp single
-        team.threads = n_threads();
+        team.threads = THREADS;
         #pragma omp for nowait
         for (int64_t b = 0; b < B; b++) {
             add_embedding(&m->embed, tokens[b], x + b * C);
@@ -700,15 +712,11 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *slots
 
             /* Keys and values of the new tokens */
             meet(&team);
-            #pragma omp for nowait
-            for (int64_t b = 0; b < B; b++) {
-                normalise(m, &l->norm1, x + b * C, h.x + b * C);
-                prepare(m, &h, b);
-            }
+            normalise_rows(m, &l->norm1, B, x, &h);
             meet(&team);
-            matmul(&l->q, &h, B, q, 0);
-            matmul(&l->k, &h, B, k, 0);
-            matmul(&l->v, &h, B, v, 0);
+            matmul(&l->q, &h, B, q, 0, p);
+            matmul(&l->k, &h, B, k, 0, p);
+            matmul(&l->v, &h, B, v, 0, p);
             meet(&team);
             #pragma omp for collapse(2) nowait
             for (int64_t b = 0; b < B; b++) {
@@ -730,26 +738,22 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *slots
                     int64_t S = positions[b] + 1;
                     float *mine = q + (b * H + head) * D, *out = a.x + (b * H + head) * D;
                     if (m->position == ROPE) rotate(m, positions[b], mine);
-                    if (m->cache_kind == FLOAT) attend(keys, values, FLOAT, at, S, D, mine, p, out);
-                    else attend(keys, values, BFLOAT16, at, S, D, mine, p, out);
+                    if (m->cache_kind == FLOAT) attend(FLOAT, keys, values, at, S, D, mine, p, out);
+                    else attend(BFLOAT16, keys, values, at, S, D, mine, p, out);
                 }
             }
             meet(&team);
             #pragma omp for nowait
             for (int64_t b = 0; b < B; b++) prepare(m, &a, b);
             meet(&team);
-            matmul(&l->o, &a, B, x, 1);
+            matmul(&l->o, &a, B, x, 1, p);
 
             /* MLP */
             meet(&team);
-            #pragma omp for nowait
-            for (int64_t b = 0; b < B; b++) {
-                normalise(m, &l->norm2, x + b * C, h.x + b * C);
-                prepare(m, &h, b);
-            }
+            normalise_rows(m, &l->norm2, B, x, &h);
             meet(&team);
-            if (l->gate.weight) matmul(&l->gate, &h, B, f.x, 0);
-            matmul(&l->up, &h, B, up, 0);
+            if (l->gate.weight) matmul(&l->gate, &h, B, f.x, 0, p);
+            matmul(&l->up, &h, B, up, 0, p);
             meet(&team);
             #pragma omp for nowait
             for (int64_t b = 0; b < B; b++) {
@@ -761,26 +765,17 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *slots
                 prepare(m, &f, b);
             }
             meet(&team);
-            matmul(&l->down, &f, B, x, 1);
+            matmul(&l->down, &f, B, x, 1, p);
         }
         meet(&team);
-        #pragma omp for nowait
-        for (int64_t b = 0; b < B; b++) {
-            normalise(m, &m->norm, x + b * C, h.x + b * C);
-            prepare(m, &h, b);
-        }
+        normalise_rows(m, &m->norm, B, x, &h);
         meet(&team);
-        if (logits) matmul(&m->head, &h, B, logits, 0);
+        if (logits) matmul(&m->head, &h, B, logits, 0, p);
         free(p);
     }
-    free(x);
-    free(q);
-    free(k);
-    free(v);
-    free(up);
-    free_input(&h);
-    free_input(&a);
-    free_input(&f);
+    void *used[] = {x, q, k, v, up, h.x, h.scale, h.sums, h.q, a.x, a.scale, a.sums, a.q,
+                    f.x, f.scale, f.sums, f.q};
+    for (size_t i = 0; i < sizeof used / sizeof *used; i++) free(used[i]);
 }
 
 /* ---- sampling ------------------------------------------------------------- */

@@ -16,6 +16,7 @@ from model import Transformer
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.inference.backend import Chunk, DecodeBackend, SlotCache, TorchBackend
 from pocketlm.inference.native_library import (
+    FLOAT,
     INT4,
     INT8,
     KINDS,
@@ -29,23 +30,29 @@ from pocketlm.inference.native_library import (
     Norm,
     load_library,
 )
+from pocketlm.instruction_sets import multiplies_bfloat16
 
 NATIVE_PREFILL_MAX = 128  # tokens of a prompt chunk up to which decode.c is faster than torch
 
 
 class NativeBackend(TorchBackend):
-    """Decoding, sampling and short prefills in C, with logits in float32; long prefills in torch.
+    """Decoding, sampling and short prefills in C, with logits in float32.
 
-    The weights are not copied: C reads the model's own tensors.
+    Long prefills run in torch if the weights are float32 or the CPU multiplies bfloat16; otherwise
+    torch would have to widen all weights first. The weights are not copied: C reads the model's
+    own tensors.
     """
 
     name = "C"
 
-    def __init__(self, model: Transformer):
-        """Raise NativeUnavailable if decode.c cannot run this model."""
-        super().__init__(model)
+    def __init__(self, model: Transformer, library: ctypes.CDLL | None = None):
+        """Load decode.c for this CPU if no library is given.
+
+        Raises NativeUnavailable if decode.c cannot run this model.
+        """
         check_supported(model)
-        self.library = load_library()
+        super().__init__(model)
+        self.library = library or load_library()
         self.tensors: list[Tensor] = []  # keeps alive what C points into
         self.weights_kind = KINDS[model.dtype]
         layers = [self.layer(layer) for layer in model.layers]
@@ -69,15 +76,17 @@ class NativeBackend(TorchBackend):
             self.struct.cos = self.float_pointer(model.rope_cos)
             self.struct.sin = self.float_pointer(model.rope_sin)
         self.struct.weights_kind = self.weights_kind  # known once all matrices have been seen
+        in_torch = self.weights_kind == FLOAT or multiplies_bfloat16("cpu")
+        self.prefill_max = NATIVE_PREFILL_MAX if in_torch else model.max_seq_len
 
     def prefill(self, cache: SlotCache, chunks: list[Chunk]) -> None:
-        """Run short chunks in one call of C, long ones by torch."""
-        super().prefill(cache, [chunk for chunk in chunks if len(chunk[1]) > NATIVE_PREFILL_MAX])
+        """Run chunks of up to `prefill_max` tokens in one call of C, longer ones by torch."""
+        super().prefill(cache, [chunk for chunk in chunks if len(chunk[1]) > self.prefill_max])
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
         for slot, ids in chunks:
-            if len(ids) <= NATIVE_PREFILL_MAX:
+            if len(ids) <= self.prefill_max:
                 begin = int(cache.lengths[slot])
                 tokens += ids
                 slots += [slot] * len(ids)

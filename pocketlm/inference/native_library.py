@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from pocketlm.instruction_sets import VARIABLE, InstructionSet, instruction_set
+
 SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = (
     "-O3",
@@ -78,14 +80,17 @@ class Model(ctypes.Structure):
 # ---- compiling ----
 
 
-def load_library() -> ctypes.CDLL:
-    """Load decode.c, compiled for this machine on first use, which takes a second or two.
+def load_library(isa: InstructionSet | None = None) -> ctypes.CDLL:
+    """Load decode.c, compiled on first use, which takes a few seconds.
 
-    Raises NativeUnavailable if there is no compiler, or if it fails.
+    It is compiled for the given instruction set; by default, for POCKETLM_ISA, or, if that is not
+    set, for this very CPU. Raises NativeUnavailable if there is no compiler, or if it fails.
     """
+    if isa is None and os.environ.get(VARIABLE):
+        isa = instruction_set()
     compiler = find_compiler()
     try:
-        library = ctypes.CDLL(str(compiled_library(compiler)))
+        library = ctypes.CDLL(str(compiled_library(compiler, isa)))
     except OSError as error:
         raise NativeUnavailable(f"decode.c could not be compiled or loaded: {error}") from error
     library.step.argtypes = [
@@ -116,39 +121,48 @@ def find_compiler() -> str:
     raise NativeUnavailable("there is no C compiler on the PATH (gcc or clang)")
 
 
-def compiled_library(compiler: str) -> Path:
+def compiled_library(compiler: str, isa: InstructionSet | None) -> Path:
     """Return the shared library in the user's cache folder, compiled if it is not there.
 
     Its name is a hash of the source and of whatever else could change the machine code.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "decode_c"
-    parts = [SOURCE.read_text(), compiler, *FLAGS]
+    parts = [SOURCE.read_text(), compiler, *FLAGS, *machine_flags(isa)]
     parts += [torch.__version__, platform.processor(), platform.node()]
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     library = folder / f"{digest}.so"
     if not library.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            os.replace(compile_library(compiler, Path(temporary)), library)
+            os.replace(compile_library(compiler, isa, Path(temporary)), library)
     return library
 
 
-def compile_library(compiler: str, folder: Path) -> Path:
+def machine_flags(isa: InstructionSet | None) -> tuple[str, ...]:
+    """Return the compiler's flags for an instruction set; None: for this CPU."""
+    if isa is not None:
+        return isa.flags
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return ("-march=native",) if is_x86 else ("-mcpu=native",)
+
+
+def compile_library(compiler: str, isa: InstructionSet | None, folder: Path) -> Path:
     """Compile decode.c in a folder; use threads if the compiler has OpenMP.
 
     OpenMP is not linked: torch has loaded its own, and two would compete for the cores.
     """
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    machine = "-march=native" if is_x86 else "-mcpu=native"
     undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
     compiled, linked = folder / "decode.o", folder / "decode.so"
     for threads in (["-fopenmp"], ["-Xclang", "-fopenmp"], []):
-        options = [*FLAGS, machine, *threads, "-c", str(SOURCE), "-o", str(compiled)]
+        options = [*FLAGS, *machine_flags(isa), *threads, "-c", str(SOURCE), "-o", str(compiled)]
         done = run_compiler(compiler, options)
         if done.returncode == 0:
             break
     else:
-        raise NativeUnavailable(f"{compiler} does not compile decode.c: {first_line(done.stderr)}")
+        target = f" for {isa.name}" if isa else ""
+        raise NativeUnavailable(
+            f"{compiler} does not compile decode.c{target}: {first_line(done.stderr)}"
+        )
     done = run_compiler(compiler, ["-shared", *undefined, str(compiled), "-o", str(linked), "-lm"])
     if done.returncode:
         raise NativeUnavailable(f"{compiler} does not link decode.c: {first_line(done.stderr)}")

@@ -8,7 +8,7 @@ from pocketlm.hardware.devices import choose_accelerator
 from pocketlm.hardware.measure import keep_freed_memory
 from pocketlm.hardware.mps_check import check_mps
 from pocketlm.inference.native import native_unavailable_reason
-from pocketlm.instruction_sets import multiplies_bfloat16
+from pocketlm.instruction_sets import instruction_set, multiplies_bfloat16
 from pocketlm.model.quantization import QUANTIZED_DTYPES, quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +39,8 @@ def move_to_device(checkpoint: Checkpoint, device: str, dtype: str | None) -> st
     checkpoint.model.to(device=accelerator, dtype=activations)
     reason = native_unavailable_reason(checkpoint.model) if accelerator == "cpu" else ""
     description = f"{dtype} on {accelerator}"
+    if accelerator == "cpu":
+        description += f" ({instruction_set().name})"
     if reason:
         description += f", decoding in torch, several times slower: {reason}"
     return description

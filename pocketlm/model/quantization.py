@@ -1,11 +1,15 @@
 """Layers with int8 or int4 weights, and `quantize`, which replaces a model's layers by them.
 
+Layers with bfloat16 weights that compute in float32, and `without_bfloat16_products`, which uses
+them.
+
 int8: one scale per output row (symmetric). int4: one scale and one minimum per group of 32 inputs.
 The arithmetic of activations stays in floating point. pocketlm/inference/decode.c computes with the
 same layouts.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from model import Transformer
 from pocketlm.errors import UserError
+from pocketlm.instruction_sets import multiplies_bfloat16
 
 QUANTIZED_DTYPES = ("int8", "int4")
 
@@ -66,14 +71,14 @@ def unpack_int4(words: Tensor) -> Tensor:
 
 
 class QuantizedLayer(nn.Module):
-    """A layer whose weight has integers.
+    """A layer whose weight is not of the dtype it computes in: integers, or bfloat16.
 
-    `.to(dtype)` sets the dtype of its outputs; its own integers and scales stay as they are.
+    `.to(dtype)` sets the dtype of its outputs; its own weight and scales stay as they are.
     """
 
     dtype: torch.dtype
     weight: Tensor
-    scale: Tensor
+    scale: Tensor | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
         """Move the layer; nn.Module.to calls this."""
@@ -87,7 +92,7 @@ class QuantizedLayer(nn.Module):
 class QuantizedLinear(QuantizedLayer):
     """x -> x weight^T + bias, with a weight quantised by `quantizer`."""
 
-    quantizer: Callable[[Tensor], tuple[Tensor, Tensor]]
+    quantizer: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     bias: Tensor | None
 
     def __init__(self, linear: nn.Linear):
@@ -105,10 +110,25 @@ class QuantizedLinear(QuantizedLayer):
     def bias_as(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix(), self.bias_as(x.dtype))
+
+
+class BFloat16Linear(QuantizedLinear):
+    """A linear layer with a bfloat16 weight, the same tensor as that of the layer it replaces."""
+
+    @staticmethod
+    def quantizer(weight: Tensor) -> tuple[Tensor, None]:
+        return weight.bfloat16(), None
+
+    def matrix(self) -> Tensor:
+        return self.weight.to(self.dtype)
+
 
 class Int8Linear(QuantizedLinear):
     """A linear layer with an int8 weight (out, in) and a float32 scale (out,)."""
 
+    scale: Tensor
     quantizer = staticmethod(quantize_int8)
 
     def matrix(self) -> Tensor:
@@ -130,6 +150,7 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """A linear layer with a packed weight (out, in / 4) and scales and minima (out, in / 32, 2)."""
 
+    scale: Tensor
     quantizer = staticmethod(quantize_int4)
 
     def matrix(self) -> Tensor:
@@ -137,21 +158,19 @@ class Int4Linear(QuantizedLinear):
         scale, minimum = self.scale.to(self.dtype)[..., None].unbind(-2)  # (out, groups, 1)
         return (groups * scale + minimum).flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix(), self.bias_as(x.dtype))
 
+class QuantizedEmbedding(QuantizedLayer):
+    """Token ids -> rows of an int8 or bfloat16 matrix, which a tied head shares."""
 
-class Int8Embedding(QuantizedLayer):
-    """Token ids -> rows of an int8 matrix, which a tied head shares."""
-
-    def __init__(self, matrix: Int8Linear):
+    def __init__(self, matrix: QuantizedLinear):
         super().__init__()
         self.dtype = matrix.dtype
         self.register_buffer("weight", matrix.weight)
         self.register_buffer("scale", matrix.scale)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return (self.weight[ids] * self.scale[ids][..., None]).to(self.dtype)
+        rows = self.weight[ids]
+        return (rows if self.scale is None else rows * self.scale[ids][..., None]).to(self.dtype)
 
 
 def quantize(model: Transformer, dtype: str) -> Transformer:
@@ -167,23 +186,48 @@ def quantize(model: Transformer, dtype: str) -> Transformer:
             f"int4 needs widths that 64 divides, and this model's are {model.config.d_model} "
             f"and {model.config.d_ff}; use int8"
         )
-    for layer in model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            quantize_linear_layers(part, dtype)
+    layer = {"int8": Int8Linear, "int4": Int4Linear}[dtype]
+    return replace_layers(model, layer, Int8Linear)
+
+
+def without_bfloat16_products(model: Transformer) -> Transformer:
+    """Return the model, or one that computes in float32 if the CPU does not multiply bfloat16.
+
+    They share the bfloat16 matrices, which are widened for each product.
+    """
+    slow = model.device.type == "cpu" and not multiplies_bfloat16("cpu")
+    if model.dtype != torch.bfloat16 or not slow:
+        return model
+    shared = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    shared += [b for m in model.modules() if isinstance(m, QuantizedLayer) for b in m.buffers()]
+    memo = {id(tensor): tensor for tensor in (*shared, model.embed_tokens.weight)}
+    copy = deepcopy(model, memo)
+    if not isinstance(model.embed_tokens, QuantizedLayer):
+        replace_layers(copy, BFloat16Linear, BFloat16Linear)
+    return copy.float()
+
+
+def replace_layers(
+    model: Transformer, block_layer: type[QuantizedLinear], layer: type[QuantizedLinear]
+) -> Transformer:
+    """Replace the linear layers of the blocks, and the embedding and the head, in place."""
+    for block in model.layers:
+        for part in (block.self_attn, block.mlp):
+            replace_linear_layers(part, block_layer)
     # The layers below have the interface of those that they replace.
-    embedding = Int8Linear(as_linear(model.embed_tokens.weight))
-    head = embedding if model.lm_head is None else Int8Linear(model.lm_head)
+    embedding = layer(as_linear(model.embed_tokens.weight))
+    head = embedding if model.lm_head is None else layer(model.lm_head)
     model.lm_head = head  # type: ignore[assignment]
-    model.embed_tokens = Int8Embedding(embedding)  # type: ignore[assignment]
+    model.embed_tokens = QuantizedEmbedding(embedding)  # type: ignore[assignment]
     return model
 
 
-def quantize_linear_layers(parent: Any, dtype: str) -> None:
+def replace_linear_layers(parent: Any, layer: type[QuantizedLinear]) -> None:
     """Replace the linear layers that are children of the module `parent`."""
     for name, child in list(parent.named_children()):
         if isinstance(child, nn.Linear):
-            use_int4 = dtype == "int4" and child.in_features % 64 == 0
-            setattr(parent, name, Int4Linear(child) if use_int4 else Int8Linear(child))
+            fits = layer is not Int4Linear or child.in_features % 64 == 0
+            setattr(parent, name, layer(child) if fits else Int8Linear(child))
 
 
 def as_linear(weight: Tensor) -> nn.Linear:

@@ -13,6 +13,7 @@ import infer
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.config.sampling import SamplingConfig
 from pocketlm.errors import UserError, run_main
+from pocketlm.instruction_sets import instruction_set
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
 from tests.support.checkpoints import write_checkpoint
@@ -51,7 +52,7 @@ def test_prompt_file_and_standard_input_give_the_same_completion_alone(folder, c
     expected = expected_text(Path("checkpoints/best.ckpt"), "Où 😀") + "\n"
     out, err = run(capsys, "--prompt", "Où 😀")
     assert out == expected
-    assert err == "checkpoints/best.ckpt: step 7, float32 on cpu\n"
+    assert err == f"checkpoints/best.ckpt: step 7, float32 on cpu ({instruction_set().name})\n"
     Path("prompt.txt").write_text("Où 😀\n", encoding="utf-8")
     assert run(capsys, "--prompt-file", "prompt.txt")[0] == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Où 😀\n".encode())))
@@ -193,7 +194,8 @@ def test_the_program_itself_completes_standard_input(folder):
     assert done.returncode == 0
     expected = expected_text(Path("checkpoints/best.ckpt"), "Où", temperature=0.0)
     assert done.stdout.decode() == expected + "\n"
-    assert done.stderr.decode() == "checkpoints/best.ckpt: step 7, float32 on cpu\n"
+    description = f"float32 on cpu ({instruction_set().name})"
+    assert done.stderr.decode() == f"checkpoints/best.ckpt: step 7, {description}\n"
 
 
 def test_importing_infer_brings_no_trainer_and_prints_nothing(tmp_path):

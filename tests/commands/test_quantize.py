@@ -12,6 +12,7 @@ from pocketlm.checkpoint.format import read_checkpoint
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.errors import UserError
 from pocketlm.inference import placement
+from pocketlm.instruction_sets import instruction_set
 from pocketlm.model.quantization import quantize
 from tests.support.checkpoints import write_checkpoint
 
@@ -58,7 +59,7 @@ def test_infer_and_the_evaluator_read_it_and_write_what_quantising_on_the_way_wr
         assert infer.main([*checkpoint, *greedy.split()]) == 0
         output = capsys.readouterr()
         texts.append(output.out)
-        assert "step 7, int8 on cpu\n" in output.err
+        assert f"step 7, int8 on cpu ({instruction_set().name})\n" in output.err
     assert len(texts[0]) > 10
     assert texts[0] == texts[1]
     options = "--checkpoints model.ckpt int8.ckpt --cases cases.yaml"
