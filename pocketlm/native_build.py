@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pocketlm.instruction_sets import instruction_set
+from pocketlm.instruction_sets import VARIABLE, InstructionSet, instruction_set
 
 FLAGS = (
     "-O3",
@@ -27,14 +27,17 @@ class NativeUnavailable(Exception):
     """A C source cannot be used on this machine; the text is the reason, as a clause."""
 
 
-def load_native(source: Path) -> ctypes.CDLL:
+def load_native(source: Path, isa: InstructionSet | None = None) -> ctypes.CDLL:
     """Load a C source as a library, compiled on first use, which takes a second or two.
 
-    Raises NativeUnavailable if there is no compiler, or if it fails.
+    It is compiled for the given instruction set; by default, for POCKETLM_ISA, or, if that is not
+    set, for this very CPU. Raises NativeUnavailable if there is no compiler, or if it fails.
     """
+    if isa is None and os.environ.get(VARIABLE):
+        isa = instruction_set()
     compiler = find_compiler()
     try:
-        return ctypes.CDLL(str(compiled_library(source, compiler)))
+        return ctypes.CDLL(str(compiled_library(source, compiler, isa)))
     except OSError as error:
         raise NativeUnavailable(
             f"{source.name} could not be compiled or loaded: {error}"
@@ -49,13 +52,13 @@ def find_compiler() -> str:
     raise NativeUnavailable("there is no C compiler on the PATH (gcc or clang)")
 
 
-def compiled_library(source: Path, compiler: str) -> Path:
+def compiled_library(source: Path, compiler: str, isa: InstructionSet | None) -> Path:
     """Return the shared library in the user's cache folder, compiled if it is not there.
 
     Its name has a hash of the source and of whatever else could change the machine code.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketlm"
-    flags = (*FLAGS, *instruction_set().flags)
+    flags = (*FLAGS, *machine_flags(isa))
     parts = [source.read_text(), compiler, *flags, platform.processor(), platform.node()]
     digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     library = folder / f"{source.stem}-{digest}.so"
@@ -64,6 +67,14 @@ def compiled_library(source: Path, compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             os.replace(compile_library(source, compiler, flags, Path(temporary)), library)
     return library
+
+
+def machine_flags(isa: InstructionSet | None) -> tuple[str, ...]:
+    """Return the compiler's flags for an instruction set; None: for this CPU."""
+    if isa is not None:
+        return isa.flags
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return ("-march=native",) if is_x86 else ("-mcpu=native",)
 
 
 def compile_library(source: Path, compiler: str, flags: tuple[str, ...], folder: Path) -> Path:

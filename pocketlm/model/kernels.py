@@ -1,6 +1,7 @@
 """The functions of training.c, for tensors; where it cannot be compiled, torch does their work."""
 
-from ctypes import c_float, c_int, c_int64, c_void_p
+import sys
+from ctypes import Structure, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ from torch import Tensor
 from pocketlm.native_build import NativeUnavailable, load_native
 
 SOURCE = Path(__file__).with_name("training.c")
-C_TYPES = {bool: c_int, int: c_int64, float: c_float}
+C_TYPES = {bool: c_int, int: c_int64, float: c_float, type(None): c_void_p}
+NORM_ROWS = 64  # as in training.c
 
 
 @cache
 def load() -> Any:
-    """Return training.c as a library, or the reason why there is none, as a clause."""
+    """Return training.c as a library, or None; then print why."""
     try:
         return load_native(SOURCE)
     except NativeUnavailable as reason:
-        return str(reason)
+        print(f"note: training with torch alone, which is slower: {reason}", file=sys.stderr)
+        return None
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -30,18 +33,21 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if torch.compiler.is_compiling() or device.type != "cpu":
         return False
-    return dtype in (torch.float32, torch.bfloat16) and not isinstance(load(), str)
+    return dtype in (torch.float32, torch.bfloat16) and load() is not None
 
 
-def call(name: str, *arguments: Tensor | bool | int | float | None) -> None:
+def call(name: str, *arguments: Any) -> None:
     """Call a function of training.c; its last parameter is the number of threads."""
-    values = [
-        c_void_p(x.data_ptr() if isinstance(x, Tensor) else None)
-        if x is None or isinstance(x, Tensor)
-        else C_TYPES[type(x)](x)
-        for x in arguments
-    ]
-    getattr(load(), name)(*values, c_int(torch.get_num_threads()))
+    getattr(load(), name)(*map(as_c, arguments), c_int(torch.get_num_threads()))
+
+
+def as_c(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        return c_void_p(value.data_ptr())
+    if isinstance(value, Structure):
+        return byref(value)
+    return C_TYPES[type(value)](value)
 
 
 def cross_entropy_(logits: Tensor, vocab_size: int, targets: Tensor) -> Tensor:
@@ -54,3 +60,99 @@ def cross_entropy_(logits: Tensor, vocab_size: int, targets: Tensor) -> Tensor:
     half = logits.dtype == torch.bfloat16
     call("cross_entropy", N, vocab_size, stride, half, logits, targets, losses)
     return losses
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return RMSNorm(x) (N, C) in `dtype` and 1 / rms of each row of x."""
+    return add_norm(x, None, weight, eps, dtype)[1:]
+
+
+def add_norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x + added (N, C), its RMSNorm in `dtype`, and 1 / rms of each of its rows (N)."""
+    total = x if added is None else torch.empty_like(x)
+    normed, inverse_rms = torch.empty_like(x, dtype=dtype), torch.empty(len(x))
+    half = dtype == torch.bfloat16
+    call("add_norm", *x.shape, half, x, added, total, weight, normed, inverse_rms, eps)
+    return total, normed, inverse_rms
+
+
+def add_norm_backward(
+    x: Tensor, weight: Tensor, inverse_rms: Tensor, d_normed: Tensor, d_sum: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients by x and by weight; d_sum is the gradient that passes the norm by."""
+    N, C = x.shape
+    dx, d_weight = torch.empty_like(x), torch.empty(-(-N // NORM_ROWS), C)
+    half = d_normed.dtype == torch.bfloat16
+    call("add_norm_backward", N, C, half, x, weight, inverse_rms, d_normed, d_sum, dx, d_weight)
+    return dx, d_weight.sum(0)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up (N, F), of gate_up (N, 2 F)."""
+    N, F = len(gate_up), gate_up.size(1) // 2
+    hidden = gate_up.new_empty(N, F)
+    call("swiglu", N, F, gate_up.dtype == torch.bfloat16, gate_up, hidden)
+    return hidden
+
+
+def swiglu_backward(gate_up: Tensor, d_hidden: Tensor) -> Tensor:
+    (N, F), d_gate_up = d_hidden.shape, torch.empty_like(gate_up)
+    half = gate_up.dtype == torch.bfloat16
+    call("swiglu_backward", N, F, half, gate_up, d_hidden, d_gate_up)
+    return d_gate_up
+
+
+class AttentionArguments(Structure):
+    """`struct attention` of training.c."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("B", "T", "H", "K", "D", "half")),
+        *(
+            (name, c_void_p)
+            for name in ("qkv", "cos", "sin", "starts", "y", "log_sums", "dy", "d_qkv")
+        ),
+    ]
+
+
+def attention_arguments(
+    qkv: Tensor, n_kv_heads: int, rope: tuple[Tensor, Tensor], starts: Tensor, log_sums: Tensor
+) -> AttentionArguments:
+    B, H, T = log_sums.shape
+    D, half = rope[0].size(1), qkv.dtype == torch.bfloat16
+    pointers = [x.data_ptr() for x in (qkv, *rope, starts)]
+    return AttentionArguments(B, T, H, n_kv_heads, D, half, *pointers, log_sums=log_sums.data_ptr())
+
+
+def attention(
+    qkv: Tensor, n_heads: int, n_kv_heads: int, rope: tuple[Tensor, Tensor], starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return causal attention within documents (B T, H D), and `log_sums` for its gradient.
+
+    qkv (B T, (H + 2 K) D): queries, keys and values, which RoPE has not rotated yet.
+    starts (B, T): index of the first token of each token's document.
+    """
+    B, T = starts.shape
+    log_sums = torch.empty(B, n_heads, T)
+    arguments = attention_arguments(qkv, n_kv_heads, rope, starts, log_sums)
+    y = qkv.new_empty(B * T, n_heads * arguments.D)
+    arguments.y = y.data_ptr()
+    call("attention", arguments, False)
+    return y, log_sums
+
+
+def attention_backward(
+    qkv: Tensor,
+    n_kv_heads: int,
+    rope: tuple[Tensor, Tensor],
+    starts: Tensor,
+    log_sums: Tensor,
+    dy: Tensor,
+) -> Tensor:
+    """Return the gradient by qkv."""
+    arguments = attention_arguments(qkv, n_kv_heads, rope, starts, log_sums)
+    d_qkv = torch.empty_like(qkv)
+    arguments.dy, arguments.d_qkv = dy.data_ptr(), d_qkv.data_ptr()
+    call("attention", arguments, True)
+    return d_qkv
