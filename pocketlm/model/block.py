@@ -43,14 +43,14 @@ class NativeBlock(torch.autograd.Function):
             x = x.reshape(-1, x.size(-1))
             normed, inverse_rms = kernels.norm(x, norm1, eps, dtype)
             qkv = normed @ qkv_weight.T
-            y, log_sums = kernels.attention(qkv, ctx.n_heads, ctx.n_kv_heads, rope, starts)
+            y = kernels.attention(qkv, ctx.n_heads, ctx.n_kv_heads, rope, starts)
             x2, normed2, inverse_rms2 = kernels.add_norm(x, y @ o.T, norm2, eps, dtype)
             gate_up = normed2 @ gate_up_weight.T
             hidden = kernels.swiglu(gate_up)
             output = add_product(x2, hidden, down.T)
         ctx.save_for_backward(
             *(*rope, starts, norm1, norm2, qkv_weight, o, gate_up_weight, down),
-            *(x, normed, inverse_rms, qkv, log_sums, y),
+            *(x, normed, inverse_rms, qkv, y),
             *(x2, normed2, inverse_rms2, gate_up, hidden),
         )
         return output.view(*starts.shape, -1)
@@ -61,7 +61,7 @@ class NativeBlock(torch.autograd.Function):
         cos, sin, starts, norm1, norm2, qkv_weight, o, gate_up_weight, down, *kept = (
             ctx.saved_tensors
         )
-        x, normed, inverse_rms, qkv, log_sums, y, x2, normed2, inverse_rms2, gate_up, hidden = kept
+        x, normed, inverse_rms, qkv, y, x2, normed2, inverse_rms2, gate_up, hidden = kept
         dtype = qkv.dtype
         with torch.autocast("cpu", enabled=False):
             d_output = d_output.reshape(x.shape).contiguous()
@@ -73,9 +73,7 @@ class NativeBlock(torch.autograd.Function):
             dx2, d_norm2 = kernels.add_norm_backward(x2, norm2, inverse_rms2, d_normed2, d_output)
             d = dx2.to(dtype)
             d_o = d.T @ y
-            d_qkv = kernels.attention_backward(
-                qkv, ctx.n_kv_heads, (cos, sin), starts, log_sums, d @ o
-            )
+            d_qkv = kernels.attention_backward(qkv, ctx.n_kv_heads, (cos, sin), starts, d @ o)
             d_qkv_weight = d_qkv.T @ normed
             d_normed = d_qkv @ qkv_weight
             dx, d_norm1 = kernels.add_norm_backward(x, norm1, inverse_rms, d_normed, dx2)

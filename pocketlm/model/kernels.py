@@ -109,50 +109,43 @@ class AttentionArguments(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("B", "T", "H", "K", "D", "half")),
-        *(
-            (name, c_void_p)
-            for name in ("qkv", "cos", "sin", "starts", "y", "log_sums", "dy", "d_qkv")
-        ),
+        *((name, c_void_p) for name in ("qkv", "cos", "sin", "starts", "y", "dy", "d_qkv")),
     ]
-
-
-def attention_arguments(
-    qkv: Tensor, n_kv_heads: int, rope: tuple[Tensor, Tensor], starts: Tensor, log_sums: Tensor
-) -> AttentionArguments:
-    B, H, T = log_sums.shape
-    D, half = rope[0].size(1), qkv.dtype == torch.bfloat16
-    pointers = [x.data_ptr() for x in (qkv, *rope, starts)]
-    return AttentionArguments(B, T, H, n_kv_heads, D, half, *pointers, log_sums=log_sums.data_ptr())
 
 
 def attention(
     qkv: Tensor, n_heads: int, n_kv_heads: int, rope: tuple[Tensor, Tensor], starts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return causal attention within documents (B T, H D), and `log_sums` for its gradient.
+) -> Tensor:
+    """Return causal attention within documents (B T, H D).
 
     qkv (B T, (H + 2 K) D): queries, keys and values, which RoPE has not rotated yet.
     starts (B, T): index of the first token of each token's document.
     """
-    B, T = starts.shape
-    log_sums = torch.empty(B, n_heads, T)
-    arguments = attention_arguments(qkv, n_kv_heads, rope, starts, log_sums)
-    y = qkv.new_empty(B * T, n_heads * arguments.D)
-    arguments.y = y.data_ptr()
-    call("attention", arguments, False)
-    return y, log_sums
+    y = qkv.new_empty(len(qkv), n_heads * rope[0].size(1))
+    call_attention(qkv, (n_heads, n_kv_heads), rope, starts, y=y)
+    return y
 
 
 def attention_backward(
-    qkv: Tensor,
-    n_kv_heads: int,
-    rope: tuple[Tensor, Tensor],
-    starts: Tensor,
-    log_sums: Tensor,
-    dy: Tensor,
+    qkv: Tensor, n_kv_heads: int, rope: tuple[Tensor, Tensor], starts: Tensor, dy: Tensor
 ) -> Tensor:
     """Return the gradient by qkv."""
-    arguments = attention_arguments(qkv, n_kv_heads, rope, starts, log_sums)
     d_qkv = torch.empty_like(qkv)
-    arguments.dy, arguments.d_qkv = dy.data_ptr(), d_qkv.data_ptr()
-    call("attention", arguments, True)
+    heads = dy.size(1) // rope[0].size(1), n_kv_heads
+    call_attention(qkv, heads, rope, starts, dy=dy, d_qkv=d_qkv)
     return d_qkv
+
+
+def call_attention(
+    qkv: Tensor,
+    heads: tuple[int, int],
+    rope: tuple[Tensor, Tensor],
+    starts: Tensor,
+    **others: Tensor,
+) -> None:
+    """Call `attention` of training.c: forward with y, or backward with dy and d_qkv."""
+    tensors = dict(zip(("qkv", "cos", "sin", "starts"), (qkv, *rope, starts), strict=True)) | others
+    assert all(x.is_contiguous() for x in tensors.values())
+    pointers = {name: x.data_ptr() for name, x in tensors.items()}
+    sizes = *starts.shape, *heads, rope[0].size(1), qkv.dtype == torch.bfloat16
+    call("attention", AttentionArguments(*sizes, **pointers), "d_qkv" in others)

@@ -111,7 +111,7 @@ static float dot(const float *a, const float *b, int64_t n)
 
 /* Replace logits (N, V), whose rows are `stride` apart, by the gradient of the summed loss.
 
-losses (N): nats, 0 for a target below 0, which has no gradient. Values after the V-th are set to 0. */
+losses (N): nats; 0 for a target below 0, which has no gradient. Values after the V-th become 0. */
 void cross_entropy(int64_t N, int64_t V, int64_t stride, int half, void *logits,
                    const int64_t *targets, float *losses, int threads)
 {
@@ -210,12 +210,12 @@ void add_norm_backward(int64_t N, int64_t C, int half, const float *x, const flo
     }
 }
 
-/* Replace x by sigmoid(x). */
-static void sigmoids(float *x, int64_t n)
+/* silu(x) = x sigmoid(x) */
+static void sigmoids(float *restrict sigmoid, const float *restrict x, int64_t n)
 {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++)
-        x[i] = 1 / (1 + exponential(-x[i]));
+        sigmoid[i] = 1 / (1 + exponential(-x[i]));
 }
 
 /* hidden (N, F) = silu(gate) * up, of gate_up (N, 2 F). */
@@ -227,8 +227,7 @@ void swiglu(int64_t N, int64_t F, int half, const void *gate_up, void *hidden, i
 #pragma omp for
         for (int64_t n = 0; n < N; n++) {
             read_row(gate, gate_up, n * 2 * F, 2 * F, half);
-            memcpy(sigmoid, gate, F * sizeof(float));
-            sigmoids(sigmoid, F);
+            sigmoids(sigmoid, gate, F);
 #pragma omp simd
             for (int64_t i = 0; i < F; i++)
                 gate[i] *= sigmoid[i] * up[i];
@@ -249,8 +248,7 @@ void swiglu_backward(int64_t N, int64_t F, int half, const void *gate_up, const 
         for (int64_t n = 0; n < N; n++) {
             read_row(gate, gate_up, n * 2 * F, 2 * F, half);
             read_row(d, d_hidden, n * F, F, half);
-            memcpy(sigmoid, gate, F * sizeof(float));
-            sigmoids(sigmoid, F);
+            sigmoids(sigmoid, gate, F);
 #pragma omp simd
             for (int64_t i = 0; i < F; i++) {
                 float silu = gate[i] * sigmoid[i];
@@ -310,45 +308,37 @@ static void multiply(float *c, int64_t c_row, const float *a, int64_t a_row, int
 /* The arguments of both passes. A token's row of qkv has its H queries, K keys and K values. */
 struct attention {
     int64_t B, T, H, K, D, half;
-    const void *qkv;       /* (B, T, H + 2 K, D) */
+    const void *qkv;        /* (B, T, H + 2 K, D) */
     const float *cos, *sin; /* (positions, D) */
-    const int64_t *starts; /* (B, T): index of the first token of each token's document */
-    void *y;               /* (B, T, H, D) */
-    float *log_sums;       /* (B, H, T): the logarithm of each softmax's denominator */
-    const void *dy;        /* as y */
-    void *d_qkv;           /* as qkv */
+    const int64_t *starts;  /* (B, T): index of the first token of each token's document */
+    void *y;                /* (B, T, H, D) */
+    const void *dy;         /* as y */
+    void *d_qkv;            /* as qkv */
 };
 
-/* Rotate the pairs (x[i], x[i + D/2]) by the angles of a position; direction -1 rotates back. */
-static void rotate(const struct attention *a, float *x, int64_t position, float direction)
-{
-    const float *cos = a->cos + position * a->D, *sin = a->sin + position * a->D;
-    float *restrict first = x, *restrict second = x + a->D / 2;
-    for (int64_t i = 0; i < a->D / 2; i++) {
-        float s = direction * sin[i], old = first[i];
-        first[i] = old * cos[i] - second[i] * s;
-        second[i] = second[i] * cos[i] + old * s;
-    }
-}
+/* The float32 copies that a thread needs for a key/value head; sizes are padded with zeros. */
+struct scratch {
+    int64_t d, t;               /* padded D and T */
+    float *k, *k_t, *v, *v_t;   /* (t, d) and transposed (d, t) */
+    float *dk, *dv;             /* (t, d) */
+    float *q, *y, *dq, *p, *ds; /* of a tile: (TILE, d) and (TILE, t) */
+};
+
+/* A tile: the query rows [start, end) of a head, and the keys [from, to) that any of them sees. */
+struct tile {
+    int64_t b, head, start, end, from, to;
+};
 
 static int64_t round_up(int64_t n)
 {
     return (n + PAD - 1) / PAD * PAD;
 }
 
-/* The float32 copies that one key/value head needs; all are padded with zeros. */
-struct scratch {
-    int64_t d, t;               /* rows of D and of T values, padded */
-    float *k, *k_t, *v, *v_t;   /* (t, d) and transposed (d, t) */
-    float *dk, *dv;             /* (t, d) */
-    float *q, *y, *dq, *p, *ds; /* of a tile: (TILE, d) and (TILE, t) */
-};
-
 static struct scratch allocate(const struct attention *a)
 {
-    /* An odd number of cache lines, so that the rows of a matrix fall into different ones. */
-    struct scratch s = {round_up(a->D), round_up(a->T) + PAD};
-    int64_t matrix = (s.t + TILE) * s.d, tile = TILE * s.d;
+    /* PAD more: rows that are a power of two apart would share the same few lines of the cache. */
+    struct scratch s = {.d = round_up(a->D), .t = round_up(a->T) + PAD};
+    int64_t matrix = s.t * s.d, tile = TILE * s.d;
     float *at = calloc(6 * matrix + 3 * tile + 2 * TILE * s.t, sizeof(float));
     float **matrices[] = {&s.k, &s.k_t, &s.v, &s.v_t, &s.dk, &s.dv};
     for (int i = 0; i < 6; i++, at += matrix)
@@ -357,9 +347,9 @@ static struct scratch allocate(const struct attention *a)
     return s;
 }
 
-static int64_t position_in(const struct attention *a, int64_t b, int64_t t)
+static int64_t start_of(const struct attention *a, int64_t b, int64_t t)
 {
-    return t - a->starts[b * a->T + t];
+    return a->starts[b * a->T + t];
 }
 
 static int64_t qkv_at(const struct attention *a, int64_t b, int64_t t, int64_t head)
@@ -367,14 +357,32 @@ static int64_t qkv_at(const struct attention *a, int64_t b, int64_t t, int64_t h
     return ((b * a->T + t) * (a->H + 2 * a->K) + head) * a->D;
 }
 
-static void read_keys_and_values(const struct attention *a, struct scratch *s, int64_t b,
+static int64_t y_at(const struct attention *a, struct tile tile, int64_t t)
+{
+    return ((tile.b * a->T + t) * a->H + tile.head) * a->D;
+}
+
+/* Rotate each pair (x[i], x[i + D/2]) by its angle at token t; direction -1 rotates back. */
+static void rotate(const struct attention *a, float *x, int64_t b, int64_t t, float direction)
+{
+    int64_t table = (t - start_of(a, b, t)) * a->D;
+    const float *cos = a->cos + table, *sin = a->sin + table;
+    float *restrict first = x, *restrict second = x + a->D / 2;
+    for (int64_t i = 0; i < a->D / 2; i++) {
+        float s = direction * sin[i], old = first[i];
+        first[i] = old * cos[i] - second[i] * s;
+        second[i] = second[i] * cos[i] + old * s;
+    }
+}
+
+static void read_keys_and_values(const struct attention *a, const struct scratch *s, int64_t b,
                                  int64_t head)
 {
     for (int64_t t = 0; t < a->T; t++) {
         float *k = s->k + t * s->d, *v = s->v + t * s->d;
         read_row(k, a->qkv, qkv_at(a, b, t, a->H + head), a->D, a->half);
         read_row(v, a->qkv, qkv_at(a, b, t, a->H + a->K + head), a->D, a->half);
-        rotate(a, k, position_in(a, b, t), 1);
+        rotate(a, k, b, t, 1);
         for (int64_t i = 0; i < a->D; i++) {
             s->k_t[i * s->t + t] = k[i];
             s->v_t[i * s->t + t] = v[i];
@@ -382,94 +390,77 @@ static void read_keys_and_values(const struct attention *a, struct scratch *s, i
     }
 }
 
-/* A tile of query rows [start, end) of one head, and the keys [from, to) that any of them sees. */
-struct tile {
-    int64_t b, head, start, end, from, to;
-};
-
-static struct tile tile_of(const struct attention *a, int64_t b, int64_t head, int64_t start)
+static void write_key_and_value_gradients(const struct attention *a, const struct scratch *s,
+                                          int64_t b, int64_t head)
 {
-    int64_t end = start + TILE < a->T ? start + TILE : a->T;
-    int64_t from = a->starts[b * a->T + start] / PAD * PAD;
-    return (struct tile){b, head, start, end, from, round_up(end)};
+    for (int64_t t = 0; t < a->T; t++) {
+        float *dk = s->dk + t * s->d, *dv = s->dv + t * s->d;
+        rotate(a, dk, b, t, -1);
+        write_row(a->d_qkv, qkv_at(a, b, t, a->H + head), dk, a->D, a->half);
+        write_row(a->d_qkv, qkv_at(a, b, t, a->H + a->K + head), dv, a->D, a->half);
+    }
 }
 
-/* Set s->q to the tile's rotated and scaled queries, and s->p to their scores. */
-static void score(const struct attention *a, struct scratch *s, struct tile tile)
+/* Set s->q to the tile's rotated and scaled queries, and s->p to their attention weights. */
+static void weigh_keys(const struct attention *a, const struct scratch *s, struct tile tile)
 {
     memset(s->q, 0, TILE * s->d * sizeof(float));
+    memset(s->p, 0, TILE * s->t * sizeof(float));
     for (int64_t t = tile.start; t < tile.end; t++) {
         float *q = s->q + (t - tile.start) * s->d;
         read_row(q, a->qkv, qkv_at(a, tile.b, t, tile.head), a->D, a->half);
-        rotate(a, q, position_in(a, tile.b, t), 1);
+        rotate(a, q, tile.b, t, 1);
         scale(q, a->D, 1 / sqrtf(a->D));
     }
-    memset(s->p, 0, TILE * s->t * sizeof(float));
     multiply(s->p, s->t, s->q, s->d, 1, s->k_t + tile.from, s->t, TILE, a->D, tile.to - tile.from);
-}
-
-/* Keep what row t of s->p has for the keys that it sees; set the rest to 0. Return the kept. */
-static float *visible(const struct attention *a, struct scratch *s, struct tile tile, int64_t t,
-                      int64_t *count)
-{
-    float *row = s->p + (t - tile.start) * s->t;
-    int64_t first = a->starts[tile.b * a->T + t];
-    *count = t + 1 - first;
-    memset(row, 0, (first - tile.from) * sizeof(float));
-    memset(row + t + 1 - tile.from, 0, (tile.to - t - 1) * sizeof(float));
-    return row + first - tile.from;
-}
-
-static void attend(const struct attention *a, struct scratch *s, struct tile tile)
-{
-    score(a, s, tile);
-    memset(s->y, 0, TILE * s->d * sizeof(float));
     for (int64_t t = tile.start; t < tile.end; t++) {
-        int64_t n;
-        float *p = visible(a, s, tile, t, &n), top = largest(p, n);
-        float sum = exponentials(p, n, top);
-        scale(p, n, 1 / sum);
-        a->log_sums[(tile.b * a->H + tile.head) * a->T + t] = top + logf(sum);
+        float *row = s->p + (t - tile.start) * s->t;
+        int64_t first = start_of(a, tile.b, t) - tile.from, end = t + 1 - tile.from;
+        memset(row, 0, first * sizeof(float));
+        memset(row + end, 0, (tile.to - tile.from - end) * sizeof(float));
+        float sum = exponentials(row + first, end - first, largest(row + first, end - first));
+        scale(row + first, end - first, 1 / sum);
     }
+}
+
+static void attend(const struct attention *a, const struct scratch *s, struct tile tile)
+{
+    weigh_keys(a, s, tile);
+    memset(s->y, 0, TILE * s->d * sizeof(float));
     multiply(s->y, s->d, s->p, s->t, 1, s->v + tile.from * s->d, s->d, TILE, tile.to - tile.from,
              s->d);
     for (int64_t t = tile.start; t < tile.end; t++)
-        write_row(a->y, ((tile.b * a->T + t) * a->H + tile.head) * a->D,
-                  s->y + (t - tile.start) * s->d, a->D, a->half);
+        write_row(a->y, y_at(a, tile, t), s->y + (t - tile.start) * s->d, a->D, a->half);
 }
 
-/* Write the queries' gradients of a tile; add those of its keys and values to s->dk and s->dv. */
-static void attend_backward(const struct attention *a, struct scratch *s, struct tile tile)
+/* Write the gradients of a tile's queries; add those of its keys and values to s->dk and s->dv. */
+static void attend_backward(const struct attention *a, const struct scratch *s, struct tile tile)
 {
-    int64_t keys = tile.to - tile.from, shift = tile.from * s->d;
-    score(a, s, tile);
-    memset(s->y, 0, 2 * TILE * s->d * sizeof(float)); /* and dq */
+    int64_t keys = tile.to - tile.from, at = tile.from * s->d;
+    weigh_keys(a, s, tile);
+    memset(s->y, 0, TILE * s->d * sizeof(float));
+    memset(s->dq, 0, TILE * s->d * sizeof(float));
     memset(s->ds, 0, TILE * s->t * sizeof(float));
     for (int64_t t = tile.start; t < tile.end; t++)
-        read_row(s->y + (t - tile.start) * s->d, a->dy,
-                 ((tile.b * a->T + t) * a->H + tile.head) * a->D, a->D, a->half);
+        read_row(s->y + (t - tile.start) * s->d, a->dy, y_at(a, tile, t), a->D, a->half);
     multiply(s->ds, s->t, s->y, s->d, 1, s->v_t + tile.from, s->t, TILE, a->D, keys);
-    for (int64_t t = tile.start; t < tile.end; t++) {
-        int64_t n;
-        float *p = visible(a, s, tile, t, &n), *ds = s->ds + (p - s->p);
-        exponentials(p, n, a->log_sums[(tile.b * a->H + tile.head) * a->T + t]);
-        float mean = dot(p, ds, n), *row = s->p + (t - tile.start) * s->t;
-        ds = s->ds + (t - tile.start) * s->t;
+    for (int64_t row = 0; row < TILE; row++) {
+        float *p = s->p + row * s->t, *ds = s->ds + row * s->t, mean = dot(p, ds, keys);
         for (int64_t i = 0; i < keys; i++)
-            ds[i] = row[i] * (ds[i] - mean);
+            ds[i] = p[i] * (ds[i] - mean);
     }
-    multiply(s->dv + shift, s->d, s->p, 1, s->t, s->y, s->d, keys, TILE, s->d);
-    multiply(s->dk + shift, s->d, s->ds, 1, s->t, s->q, s->d, keys, TILE, s->d);
-    multiply(s->dq, s->d, s->ds, s->t, 1, s->k + shift, s->d, TILE, keys, s->d);
+    multiply(s->dv + at, s->d, s->p, 1, s->t, s->y, s->d, keys, TILE, s->d);
+    multiply(s->dk + at, s->d, s->ds, 1, s->t, s->q, s->d, keys, TILE, s->d);
+    multiply(s->dq, s->d, s->ds, s->t, 1, s->k + at, s->d, TILE, keys, s->d);
     for (int64_t t = tile.start; t < tile.end; t++) {
         float *dq = s->dq + (t - tile.start) * s->d;
-        rotate(a, dq, position_in(a, tile.b, t), -1);
+        rotate(a, dq, tile.b, t, -1);
         scale(dq, a->D, 1 / sqrtf(a->D));
         write_row(a->d_qkv, qkv_at(a, tile.b, t, tile.head), dq, a->D, a->half);
     }
 }
 
-/* Compute one pass of causal attention within documents, by one thread for each key/value head. */
+/* Compute y, or, backward, d_qkv: causal attention within documents. A task is a key/value head. */
 void attention(const struct attention *a, int backward, int threads)
 {
 #pragma omp parallel num_threads(threads)
@@ -479,16 +470,16 @@ void attention(const struct attention *a, int backward, int threads)
         for (int64_t task = 0; task < a->B * a->K; task++) {
             int64_t b = task / a->K, head = task % a->K, group = a->H / a->K;
             read_keys_and_values(a, &s, b, head);
-            memset(s.dk, 0, 2 * (s.t + TILE) * s.d * sizeof(float)); /* and dv */
+            memset(s.dk, 0, s.t * s.d * sizeof(float));
+            memset(s.dv, 0, s.t * s.d * sizeof(float));
             for (int64_t h = head * group; h < (head + 1) * group; h++)
-                for (int64_t start = 0; start < a->T; start += TILE)
-                    (backward ? attend_backward : attend)(a, &s, tile_of(a, b, h, start));
-            for (int64_t t = 0; backward && t < a->T; t++) {
-                float *dk = s.dk + t * s.d, *dv = s.dv + t * s.d;
-                rotate(a, dk, position_in(a, b, t), -1);
-                write_row(a->d_qkv, qkv_at(a, b, t, a->H + head), dk, a->D, a->half);
-                write_row(a->d_qkv, qkv_at(a, b, t, a->H + a->K + head), dv, a->D, a->half);
-            }
+                for (int64_t t = 0; t < a->T; t += TILE) {
+                    int64_t end = t + TILE < a->T ? t + TILE : a->T;
+                    struct tile tile = {b, h, t, end, start_of(a, b, t) / PAD * PAD, round_up(end)};
+                    (backward ? attend_backward : attend)(a, &s, tile);
+                }
+            if (backward)
+                write_key_and_value_gradients(a, &s, b, head);
         }
         free(s.k);
     }
