@@ -403,7 +403,7 @@ class Transformer(nn.Module):
         x = self._embed(input_ids, positions, start)
         context: tuple[Rotary, Tensor | None, KVCache | None, Tensor | None]
         if natively:
-            one_document = torch.zeros_like(input_ids)
+            one_document = torch.zeros_like(input_ids, dtype=torch.long)
             starts = one_document if positions is None else torch.arange(T) - positions
             context = (self.rope_cos, self.rope_sin), None, None, starts
         else:
@@ -429,7 +429,7 @@ class Transformer(nn.Module):
             torch.is_grad_enabled()
             and style == ("swiglu", "rope", "rmsnorm", True, False)
             and not (config.dropout and self.training)
-            and weight.dtype == torch.float32
+            and weight.dtype == self.rope_cos.dtype == torch.float32
             and kernels.available(weight.device, matmul_dtype(weight))
         )
 

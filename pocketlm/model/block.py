@@ -40,7 +40,7 @@ class NativeBlock(torch.autograd.Function):
                 torch.cat([gate, up]).to(dtype),
             )
             o, down = o.to(dtype), down.to(dtype)
-            x = x.reshape(-1, x.size(-1))
+            x = x.reshape(-1, x.size(-1)).contiguous()
             normed, inverse_rms = kernels.norm(x, norm1, eps, dtype)
             qkv = normed @ qkv_weight.T
             y = kernels.attention(qkv, ctx.n_heads, ctx.n_kv_heads, rope, starts)

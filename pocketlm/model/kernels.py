@@ -1,4 +1,4 @@
-"""The functions of training.c, for tensors; where it cannot be compiled, torch does their work."""
+"""The functions of training.c for contiguous CPU tensors; float32 where no dtype is named."""
 
 import sys
 from ctypes import Structure, byref, c_float, c_int, c_int64, c_void_p
@@ -55,10 +55,12 @@ def cross_entropy_(logits: Tensor, vocab_size: int, targets: Tensor) -> Tensor:
 
     A target below 0 has no loss. Logits after the V-th get the gradient 0.
     """
-    losses = torch.empty(len(logits))
+    if (largest := int(targets.max())) >= vocab_size:
+        raise IndexError(f"target {largest} is out of bounds for {vocab_size} logits")
+    losses = torch.empty(len(logits), dtype=torch.float32)
     N, stride = logits.shape
     half = logits.dtype == torch.bfloat16
-    call("cross_entropy", N, vocab_size, stride, half, logits, targets, losses)
+    call("cross_entropy", N, vocab_size, stride, half, logits, targets.long(), losses)
     return losses
 
 
@@ -72,7 +74,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x + added (N, C), its RMSNorm in `dtype`, and 1 / rms of each of its rows (N)."""
     total = x if added is None else torch.empty_like(x)
-    normed, inverse_rms = torch.empty_like(x, dtype=dtype), torch.empty(len(x))
+    normed, inverse_rms = torch.empty_like(x, dtype=dtype), x.new_empty(len(x))
     half = dtype == torch.bfloat16
     call("add_norm", *x.shape, half, x, added, total, weight, normed, inverse_rms, eps)
     return total, normed, inverse_rms
@@ -83,7 +85,7 @@ def add_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients by x and by weight; d_sum is the gradient that passes the norm by."""
     N, C = x.shape
-    dx, d_weight = torch.empty_like(x), torch.empty(-(-N // NORM_ROWS), C)
+    dx, d_weight = torch.empty_like(x), x.new_empty(-(-N // NORM_ROWS), C)
     half = d_normed.dtype == torch.bfloat16
     call("add_norm_backward", N, C, half, x, weight, inverse_rms, d_normed, d_sum, dx, d_weight)
     return dx, d_weight.sum(0)

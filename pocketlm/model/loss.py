@@ -134,7 +134,7 @@ def native_loss_and_gradients(
     h, w = hidden.to(dtype), padded(weight, dtype)
     losses = []
     d_hidden = torch.empty_like(h)
-    d_weight = torch.zeros(len(w), C)
+    d_weight = torch.zeros(len(w), C, dtype=torch.float32)
     for first in range(0, len(h), chunk):
         rows = slice(first, first + chunk)
         logits = h[rows] @ w.T

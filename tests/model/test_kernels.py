@@ -59,6 +59,12 @@ def test_a_logit_that_is_not_finite_makes_the_loss_nan(dtype: torch.dtype, value
     assert losses.isnan().tolist() == [False, True]
 
 
+def test_a_target_beyond_the_vocabulary_is_refused() -> None:
+    """Reading the logit of target 61 of 61 would read padding, and of 64 another row."""
+    with pytest.raises(IndexError, match="target 61 is out of bounds for 61 logits"):
+        kernels.cross_entropy_(draw(2, 64), 61, torch.tensor([3, 61]))
+
+
 # ---- norm and activation ----
 
 
