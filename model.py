@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pocketlm.errors import FieldError
-from pocketlm.model import kernels
 from pocketlm.model.attention import attend, document_mask, positions_in_document
-from pocketlm.model.block import matmul_dtype, native_block
+from pocketlm.model.block import native_block, native_norm, trains_natively
 from pocketlm.model.sizes import check_heads, default_d_ff
 
 # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong.
@@ -173,6 +172,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not None and x.dtype == torch.float32 and trains_natively(self.weight):
+            return native_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (self.dim,), self.weight, self.eps)
 
 
@@ -423,14 +424,13 @@ class Transformer(nn.Module):
 
     def _trains_natively(self) -> bool:
         """Return whether training.c computes the blocks: those of the Llama family, on a CPU."""
-        config, weight = self.config, self.embed_tokens.weight
+        config = self.config
         style = config.mlp, config.position, config.norm, config.norm_gain, config.bias
         return (
-            torch.is_grad_enabled()
-            and style == ("swiglu", "rope", "rmsnorm", True, False)
+            style == ("swiglu", "rope", "rmsnorm", True, False)
             and not (config.dropout and self.training)
-            and weight.dtype == self.rope_cos.dtype == torch.float32
-            and kernels.available(weight.device, matmul_dtype(weight))
+            and self.rope_cos.dtype == torch.float32
+            and trains_natively(self.embed_tokens.weight)
         )
 
     def _embed(self, input_ids: Tensor, positions: Tensor | None, start: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A block in training on a CPU: torch computes its matmuls, and training.c the rest.
+"""Blocks and norms in training on a CPU: torch computes the matmuls, and training.c the rest.
 
 `NativeBlock` computes what `Block.forward` of model.py does for RMSNorm, RoPE and SwiGLU, and its
 gradient. The projections of queries, keys and values are one matmul, and so are gate and up.
@@ -83,6 +83,38 @@ class NativeBlock(torch.autograd.Function):
         d_q, d_k, d_v = d_qkv_weight.split([n * D for n in (ctx.n_heads, *[ctx.n_kv_heads] * 2)])
         d_weights = d_norm1, d_norm2, d_q, d_k, d_v, d_o, *d_gate_up_weight.chunk(2), d_down
         return dx.view(*starts.shape, -1), None, None, None, *d_weights
+
+
+class NativeNorm(torch.autograd.Function):
+    """RMSNorm of x (..., C), float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.size(-1)).contiguous()
+        normed, inverse_rms = kernels.norm(rows, weight, eps, torch.float32)
+        ctx.save_for_backward(rows, weight, inverse_rms)
+        return normed.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight, inverse_rms = ctx.saved_tensors
+        d_rows = d_normed.reshape(rows.shape).contiguous()
+        nothing = torch.zeros_like(rows)
+        dx, d_weight = kernels.add_norm_backward(rows, weight, inverse_rms, d_rows, nothing)
+        return dx.view(d_normed.shape), d_weight, None
+
+
+def native_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return RMSNorm(x); x and weight are float32, on a CPU."""
+    output: Tensor = NativeNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return output
+
+
+def trains_natively(weight: Tensor) -> bool:
+    """Return whether training.c computes with a weight: float32 on a CPU, with gradients on."""
+    on = torch.is_grad_enabled() and weight.dtype == torch.float32
+    return on and kernels.available(weight.device, matmul_dtype(weight))
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:

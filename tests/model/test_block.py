@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model as model_file
-from model import KVCache
+from model import KVCache, RMSNorm
 from pocketlm.model import kernels
 from pocketlm.model.block import NativeBlock
 from pocketlm.native_build import NativeUnavailable
@@ -65,6 +66,22 @@ def test_under_bfloat16_autocast_gradients_and_ten_steps_are_those_of_float32_wi
         model = random_model(max_seq_len=40)
         losses.append(ten_clipped_losses(model, loss_function(model, chunk), batches, bfloat16))
     assert_same_losses(*losses, BFLOAT16.ten_losses)
+
+
+def test_a_norm_alone_has_the_value_and_gradients_of_torchs() -> None:
+    """The last norm, and those of the blocks that torch computes."""
+    x = torch.randn(3, 5, 37, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    norm = RMSNorm(37, 1e-5)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    ours, theirs = norm(x), F.rms_norm(x, (37,), norm.weight, 1e-5)
+    assert "NativeNorm" in ours.grad_fn.name()
+    dy = x.detach().roll(1, 0)
+    for a, b in zip(
+        (ours, *torch.autograd.grad(ours, (x, norm.weight), dy)),
+        (theirs, *torch.autograd.grad(theirs, (x, norm.weight), dy)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # sums of 37 float32 terms
 
 
 def test_recomputed_blocks_have_the_same_gradients() -> None:
