@@ -269,7 +269,8 @@ def test_newton_schulz_forgets_the_size_of_a_matrix_and_its_neighbours_in_the_ba
 ) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     other = torch.cat([x[:1] * scale, -x[1:]])
-    assert torch.equal(newton_schulz(x)[0], newton_schulz(other)[0])
+    # in float32, the 1e-7 that is added to a norm of 0.03 shows
+    torch.testing.assert_close(newton_schulz(x)[0], newton_schulz(other)[0], rtol=0, atol=1e-5)
     assert torch.equal(-newton_schulz(x)[1:], newton_schulz(other)[1:])
 
 
