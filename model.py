@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pocketlm.errors import FieldError
 from pocketlm.model.attention import attend, document_mask, positions_in_document
+from pocketlm.model.block import native_block, native_norm, trains_natively
 from pocketlm.model.sizes import check_heads, default_d_ff
 
 # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong.
@@ -171,6 +172,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not None and x.dtype == torch.float32 and trains_natively(self.weight):
+            return native_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (self.dim,), self.weight, self.eps)
 
 
@@ -270,12 +273,30 @@ class Block(nn.Module):
         self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = make_norm(config)
+        self.norm_eps = config.norm_eps
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        starts: Tensor | None = None,
     ) -> Tensor:
+        """Return the output (B, T, C), computed by training.c if `starts` is given.
+
+        starts (B, T): index of the first token of each token's document. `rotary` then has all
+        positions, and there is neither mask nor cache.
+        """
+        if starts is not None and rotary is not None:
+            modules: tuple[Any, ...] = (
+                *(self.input_layernorm, self.post_attention_layernorm),
+                *(self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj),
+                *(self.self_attn.o_proj, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj),
+            )
+            return native_block(x, rotary, starts, self.norm_eps, [m.weight for m in modules])
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
         output: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return output
@@ -377,22 +398,40 @@ class Transformer(nn.Module):
         if start + T > self.max_seq_len:
             raise ValueError(f"{start + T} tokens do not fit the context of {self.max_seq_len}")
         assert doc_ids is None or cache is None, "a cache holds one document per row"
-        mask = cache.mask(T) if cache is not None else None
-        if doc_ids is not None:
-            mask = document_mask(doc_ids)  # (B, 1, T, T)
-            if positions is None:
-                positions = positions_in_document(doc_ids)
+        natively = positions is None and cache is None and self._trains_natively()
+        if doc_ids is not None and positions is None:
+            positions = positions_in_document(doc_ids)
         x = self._embed(input_ids, positions, start)
-        rotary = self._rotary(positions, start, T)
+        context: tuple[Rotary, Tensor | None, KVCache | None, Tensor | None]
+        if natively:
+            one_document = torch.zeros_like(input_ids, dtype=torch.long)
+            starts = one_document if positions is None else torch.arange(T) - positions
+            context = (self.rope_cos, self.rope_sin), None, None, starts
+        else:
+            mask = cache.mask(T) if cache is not None else None
+            if doc_ids is not None:
+                mask = document_mask(doc_ids)  # (B, 1, T, T)
+            context = self._rotary(positions, start, T), mask, cache, None
         for layer in self.layers:
             if self.config.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
+                x = checkpoint(layer, x, *context, use_reentrant=False)
             else:
-                x = layer(x, rotary, mask, cache)
+                x = layer(x, *context)
         if cache is not None:
             cache.advance(T)
         output: Tensor = self.norm(x)
         return output
+
+    def _trains_natively(self) -> bool:
+        """Return whether training.c computes the blocks: those of the Llama family, on a CPU."""
+        config = self.config
+        style = config.mlp, config.position, config.norm, config.norm_gain, config.bias
+        return (
+            style == ("swiglu", "rope", "rmsnorm", True, False)
+            and not (config.dropout and self.training)
+            and self.rope_cos.dtype == torch.float32
+            and trains_natively(self.embed_tokens.weight)
+        )
 
     def _embed(self, input_ids: Tensor, positions: Tensor | None, start: int) -> Tensor:
         """Return the vectors (B, T, C) that enter the first block."""

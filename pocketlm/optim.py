@@ -126,17 +126,41 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     device multiplies it and in float32 elsewhere. With its coefficients, singular values end
     between about 0.67 and 1.15, not at 1.
     """
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     native = multiplies_bfloat16(matrices.device.type)
     x: Tensor = matrices.bfloat16() if native else matrices.float()
     wide = x.size(-2) <= x.size(-1)
     x = x if wide else x.mT
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    iterate = iterate_gram if x.dtype == torch.float32 and x.size(-2) < x.size(-1) else iterate_x
+    result = iterate(x, steps) if wide else iterate(x, steps).mT
+    return result.to(matrices.dtype)
+
+
+def iterate_x(x: Tensor, steps: int) -> Tensor:
+    """Apply x -> a x + (b gram + c gram gram) x, with gram = x x^T, `steps` times."""
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    result = x if wide else x.mT
-    return result.to(matrices.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def iterate_gram(x: Tensor, steps: int) -> Tensor:
+    """Compute `iterate_x` by iterating gram, which is smaller than x, and the product of factors.
+
+    A step is x -> p x with a matrix p that commutes with gram: gram -> p gram p. The error in the
+    smallest singular values needs float32.
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    gram = x @ x.mT
+    product: Tensor | None = None
+    for step in range(steps):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = p if product is None else p @ product
+        if step < steps - 1:
+            gram = p @ gram @ p
+    return x if product is None else product @ x
 
 
 def clip_gradients(

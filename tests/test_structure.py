@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # from the ground up; a module imports from its own package and from those below
     {"errors", "startup"},
     {"instruction_sets"},
-    {"files", "wheels", "hub", "optim"},
+    {"files", "wheels", "hub", "optim", "native_build"},
     {"model"},
     {"config"},
     {"tokenizer"},

@@ -26,11 +26,11 @@ from pocketlm.inference.native_library import (
     Layer,
     Linear,
     Model,
-    NativeUnavailable,
     Norm,
     load_library,
 )
 from pocketlm.instruction_sets import multiplies_bfloat16
+from pocketlm.native_build import NativeUnavailable
 
 NATIVE_PREFILL_MAX = 128  # tokens of a prompt chunk up to which decode.c is faster than torch
 

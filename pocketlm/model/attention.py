@@ -1,8 +1,9 @@
 """Scaled dot-product attention by the fastest correct kernel of each device, and document masks.
 
 `attend` is torch's own kernel except in two cases. For training in bfloat16 on a CPU, where the
-backward pass of torch's kernel is slow, `TiledAttention` replaces it. On MPS, where some of torch's
-kernels have been wrong, the inputs are rewritten first.
+backward pass of torch's kernel is slow, `TiledAttention` replaces it, unless training.c computes
+the whole block (block.py). On MPS, where some of torch's kernels have been wrong, the inputs are
+rewritten first.
 
 Letters in the shape comments: B batch, H query heads, K key/value heads, T query tokens, S key
 tokens, D head_dim.

@@ -17,8 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import MPS_INNER_LIMIT, Transformer
+from pocketlm.model import kernels
 
 IGNORE_INDEX = -100  # a target with this value has no loss
+
+# Tokens of a chunk with training.c at most: their logits stay in the cache between two matmuls.
+CACHED_TOKENS = {torch.float32: 256, torch.bfloat16: 512}
 
 
 def batch_loss(model: Transformer, batch: Mapping[str, Tensor], chunk: int) -> Tensor:
@@ -90,11 +94,10 @@ def loss_and_gradients(
 
     Matmuls are in `dtype`; sums are in float32 at least.
     """
+    if kernels.available(hidden.device, dtype):
+        return native_loss_and_gradients(hidden, weight, targets, chunk, dtype)
     V, C = weight.shape
-    h = hidden.to(dtype)
-    # Padded to a multiple of 64 rows: the gradient of an odd number of rows is a third slower.
-    w = torch.empty(V + -V % 64, C, dtype=dtype, device=weight.device)
-    w[:V], w[V:] = weight, 0
+    h, w = hidden.to(dtype), padded(weight, dtype)
     sum_dtype = torch.float32 if dtype != torch.float64 else dtype
     loss = torch.zeros((), dtype=sum_dtype, device=hidden.device)
     d_hidden = torch.empty_like(hidden)
@@ -120,6 +123,36 @@ def loss_and_gradients(
         d_weight.index_add_(0, target, target_part)
     assert d_weight is not None, "a batch has at least one token"
     return loss, d_hidden, d_weight[:V]
+
+
+def native_loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `loss_and_gradients` does; everything but the matmuls is done by training.c."""
+    V, C = weight.shape
+    chunk = min(chunk, CACHED_TOKENS[dtype])
+    h, w = hidden.to(dtype), padded(weight, dtype)
+    losses = []
+    d_hidden = torch.empty_like(h)
+    d_weight = torch.zeros(len(w), C, dtype=torch.float32)
+    for first in range(0, len(h), chunk):
+        rows = slice(first, first + chunk)
+        logits = h[rows] @ w.T
+        losses.append(kernels.cross_entropy_(logits, V, targets[rows]))
+        torch.mm(logits, w, out=d_hidden[rows])
+        if dtype == torch.float32:
+            d_weight.addmm_(logits.T, h[rows])
+        else:  # a matmul of bfloat16 cannot add to float32
+            d_weight += logits.T @ h[rows]
+    return torch.cat(losses).sum(), d_hidden.to(hidden.dtype), d_weight[:V].to(weight.dtype)
+
+
+def padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight in `dtype`, with rows of zeros up to a multiple of 64.
+
+    The gradient of an odd number of rows is a third slower.
+    """
+    return F.pad(weight.to(dtype), (0, 0, 0, -len(weight) % 64))
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

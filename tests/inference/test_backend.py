@@ -9,7 +9,8 @@ from pocketlm.config.sampling import SamplingParams
 from pocketlm.inference.backend import SlotCache, TorchBackend
 from pocketlm.inference.engine import Engine, GenerationRequest
 from pocketlm.inference.native import NativeBackend
-from pocketlm.inference.native_library import NativeUnavailable, load_library
+from pocketlm.inference.native_library import load_library
+from pocketlm.native_build import NativeUnavailable
 from tests.support.checkpoints import confident_model
 
 ARCHITECTURES = {  # of the presets and of the models that convert.py reads

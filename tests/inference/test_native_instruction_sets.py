@@ -13,8 +13,9 @@ from torch import Tensor
 from model import Transformer
 from pocketlm.inference.backend import SlotCache
 from pocketlm.inference.native import NativeBackend
-from pocketlm.inference.native_library import FLAGS, Model, NativeUnavailable, load_library
+from pocketlm.inference.native_library import Model, load_library
 from pocketlm.instruction_sets import ARM_SETS, InstructionSet, available_sets
+from pocketlm.native_build import FLAGS, NativeUnavailable
 from tests.support.weights import (
     SHAPES,
     TOLERANCES,

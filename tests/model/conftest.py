@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 import model
-from pocketlm.model import attention
+from pocketlm.model import attention, kernels
 from pocketlm.model.attention import TiledAttention
 from tests.support.losses import next_token_loss
 
@@ -44,6 +44,12 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train as on a machine without a C compiler."""
+    monkeypatch.setattr(kernels, "load", lambda: None)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from tests.support.parity import BFLOAT16, FLOAT64, assert_parity, assert_same_t
 documents = pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 
 
+@pytest.mark.usefixtures("torch_alone")
 def test_training_under_bfloat16_autocast_uses_it_in_every_layer_and_validation_does_not(
     attention_kernels: list[str],
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_bfloat16_model_reads_through_its_cache_with_gradients_on() -> None:
 
 @documents
 @pytest.mark.parametrize("chunk", [0, 7, 1000])
+@pytest.mark.usefixtures("torch_alone")
 def test_under_bfloat16_autocast_gradients_and_ten_steps_are_those_of_float32_within_its_rounding(
     monkeypatch: pytest.MonkeyPatch, packed: bool, chunk: int
 ) -> None:

@@ -1,0 +1,137 @@
+"""Blocks and norms in training on a CPU: torch computes the matmuls, and training.c the rest.
+
+`NativeBlock` computes what `Block.forward` of model.py does for RMSNorm, RoPE and SwiGLU, and its
+gradient. The projections of queries, keys and values are one matmul, and so are gate and up.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pocketlm.model import kernels
+
+
+class NativeBlock(torch.autograd.Function):
+    """The output (B, T, C) of a block for x (B, T, C), float32.
+
+    rope: cosine and sine of all positions. starts (B, T): index of the first token of each token's
+    document. weights: those of the norms and of q, k, v, o, gate, up and down, float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        starts: Tensor,
+        eps: float,
+        *weights: Tensor,
+    ) -> Tensor:
+        dtype = matmul_dtype(x)
+        norm1, norm2, *matrices = weights
+        D = rope[0].size(1)
+        ctx.n_heads, ctx.n_kv_heads = (len(matrix) // D for matrix in matrices[:2])
+        with torch.autocast("cpu", enabled=False):  # `dtype` decides
+            q, k, v, o, gate, up, down = matrices
+            qkv_weight, gate_up_weight = (
+                torch.cat([q, k, v]).to(dtype),
+                torch.cat([gate, up]).to(dtype),
+            )
+            o, down = o.to(dtype), down.to(dtype)
+            x = x.reshape(-1, x.size(-1)).contiguous()
+            normed, inverse_rms = kernels.norm(x, norm1, eps, dtype)
+            qkv = normed @ qkv_weight.T
+            y = kernels.attention(qkv, ctx.n_heads, ctx.n_kv_heads, rope, starts)
+            x2, normed2, inverse_rms2 = kernels.add_norm(x, y @ o.T, norm2, eps, dtype)
+            gate_up = normed2 @ gate_up_weight.T
+            hidden = kernels.swiglu(gate_up)
+            output = add_product(x2, hidden, down.T)
+        ctx.save_for_backward(
+            *(*rope, starts, norm1, norm2, qkv_weight, o, gate_up_weight, down),
+            *(x, normed, inverse_rms, qkv, y),
+            *(x2, normed2, inverse_rms2, gate_up, hidden),
+        )
+        return output.view(*starts.shape, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, starts, norm1, norm2, qkv_weight, o, gate_up_weight, down, *kept = (
+            ctx.saved_tensors
+        )
+        x, normed, inverse_rms, qkv, y, x2, normed2, inverse_rms2, gate_up, hidden = kept
+        dtype = qkv.dtype
+        with torch.autocast("cpu", enabled=False):
+            d_output = d_output.reshape(x.shape).contiguous()
+            d = d_output.to(dtype)
+            d_down = d.T @ hidden
+            d_gate_up = kernels.swiglu_backward(gate_up, d @ down)
+            d_gate_up_weight = d_gate_up.T @ normed2
+            d_normed2 = d_gate_up @ gate_up_weight
+            dx2, d_norm2 = kernels.add_norm_backward(x2, norm2, inverse_rms2, d_normed2, d_output)
+            d = dx2.to(dtype)
+            d_o = d.T @ y
+            d_qkv = kernels.attention_backward(qkv, ctx.n_kv_heads, (cos, sin), starts, d @ o)
+            d_qkv_weight = d_qkv.T @ normed
+            d_normed = d_qkv @ qkv_weight
+            dx, d_norm1 = kernels.add_norm_backward(x, norm1, inverse_rms, d_normed, dx2)
+            matrices = (d_qkv_weight, d_o, d_gate_up_weight, d_down)
+            d_qkv_weight, d_o, d_gate_up_weight, d_down = (d.to(dx.dtype) for d in matrices)
+        D = cos.size(1)
+        d_q, d_k, d_v = d_qkv_weight.split([n * D for n in (ctx.n_heads, *[ctx.n_kv_heads] * 2)])
+        d_weights = d_norm1, d_norm2, d_q, d_k, d_v, d_o, *d_gate_up_weight.chunk(2), d_down
+        return dx.view(*starts.shape, -1), None, None, None, *d_weights
+
+
+class NativeNorm(torch.autograd.Function):
+    """RMSNorm of x (..., C), float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.size(-1)).contiguous()
+        normed, inverse_rms = kernels.norm(rows, weight, eps, torch.float32)
+        ctx.save_for_backward(rows, weight, inverse_rms)
+        return normed.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight, inverse_rms = ctx.saved_tensors
+        d_rows = d_normed.reshape(rows.shape).contiguous()
+        nothing = torch.zeros_like(rows)
+        dx, d_weight = kernels.add_norm_backward(rows, weight, inverse_rms, d_rows, nothing)
+        return dx.view(d_normed.shape), d_weight, None
+
+
+def native_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return RMSNorm(x); x and weight are float32, on a CPU."""
+    output: Tensor = NativeNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return output
+
+
+def trains_natively(weight: Tensor) -> bool:
+    """Return whether training.c computes with a weight: float32 on a CPU, with gradients on."""
+    on = torch.is_grad_enabled() and weight.dtype == torch.float32
+    return on and kernels.available(weight.device, matmul_dtype(weight))
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matmuls on a CPU: autocast's, or that of x."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return x + a @ b, in the dtype of x."""
+    return torch.addmm(x, a, b) if a.dtype == x.dtype else x + a @ b
+
+
+def native_block(
+    x: Tensor, rope: tuple[Tensor, Tensor], starts: Tensor, eps: float, weights: list[Tensor]
+) -> Tensor:
+    """Return the output (B, T, C) of a block for x (B, T, C); the arguments are NativeBlock's."""
+    output: Tensor = NativeBlock.apply(  # type: ignore[no-untyped-call]
+        x, rope, starts, eps, *weights
+    )
+    return output

@@ -1,0 +1,153 @@
+"""The functions of training.c for contiguous CPU tensors; float32 where no dtype is named."""
+
+import sys
+from ctypes import Structure, byref, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketlm.native_build import NativeUnavailable, load_native
+
+SOURCE = Path(__file__).with_name("training.c")
+C_TYPES = {bool: c_int, int: c_int64, float: c_float, type(None): c_void_p}
+NORM_ROWS = 64  # as in training.c
+
+
+@cache
+def load() -> Any:
+    """Return training.c as a library, or None; then print why."""
+    try:
+        return load_native(SOURCE)
+    except NativeUnavailable as reason:
+        print(f"note: training with torch alone, which is slower: {reason}", file=sys.stderr)
+        return None
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether training.c computes with tensors of this device and dtype.
+
+    It does not while torch.compile traces: the compiler fuses torch's own operations.
+    """
+    if torch.compiler.is_compiling() or device.type != "cpu":
+        return False
+    return dtype in (torch.float32, torch.bfloat16) and load() is not None
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a function of training.c; its last parameter is the number of threads."""
+    getattr(load(), name)(*map(as_c, arguments), c_int(torch.get_num_threads()))
+
+
+def as_c(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        return c_void_p(value.data_ptr())
+    if isinstance(value, Structure):
+        return byref(value)
+    return C_TYPES[type(value)](value)
+
+
+def cross_entropy_(logits: Tensor, vocab_size: int, targets: Tensor) -> Tensor:
+    """Replace logits (N, V or more) by the gradient of their summed loss; return the losses (N).
+
+    A target below 0 has no loss. Logits after the V-th get the gradient 0.
+    """
+    if (largest := int(targets.max())) >= vocab_size:
+        raise IndexError(f"target {largest} is out of bounds for {vocab_size} logits")
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    N, stride = logits.shape
+    half = logits.dtype == torch.bfloat16
+    call("cross_entropy", N, vocab_size, stride, half, logits, targets.long(), losses)
+    return losses
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return RMSNorm(x) (N, C) in `dtype` and 1 / rms of each row of x."""
+    return add_norm(x, None, weight, eps, dtype)[1:]
+
+
+def add_norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x + added (N, C), its RMSNorm in `dtype`, and 1 / rms of each of its rows (N)."""
+    total = x if added is None else torch.empty_like(x)
+    normed, inverse_rms = torch.empty_like(x, dtype=dtype), x.new_empty(len(x))
+    half = dtype == torch.bfloat16
+    call("add_norm", *x.shape, half, x, added, total, weight, normed, inverse_rms, eps)
+    return total, normed, inverse_rms
+
+
+def add_norm_backward(
+    x: Tensor, weight: Tensor, inverse_rms: Tensor, d_normed: Tensor, d_sum: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients by x and by weight; d_sum is the gradient that passes the norm by."""
+    N, C = x.shape
+    dx, d_weight = torch.empty_like(x), x.new_empty(-(-N // NORM_ROWS), C)
+    half = d_normed.dtype == torch.bfloat16
+    call("add_norm_backward", N, C, half, x, weight, inverse_rms, d_normed, d_sum, dx, d_weight)
+    return dx, d_weight.sum(0)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up (N, F), of gate_up (N, 2 F)."""
+    N, F = len(gate_up), gate_up.size(1) // 2
+    hidden = gate_up.new_empty(N, F)
+    call("swiglu", N, F, gate_up.dtype == torch.bfloat16, gate_up, hidden)
+    return hidden
+
+
+def swiglu_backward(gate_up: Tensor, d_hidden: Tensor) -> Tensor:
+    (N, F), d_gate_up = d_hidden.shape, torch.empty_like(gate_up)
+    half = gate_up.dtype == torch.bfloat16
+    call("swiglu_backward", N, F, half, gate_up, d_hidden, d_gate_up)
+    return d_gate_up
+
+
+class AttentionArguments(Structure):
+    """`struct attention` of training.c."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("B", "T", "H", "K", "D", "half")),
+        *((name, c_void_p) for name in ("qkv", "cos", "sin", "starts", "y", "dy", "d_qkv")),
+    ]
+
+
+def attention(
+    qkv: Tensor, n_heads: int, n_kv_heads: int, rope: tuple[Tensor, Tensor], starts: Tensor
+) -> Tensor:
+    """Return causal attention within documents (B T, H D).
+
+    qkv (B T, (H + 2 K) D): queries, keys and values, which RoPE has not rotated yet.
+    starts (B, T): index of the first token of each token's document.
+    """
+    y = qkv.new_empty(len(qkv), n_heads * rope[0].size(1))
+    call_attention(qkv, (n_heads, n_kv_heads), rope, starts, y=y)
+    return y
+
+
+def attention_backward(
+    qkv: Tensor, n_kv_heads: int, rope: tuple[Tensor, Tensor], starts: Tensor, dy: Tensor
+) -> Tensor:
+    """Return the gradient by qkv."""
+    d_qkv = torch.empty_like(qkv)
+    heads = dy.size(1) // rope[0].size(1), n_kv_heads
+    call_attention(qkv, heads, rope, starts, dy=dy, d_qkv=d_qkv)
+    return d_qkv
+
+
+def call_attention(
+    qkv: Tensor,
+    heads: tuple[int, int],
+    rope: tuple[Tensor, Tensor],
+    starts: Tensor,
+    **others: Tensor,
+) -> None:
+    """Call `attention` of training.c: forward with y, or backward with dy and d_qkv."""
+    tensors = dict(zip(("qkv", "cos", "sin", "starts"), (qkv, *rope, starts), strict=True)) | others
+    assert all(x.is_contiguous() for x in tensors.values())
+    pointers = {name: x.data_ptr() for name, x in tensors.items()}
+    sizes = *starts.shape, *heads, rope[0].size(1), qkv.dtype == torch.bfloat16
+    call("attention", AttentionArguments(*sizes, **pointers), "d_qkv" in others)
