@@ -102,7 +102,7 @@ class LitTransformer(TrainableModule):
         t = self.config.training
         return t.lr * lr_at_step(
             self.trainer.global_step,
-            max_steps=t.max_steps,
+            max_steps=t.steps,
             warmup_steps=t.warmup_steps,
             min_lr_ratio=t.min_lr_ratio,
             schedule=t.schedule,
@@ -185,7 +185,8 @@ def prepare_run(config: Config) -> tuple[Config, PreparedData, Hardware]:
     check_matmul_sizes(hardware.accelerator, batch_tokens)
     check_recomputation(hardware.accelerator, config.model)
     data = prepare(config.data)
-    config = resolve_max_steps(config.with_vocab_size(data.tokenizer.vocab_size), data)
+    config = config.with_vocab_size(data.tokenizer.vocab_size)
+    config = resolve_max_steps(config, data, hardware.precision)
     compute = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
     check_mps(hardware.accelerator, compute, config.model, config.training)
     seconds = seconds_outside_head(config, hardware)
@@ -226,13 +227,13 @@ def main(argv: list[str] | None = None) -> int:
         if is_first_process():
             stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
             stderr.print(summary)
-        print_start(run, start, config.training.max_steps)
+        print_start(run, start, config.training.steps)
         L.seed_everything(config.training.seed, verbose=False)
         module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
         trained = fit(module, config, data, hardware, run, start)
         if trained.trainer.is_global_zero:
             picture = print_verdict(config, data, run, trained, time.perf_counter() - begin)
-            trained.tensorboard.add_loss_picture(picture, config.training.max_steps)
+            trained.tensorboard.add_loss_picture(picture, config.training.steps)
     return 0
 
 

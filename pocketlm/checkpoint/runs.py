@@ -164,12 +164,12 @@ def find_resume_point(run: Run, config: Config, data_sha256: str) -> ResumePoint
         raise UserError(
             f"{run.checkpoints} holds a run with another config ({', '.join(changes)}); {remedy}"
         )
-    if step >= config.training.max_steps:
+    if step >= config.training.steps:
         raise UserError(
-            f"the run in {run.checkpoints} is finished: {step} of {config.training.max_steps} "
+            f"the run in {run.checkpoints} is finished: {step} of {config.training.steps} "
             f"steps; raise training.max_steps to continue it; {remedy}"
         )
-    return ResumePoint(path, step, previous.training.max_steps)
+    return ResumePoint(path, step, previous.training.steps)
 
 
 def changed_keys(previous: Config, current: Config) -> list[str]:

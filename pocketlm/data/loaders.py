@@ -113,17 +113,17 @@ def rows_per_step(config: Config) -> int:
 
 def rows_in_run(config: Config) -> int:
     """Return the rows of the whole run."""
-    return config.training.max_steps * rows_per_step(config)
+    return config.training.steps * rows_per_step(config)
 
 
-def resolve_max_steps(config: Config, data: PreparedData) -> Config:
-    """Return the config with `max_steps` for its `max_epochs`, if it has that.
+def resolve_max_steps(config: Config, data: PreparedData, precision: str) -> Config:
+    """Return the config with a number of steps, which `max_epochs` or the precision may decide.
 
     Raises UserError for a stream, whose length is not known.
     """
     epochs = config.training.max_epochs
     if epochs is None:
-        return config
+        return config.with_auto_steps(precision)
     if data.stream:
         raise UserError(
             f"training.max_epochs is {epochs:g}, but the length of a stream is not known; "

@@ -70,7 +70,7 @@ class Checkpoints(StepCallback):
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
-        if step == self.training.max_steps:
+        if step == self.training.steps:
             trainer.should_stop = True  # Lightning then validates before it ends
         elif step % self.training.save_every_steps == 0 and not self.training.validates(step):
             self.save(trainer, "last.ckpt")
@@ -81,7 +81,7 @@ class Checkpoints(StepCallback):
         if math.isfinite(loss) and (self.best is None or loss < self.best):
             self.best = loss
             names.append("best.ckpt")
-        if step == self.training.max_steps:
+        if step == self.training.steps:
             names.append("final.ckpt")
         if names or step % self.training.save_every_steps == 0:
             self.save(trainer, "last.ckpt", *names)

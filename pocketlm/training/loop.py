@@ -87,7 +87,7 @@ def make_trainer(config: Config, hardware: Hardware, callbacks: list[L.Callback]
         accelerator=hardware.accelerator,
         devices=config.hardware.devices,
         precision=hardware.precision,  # type: ignore[arg-type]  # a str that choose_precision made
-        max_steps=t.max_steps,
+        max_steps=t.steps,
         max_epochs=-1,
         accumulate_grad_batches=t.grad_accum_steps,
         val_check_interval=t.val_every_steps * t.grad_accum_steps,

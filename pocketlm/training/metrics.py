@@ -73,7 +73,7 @@ class MetricsLogger(StepCallback):
             )
             self.bar.start()
             self.task = self.bar.add_task(
-                "", total=self.training.max_steps, completed=self.first_step, text=""
+                "", total=self.training.steps, completed=self.first_step, text=""
             )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -92,7 +92,7 @@ class MetricsLogger(StepCallback):
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
-        if step % self.training.log_every_steps and step not in (1, self.training.max_steps):
+        if step % self.training.log_every_steps and step not in (1, self.training.steps):
             return
         loss_sum, targets = self.progress.take_interval()  # waits for the device
         now = time.perf_counter()
@@ -111,7 +111,7 @@ class MetricsLogger(StepCallback):
         self.write(trainer, step, self.progress.tokens_seen, metrics)
         text = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
         if step > self.start_step + 1:  # the first step includes the warm-up of the device
-            done = (step - self.start_step) / (self.training.max_steps - self.start_step)
+            done = (step - self.start_step) / (self.training.steps - self.start_step)
             text += f"  {as_clock((now - self.start) * (1 - done) / done)} left"
         self.print_status(step, text)
         self.last, self.progress.resumed_targets, self.paused = now, 0, 0.0
@@ -143,7 +143,7 @@ class MetricsLogger(StepCallback):
     def print_status(self, step: int, text: str, permanent: bool = False) -> None:
         """Update the progress bar on a terminal, else print a line; permanent text always."""
         if self.bar is None:
-            self.console.print(f"step {step}/{self.training.max_steps}  {text}", soft_wrap=True)
+            self.console.print(f"step {step}/{self.training.steps}  {text}", soft_wrap=True)
         elif permanent:
             self.bar.console.print(f"step {step}  {text}", soft_wrap=True)
         else:

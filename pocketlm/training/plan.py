@@ -30,9 +30,9 @@ def training_rate(config: Config, hardware: Hardware) -> float:
 def estimated_seconds(config: Config, data: PreparedData, hardware: Hardware) -> float:
     """Estimate the time of the steps and validations from the measured rate of one matmul."""
     training = config.training
-    validations = -(-training.max_steps // training.val_every_steps)
+    validations = -(-training.steps // training.val_every_steps)
     # a validation has no backward pass, which is two thirds of a training step
-    tokens = training.max_steps * tokens_per_step(config) + validations * data.val.n_tokens / 3
+    tokens = training.steps * tokens_per_step(config) + validations * data.val.n_tokens / 3
     flops = tokens * config.model.flops_per_token(training.seq_len)
     return flops / training_rate(config, hardware)
 
@@ -45,7 +45,7 @@ def seconds_outside_head(config: Config, hardware: Hardware) -> float:
     model, training = config.model, config.training
     assert model.vocab_size is not None
     flops = model.flops_per_token(training.seq_len) - 6 * model.vocab_size * model.d_model
-    tokens = training.max_steps * tokens_per_step(config)
+    tokens = training.steps * tokens_per_step(config)
     return tokens * flops / training_rate(config, hardware)
 
 
@@ -156,7 +156,7 @@ def cost_rows(config: Config, data: PreparedData, hardware: Hardware) -> list[tu
     return [
         (
             "steps",
-            f"{config.training.max_steps:,} of {tokens_per_step(config):,} tokens: "
+            f"{config.training.steps:,} of {tokens_per_step(config):,} tokens: "
             f"{passes(config, data)}",
         ),
         ("memory", f"about {estimated_memory(config) / 1000:.1f} GB"),

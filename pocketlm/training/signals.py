@@ -55,7 +55,7 @@ class GracefulStop(StepCallback):
             bool(self.signal), all=False
         ):
             self.signal = self.signal or signal.SIGTERM
-        if self.signal and trainer.global_step < self.checkpoints.training.max_steps:
+        if self.signal and trainer.global_step < self.checkpoints.training.steps:
             self.checkpoints.save(trainer, "last.ckpt")
             path = self.checkpoints.run.checkpoints / "last.ckpt"
             print_note(

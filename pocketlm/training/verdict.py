@@ -124,7 +124,7 @@ def print_verdict(
     """Print the scores, the diagnosis, the samples and the next commands; return loss.png."""
     out = Console(highlight=False, soft_wrap=True, emoji=False)
     duration = f"{seconds / 60:.1f} minutes" if seconds > 100 else f"{seconds:.0f} seconds"
-    out.print(f"\nDone: {config.training.max_steps:,} steps in {duration}.\n")
+    out.print(f"\nDone: {config.training.steps:,} steps in {duration}.\n")
     validation, baseline_bits = trained.validation, baselines(data)
     nats_per_bit = validation["loss"] / validation["bpb"]  # bits per byte -> nats per token
     baseline_loss = {name: bits * nats_per_bit for name, bits in baseline_bits.items()}

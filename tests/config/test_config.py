@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from pocketlm.config.sections import (
     TrainingConfig,
 )
 from pocketlm.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +86,19 @@ def test_the_context_is_a_training_row_unless_given():
         load("training: {seq_len: 77}\nmodel: {max_seq_len: 50}")
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_auto_steps_are_those_that_the_comment_states_for_a_precision(precision):
+    comment = (ROOT / "config.yaml").read_text().split("  max_steps: auto")[1].split("\n  max_")[0]
+    steps = [int(number.replace(",", "")) for number in re.findall(r"[\d,]+(?= in)", comment)]
+    expected = steps[precision != "32-true"]
+    assert Config().with_auto_steps(precision).training.steps == expected
+
+
+def test_a_number_of_steps_is_kept_in_every_precision():
+    config = Config(training=TrainingConfig(max_steps=7))
+    assert config.with_auto_steps("bf16-mixed").training.steps == 7
+
+
 def test_the_vocabulary_is_the_tokenizers_unless_a_larger_one_is_given():
     assert Config().with_vocab_size(257).model.vocab_size == 257
     padded = Config(model=ModelConfig(vocab_size=320))
@@ -91,7 +107,7 @@ def test_the_vocabulary_is_the_tokenizers_unless_a_larger_one_is_given():
         == padded.with_vocab_size(320).model.vocab_size
         == 320
     )
-    with pytest.raises(UserError, match="320.*'gpt2'.*321"):
+    with pytest.raises(UserError, match="320.*'gpt2:12288'.*321"):
         padded.with_vocab_size(321)
 
 

@@ -179,9 +179,10 @@ def test_long_runs_outside_the_head_are_compiled_on_a_cpu_and_the_default_run_is
 ):
     monkeypatch.setattr(plan, "matmul_rate", lambda *_: 440e9)  # of two Zen 4 cores in bfloat16
     config = load_config(Path(__file__).parents[2] / preset).with_vocab_size(
-        {"config.yaml": 50_257}.get(preset, 256)
+        {"config.yaml": 12_288}.get(preset, 256)
     )
     chosen = devices.choose_hardware(config.hardware, config.training.precision)
+    config = config.with_auto_steps("bf16-mixed")
     assert (
         devices.with_compile(chosen, "auto", plan.seconds_outside_head(config, chosen)).compile
         is compiles

@@ -109,7 +109,8 @@ def test_the_seconds_outside_the_head_are_those_of_the_operations_that_a_step_do
 
 def test_the_plan_states_counts_and_reasons(folder):
     data = prepare(DataConfig(path="text.txt", tokenizer="byte", val_share=0.1))
-    config = config_from_dict({"data": {"tokenizer": "byte"}}).with_vocab_size(257)
+    config = config_from_dict({"data": {"tokenizer": "byte"}, "training": {"max_steps": 600}})
+    config = config.with_vocab_size(257)
     reasons = {"accelerator": "why-a", "precision": "why-p", "compile": "why-c"}
     table = plan.plan(config, data, Hardware("cpu", "32-true", False, reasons))
     text = " ".join(str(cell) for column in table.columns for cell in column.cells)

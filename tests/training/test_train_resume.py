@@ -94,7 +94,7 @@ def test_a_compiled_run_is_compiled_once_and_resumes_exactly(folder, two_threads
     for name, stop in (("whole", None), ("stopped", 7), ("stopped", None)):
         torch._dynamo.reset()  # as in a new process
         counters.clear()
-        options = [f"run.name={name}", "hardware.compile=on"]
+        options = [f"run.name={name}", "hardware.compile=on", "model.n_layers=1"]
         if stop:
             run_stopped_after(stop, *options)
         else:
