@@ -27,7 +27,7 @@ SMALL = [
     "training.warmup_steps=1",
     "model.n_layers=1",
     "model.d_model=24",
-    "training.seq_len=32",
+    "training.seq_len=48",
     "training.micro_batch_size=2",
 ]
 NOT_RUN = ("pip ", "python -m pytest", "python -m pdoc")  # the last has a test of its own

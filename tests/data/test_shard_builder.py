@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import threading
+import time
 import tracemalloc
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -54,13 +55,17 @@ class ObservedPool(ThreadPoolExecutor):
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="Ctrl-C is sent as POSIX does")
 def test_ctrl_c_cancels_the_batches_that_wait(tmp_path, corpus, small, monkeypatch):
     monkeypatch.setattr(shard_builder, "ThreadPoolExecutor", ObservedPool)
-    calls = []
+    calls, one_at_a_time = [], threading.Lock()
 
     def interrupting_encode(batch: list[Chunk], tokenizer: Tokenizer) -> EncodedSplits:
-        calls.append(1)
+        with one_at_a_time:  # so that only one is the third
+            calls.append(1)
+            number = len(calls)
         pool = ObservedPool.last
-        if len(calls) == 3:
+        if number == 3:
             assert pool.full.wait(WAIT_SECONDS)
+            # CPython notices a signal that comes just before a wait only after the wait.
+            time.sleep(0.2)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         assert pool.cancelled.wait(WAIT_SECONDS)
         return encode_chunks(batch, tokenizer)

@@ -13,6 +13,7 @@ from pocketlm.config.sections import TrainingConfig
 from pocketlm.errors import UserError
 from pocketlm.hardware import mps_check
 from pocketlm.hardware.devices import available_accelerators
+from pocketlm.model import kernels
 from tests.support.fake_mps import MATMULS, WrongOperators, aten, sums_too_far, wrong_attention
 from tests.support.model_kinds import KINDS, LLAMA, SIZES
 
@@ -25,6 +26,7 @@ FLOAT = "use hardware.accelerator=cpu, or --device cpu,"
 def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Make DEVICE, and not the CPU it is compared with, compute within a context."""
     original = mps_check.compute_values
+    monkeypatch.setattr(kernels, "load", lambda: None)  # it computes as MPS does: by torch alone
 
     def plant(fault: Callable) -> None:
         def compute_values(device: torch.device, *arguments: Any) -> dict[str, Tensor]:

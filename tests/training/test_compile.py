@@ -63,6 +63,7 @@ def make_module(
         "data.tokenizer=byte",
         f"training.seq_len={T}",
         "training.micro_batch_size=2",
+        "training.max_steps=10",
     ]
 
     def make(compiled: bool, bfloat16: bool, *overrides: str) -> train.LitTransformer:
