@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pocketlm.errors import FieldError
 from pocketlm.model.attention import attend, document_mask, positions_in_document
-from pocketlm.model.block import native_block, native_norm, trains_natively
+from pocketlm.model.block import Documents, native_block, native_norm, trains_natively
 from pocketlm.model.sizes import check_heads, default_d_ff
 
 # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong.
@@ -283,20 +283,19 @@ class Block(nn.Module):
         rotary: Rotary,
         mask: Tensor | None,
         cache: KVCache | None,
-        starts: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """Return the output (B, T, C), computed by training.c if `starts` is given.
+        """Return the output (B, T, C); training.c computes it from `documents`, if given.
 
-        starts (B, T): index of the first token of each token's document. `rotary` then has all
-        positions, and there is neither mask nor cache.
+        There is then neither rotary nor mask nor cache.
         """
-        if starts is not None and rotary is not None:
+        if documents is not None:
             modules: tuple[Any, ...] = (
                 *(self.input_layernorm, self.post_attention_layernorm),
                 *(self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj),
                 *(self.self_attn.o_proj, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj),
             )
-            return native_block(x, rotary, starts, self.norm_eps, [m.weight for m in modules])
+            return native_block(x, documents, self.norm_eps, [m.weight for m in modules])
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
         output: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return output
@@ -402,11 +401,11 @@ class Transformer(nn.Module):
         if doc_ids is not None and positions is None:
             positions = positions_in_document(doc_ids)
         x = self._embed(input_ids, positions, start)
-        context: tuple[Rotary, Tensor | None, KVCache | None, Tensor | None]
+        context: tuple[Rotary, Tensor | None, KVCache | None, Documents | None]
         if natively:
             one_document = torch.zeros_like(input_ids, dtype=torch.long)
             starts = one_document if positions is None else torch.arange(T) - positions
-            context = (self.rope_cos, self.rope_sin), None, None, starts
+            context = None, None, None, Documents(self.rope_cos, self.rope_sin, starts)
         else:
             mask = cache.mask(T) if cache is not None else None
             if doc_ids is not None:

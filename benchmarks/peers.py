@@ -5,7 +5,6 @@ two numbers are replaced there before it is compiled. Models of transformers and
 by the plainest loop: autocast, fused AdamW, a clip.
 """
 
-import os
 import pickle
 import re
 import shutil
@@ -23,7 +22,7 @@ from pocketlm.config.sections import Config
 from pocketlm.data.bin_files import write_bin
 from pocketlm.data.prepare import PreparedData
 from pocketlm.errors import UserError
-from pocketlm.instruction_sets import VARIABLE, instruction_set
+from pocketlm.instruction_sets import limited_set
 
 MILLISECONDS = r"(?:time |took )([\d.]+) ?ms"
 
@@ -129,8 +128,8 @@ def llmc(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
     source = source.replace("int B = 4;", f"int B = {training.micro_batch_size};")
     source = source.replace("int T = 64;", f"int T = {training.seq_len};")
     (folder / "train_gpt2.c").write_text(source)
-    limited = os.environ.get(VARIABLE)
-    target = instruction_set().flags if limited else ["-march=native"]
+    limited = limited_set()
+    target = limited.flags if limited else ["-march=native"]
     flags = ["-Ofast", *target, "-fopenmp", "-DOMP", f"-I{checkout}", "-Wno-unused-result"]
     command = [compiler, *flags, "train_gpt2.c", "-lm", "-o", "train_gpt2"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)

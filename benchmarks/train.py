@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import platform
 import statistics
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.configs import load_absolute, write_config
-from benchmarks.measure import OUT, ROOT, machine, parse_peers, run_watched
+from benchmarks.measure import OUT, ROOT, parse_peers, run_watched
 from benchmarks.peers import PEERS, Shape, check_peers, step_times
 from pocketlm.config.loading import load_config
 from pocketlm.config.sections import Config
@@ -43,9 +44,9 @@ class Times:
 
 @dataclass(frozen=True)
 class Task:
-    """What all contenders train: the config, with absolute paths, and what train.py makes of it."""
+    """The training of all contenders: the config, and what train.py derives from it."""
 
-    written: Config  # as the user wrote it
+    written: Config  # as the user wrote it, with absolute paths
     config: Config  # with the size of the vocabulary and the number of steps
     data: PreparedData
     hardware: Hardware
@@ -115,7 +116,7 @@ def bench_train(args: argparse.Namespace) -> int:
             times.add(title, step_times(finished)[WARMUP:], finished.megabytes)
     OUT.print(
         f"{args.config} {' '.join(args.overrides)}: {config.model.n_parameters:,} parameters, "
-        f"{task.tokens:,} tokens a step, {device_name(hardware.accelerator)}, {machine()}"
+        f"{task.tokens:,} tokens a step, {device_name(hardware.accelerator)}, {platform.platform()}"
     )
     OUT.print(times_table(times, hardware, task.tokens))
     print_flops(config, hardware, task.tokens / statistics.median(times.seconds["this"]))

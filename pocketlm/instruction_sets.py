@@ -100,6 +100,12 @@ def instruction_set() -> InstructionSet:
     )
 
 
+def limited_set() -> InstructionSet | None:
+    """Return the set that POCKETLM_ISA or ATEN_CPU_CAPABILITY limits this process to, or None."""
+    limited = os.environ.get(VARIABLE) or os.environ.get("ATEN_CPU_CAPABILITY")
+    return instruction_set() if limited else None
+
+
 def available_sets() -> list[InstructionSet]:
     """Return the sets of this CPU within torch's ATEN_CPU_CAPABILITY, from the oldest on."""
     machine = platform.machine().lower()

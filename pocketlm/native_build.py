@@ -4,12 +4,13 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-from pocketlm.instruction_sets import VARIABLE, InstructionSet, instruction_set
+from pocketlm.instruction_sets import InstructionSet, limited_set
 
 FLAGS = (
     "-O3",
@@ -30,11 +31,11 @@ class NativeUnavailable(Exception):
 def load_native(source: Path, isa: InstructionSet | None = None) -> ctypes.CDLL:
     """Load a C source as a library, compiled on first use, which takes a second or two.
 
-    It is compiled for the given instruction set; by default, for POCKETLM_ISA, or, if that is not
-    set, for this very CPU. Raises NativeUnavailable if there is no compiler, or if it fails.
+    It is compiled for the given instruction set; by default, for the one that this process is
+    limited to, or, without a limit, for this very CPU. Raises NativeUnavailable if there is no
+    compiler, or if it fails.
     """
-    if isa is None and os.environ.get(VARIABLE):
-        isa = instruction_set()
+    isa = isa or limited_set()
     compiler = find_compiler()
     try:
         return ctypes.CDLL(str(compiled_library(source, compiler, isa)))
@@ -59,7 +60,7 @@ def compiled_library(source: Path, compiler: str, isa: InstructionSet | None) ->
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketlm"
     parts = [
-        source.read_text(),
+        *source_texts(source),
         compiler,
         *FLAGS,
         *machine_flags(isa),
@@ -73,6 +74,13 @@ def compiled_library(source: Path, compiler: str, isa: InstructionSet | None) ->
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             os.replace(compile_library(source, compiler, isa, Path(temporary)), library)
     return library
+
+
+def source_texts(source: Path) -> list[str]:
+    """Return the text of a C source and of the project's headers that it includes."""
+    text = source.read_text()
+    headers = re.findall(r'^#include "(.+)"', text, re.MULTILINE)
+    return [text, *((source.parent / header).read_text() for header in headers)]
 
 
 def machine_flags(isa: InstructionSet | None) -> tuple[str, ...]:

@@ -153,10 +153,10 @@ def iterate_gram(x: Tensor, steps: int) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     gram = x @ x.mT
+    identity = torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
     product: Tensor | None = None
     for step in range(steps):
-        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        p = a * identity + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         product = p if product is None else p @ product
         if step < steps - 1:
             gram = p @ gram @ p

@@ -64,11 +64,17 @@ def choose_precision(requested: str, accelerator: str) -> tuple[str, str]:
             f"training.precision 16-mixed is for CUDA; on {accelerator} it is wrong or slow: "
             "use 32-true or bf16-mixed"
         )
+    native = multiplies_bfloat16(accelerator)
+    if requested == "bf16-mixed" and accelerator == "cpu" and not native:
+        found = instruction_set().name
+        return requested, (
+            f"as configured, but the CPU has {found}, which does not multiply bfloat16: "
+            "32-true is up to a hundred times faster"
+        )
     if requested != "auto":
         return requested, "as configured"
     if accelerator == "mps":
         return "32-true", "half precision is not faster on MPS, and its kernels have been wrong"
-    native = multiplies_bfloat16(accelerator)
     if accelerator == "cuda":
         if native:
             return "bf16-mixed", "the GPU has bfloat16"

@@ -14,11 +14,9 @@
    Letters: B rows of a batch, one token each; C d_model, D head_dim, H heads, K key/value heads,
    V vocabulary size, S tokens of a sequence up to the row's own. x[b][i] is at x[b * width + i]. */
 
-#include <math.h>
-#include <stdint.h>
 #include <sched.h>
 #include <stdlib.h>
-#include <string.h>
+#include "../numbers.h"
 #ifdef _OPENMP
 #include <omp.h>
 #define THREADS omp_get_num_threads()
@@ -68,7 +66,6 @@ typedef float Quad __attribute__((vector_size(16)));
 
 #define EACH _Pragma("GCC unroll 8")
 #define EACH_SUM EACH for (int r = 0; r < R; r++) EACH for (int n = 0; n < N; n++)
-#define INLINE static inline __attribute__((always_inline))
 #define LOAD(type, from) ({ type loaded; memcpy(&loaded, from, sizeof loaded); loaded; })
 /* Keep a vector in a register: gcc would rather load it again for every product. */
 #if defined(__SSE2__)
@@ -110,21 +107,8 @@ typedef struct {
    with a scale per row and the sums of each group. */
 typedef struct { int64_t width; float *x, *scale, *sums; int16_t *q; } Input;
 
-INLINE float bf16(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-INLINE uint16_t to_bf16(float x) {               /* to the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 INLINE float number(const void *from, int64_t kind, int64_t at) {
-    return kind == FLOAT ? ((const float *)from)[at] : bf16(((const uint16_t *)from)[at]);
+    return kind == FLOAT ? ((const float *)from)[at] : from_bf16(((const uint16_t *)from)[at]);
 }
 
 INLINE Floats numbers(const void *from, int64_t kind, int64_t at) {
@@ -151,33 +135,6 @@ INLINE float multiply_add(float a, float b, float c) {
     return __builtin_fmaf(a, b, c);
 #endif
     return a * b + c;
-}
-
-INLINE float larger(float a, float b) { return a > b ? a : b; }
-
-INLINE float largest_of(const float *x, int64_t n) {
-    float top = -INFINITY;
-    #pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; i++) top = larger(top, x[i]);
-    return top;
-}
-
-/* e^x with an error of at most 2 units in the last place: 2^n times a polynomial over
-   |r| <= ln(2) / 2 (Cephes). The compiler vectorises loops over it. */
-INLINE float exp_(float x) {
-    x = larger(x < 88.0f ? x : 88.0f, -87.0f);
-    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
 }
 
 /* ---- instructions --------------------------------------------------------- */
@@ -425,7 +382,7 @@ INLINE void dot_int4(const Linear *l, int64_t o, int N, const int16_t *x, const 
     }
     sum_all(sums, R, N, results);
     for (; g < groups; g++) {
-        EACH_SUM results[r][n] = multiply_add(bf16(scale[n * groups + g] >> 16),
+        EACH_SUM results[r][n] = multiply_add(from_bf16(scale[n * groups + g] >> 16),
                                               x_sums[r * groups + g], results[r][n]);
     }
 }
@@ -470,7 +427,7 @@ INLINE void matmul_of(int64_t kind, const Linear *l, const Input *in, int64_t be
         Linear tile = *l;
         if (kind < l->kind) {
             const uint16_t *weight = (const uint16_t *)l->weight + first * l->in;
-            for (int64_t i = 0; i < (last - first) * l->in; i++) scratch[i] = bf16(weight[i]);
+            for (int64_t i = 0; i < (last - first) * l->in; i++) scratch[i] = from_bf16(weight[i]);
             tile.weight = scratch - first * l->in;
         }
         for (int64_t b = begin; b < end;) {
@@ -615,8 +572,8 @@ INLINE void attend(int64_t kind, const void *keys, const void *values, int64_t a
     int64_t s = 0, i = 0;
     for (; s + 4 <= S; s += 4) score(keys, kind, at + s * D, 4, D, q, p + s);
     for (; s < S; s++) score(keys, kind, at + s * D, 1, D, q, p + s);
-    float top = largest_of(p, S), total = 0;
-    for (s = 0; s < S; s++) p[s] = exp_(p[s] - top);
+    float top = largest(p, S), total = 0;
+    for (s = 0; s < S; s++) p[s] = exponential(p[s] - top);
     #pragma omp simd reduction(+ : total)
     for (s = 0; s < S; s++) total += p[s];
     for (; i + MIX * LANES <= D; i += MIX * LANES) {
@@ -634,9 +591,9 @@ INLINE void attend(int64_t kind, const void *keys, const void *values, int64_t a
 INLINE void activate(int64_t kind, int64_t n, float *gate, const float *up) {
     for (int64_t i = 0; i < n; i++) {
         float x = kind == SWIGLU ? gate[i] : up[i];
-        if (kind == SWIGLU) gate[i] = x / (1 + exp_(-x)) * up[i];
+        if (kind == SWIGLU) gate[i] = x / (1 + exponential(-x)) * up[i];
         else if (kind == GELU)
-            gate[i] = x - x / (1 + exp_(2 * 0.7978845608f * (x + 0.044715f * x * x * x)));
+            gate[i] = x - x / (1 + exponential(2 * 0.7978845608f * (x + 0.044715f * x * x * x)));
         else gate[i] = kind == RELU ? larger(x, 0) : larger(x, 0) * larger(x, 0);
     }
 }
@@ -871,8 +828,8 @@ static float least_of_largest(const float *p, int64_t V, double need, int by_mas
    and min-p. p, scratch: working memory (V) */
 static int64_t choose_one(const float *x, int64_t V, float temperature, int64_t top_k, float top_p,
                           float min_p, double draw, float *p, float *scratch) {
-    float top = largest_of(x, V), threshold = 1e-37f;
-    for (int64_t i = 0; i < V; i++) p[i] = exp_((x[i] - top) / temperature);
+    float top = largest(x, V), threshold = 1e-37f;
+    for (int64_t i = 0; i < V; i++) p[i] = exponential((x[i] - top) / temperature);
     for (int64_t i = 0; i < V; i++) p[i] = p[i] > threshold ? p[i] : 0;
     if (0 < top_k && top_k < V) threshold = least_of_largest(p, V, top_k, 0, threshold, scratch);
     if (top_p < 1) {

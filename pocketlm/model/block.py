@@ -4,7 +4,7 @@
 gradient. The projections of queries, keys and values are one matmul, and so are gate and up.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,25 +13,37 @@ from torch.autograd.function import once_differentiable
 from pocketlm.model import kernels
 
 
+class Documents(NamedTuple):
+    """Positions and documents of the tokens of a batch, as training.c's attention reads them.
+
+    cos, sin: RoPE's tables of all positions. starts (B, T): index of the first token of each
+    token's document.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    starts: Tensor
+
+
 class NativeBlock(torch.autograd.Function):
     """The output (B, T, C) of a block for x (B, T, C), float32.
 
-    rope: cosine and sine of all positions. starts (B, T): index of the first token of each token's
-    document. weights: those of the norms and of q, k, v, o, gate, up and down, float32.
+    weights: those of the norms and of q, k, v, o, gate, up and down, float32.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        cos: Tensor,
+        sin: Tensor,
         starts: Tensor,
         eps: float,
         *weights: Tensor,
     ) -> Tensor:
         dtype = matmul_dtype(x)
         norm1, norm2, *matrices = weights
-        D = rope[0].size(1)
+        D = cos.size(1)
         ctx.n_heads, ctx.n_kv_heads = (len(matrix) // D for matrix in matrices[:2])
         with torch.autocast("cpu", enabled=False):  # `dtype` decides
             q, k, v, o, gate, up, down = matrices
@@ -43,13 +55,13 @@ class NativeBlock(torch.autograd.Function):
             x = x.reshape(-1, x.size(-1)).contiguous()
             normed, inverse_rms = kernels.norm(x, norm1, eps, dtype)
             qkv = normed @ qkv_weight.T
-            y = kernels.attention(qkv, ctx.n_heads, ctx.n_kv_heads, rope, starts)
+            y = kernels.attention(qkv, ctx.n_heads, ctx.n_kv_heads, (cos, sin), starts)
             x2, normed2, inverse_rms2 = kernels.add_norm(x, y @ o.T, norm2, eps, dtype)
             gate_up = normed2 @ gate_up_weight.T
             hidden = kernels.swiglu(gate_up)
             output = add_product(x2, hidden, down.T)
         ctx.save_for_backward(
-            *(*rope, starts, norm1, norm2, qkv_weight, o, gate_up_weight, down),
+            *(cos, sin, starts, norm1, norm2, qkv_weight, o, gate_up_weight, down),
             *(x, normed, inverse_rms, qkv, y),
             *(x2, normed2, inverse_rms2, gate_up, hidden),
         )
@@ -82,7 +94,7 @@ class NativeBlock(torch.autograd.Function):
         D = cos.size(1)
         d_q, d_k, d_v = d_qkv_weight.split([n * D for n in (ctx.n_heads, *[ctx.n_kv_heads] * 2)])
         d_weights = d_norm1, d_norm2, d_q, d_k, d_v, d_o, *d_gate_up_weight.chunk(2), d_down
-        return dx.view(*starts.shape, -1), None, None, None, *d_weights
+        return dx.view(*starts.shape, -1), None, None, None, None, *d_weights
 
 
 class NativeNorm(torch.autograd.Function):
@@ -127,11 +139,9 @@ def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(x, a, b) if a.dtype == x.dtype else x + a @ b
 
 
-def native_block(
-    x: Tensor, rope: tuple[Tensor, Tensor], starts: Tensor, eps: float, weights: list[Tensor]
-) -> Tensor:
-    """Return the output (B, T, C) of a block for x (B, T, C); the arguments are NativeBlock's."""
+def native_block(x: Tensor, documents: Documents, eps: float, weights: list[Tensor]) -> Tensor:
+    """Return the output (B, T, C) of a block for x (B, T, C); see NativeBlock for the weights."""
     output: Tensor = NativeBlock.apply(  # type: ignore[no-untyped-call]
-        x, rope, starts, eps, *weights
+        x, *documents, eps, *weights
     )
     return output

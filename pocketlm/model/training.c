@@ -7,26 +7,10 @@ attention head, is computed by one thread, so the results do not depend on the n
 Letters: B batch, T tokens, C d_model, H query heads, K key/value heads, D head_dim, F d_ff,
 V vocab_size, N tokens of all rows. */
 
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
+#include "../numbers.h"
 
-/* ---- numbers ---- */
-
-static inline float float_of(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-static inline uint32_t bits_of(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
+/* ---- rows of numbers ---- */
 
 /* Read n values from position `at` of a tensor. */
 static void read_row(float *restrict row, const void *tensor, int64_t at, int64_t n, int half)
@@ -34,51 +18,22 @@ static void read_row(float *restrict row, const void *tensor, int64_t at, int64_
     if (half) {
         const uint16_t *x = (const uint16_t *)tensor + at;
         for (int64_t i = 0; i < n; i++)
-            row[i] = float_of((uint32_t)x[i] << 16);
+            row[i] = from_bf16(x[i]);
     } else {
         memcpy(row, (const float *)tensor + at, n * sizeof(float));
     }
 }
 
-/* Write n values to position `at` of a tensor; bfloat16 is rounded to nearest, ties to even. */
+/* Write n values to position `at` of a tensor. */
 static void write_row(void *tensor, int64_t at, const float *restrict row, int64_t n, int half)
 {
     if (half) {
         uint16_t *x = (uint16_t *)tensor + at;
-        for (int64_t i = 0; i < n; i++) {
-            uint32_t bits = bits_of(row[i]);
-            x[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        }
+        for (int64_t i = 0; i < n; i++)
+            x[i] = to_bf16(row[i]);
     } else {
         memcpy((float *)tensor + at, row, n * sizeof(float));
     }
-}
-
-/* e^x with a relative error of 2e-7, between e^-87 and e^88: Cephes' expf, without branches. */
-static inline float exponential(float x)
-{
-    x = x < -87 ? -87 : x;
-    x = x > 88 ? 88 : x;
-    const float to_integer = 12582912; /* 1.5 * 2^23: adding it rounds to an integer */
-    float shifted = x * 1.44269504f + to_integer, n = shifted - to_integer;
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* x - n ln 2 */
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1;
-    return float_of(bits_of(p) + (bits_of(shifted) << 23)); /* p 2^n */
-}
-
-static float largest(const float *x, int64_t n)
-{
-    float top = -INFINITY;
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; i++)
-        top = x[i] > top ? x[i] : top;
-    return top;
 }
 
 /* Replace x by e^(x - top); return the sum. */
@@ -273,8 +228,7 @@ enum { WIDTH = 4, BLOCK = 4 };
 enum { TILE = 32, PAD = 16 }; /* query rows of a tile; all sizes are multiples of PAD */
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
-static inline __attribute__((always_inline)) void
-block(int vecs, float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_col,
+INLINE void block(int vecs, float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_col,
       const float *b, int64_t b_row, int64_t inner)
 {
     vec sum[BLOCK][2];

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bench
 from benchmarks import data as bench_data
@@ -19,7 +20,7 @@ from model import Transformer
 from pocketlm.checkpoint.format import checkpoint_metadata, save_checkpoint
 from pocketlm.config.loading import config_from_dict
 from pocketlm.errors import UserError
-from pocketlm.instruction_sets import LIBRARY_VARIABLES, VARIABLE, available_sets
+from pocketlm.instruction_sets import LIBRARY_VARIABLES, VARIABLE, available_sets, instruction_set
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from tests.support.forked_commands import ForkedCommands
 
@@ -177,7 +178,7 @@ def test_training_is_compared_with_transformers_and_its_steps_are_timed_in_parts
     options = ["--config", "tiny.yaml", "--steps", "30", "--peer-steps", "6", "--repeat", "1"]
     options += ["--parts", "--peer", "transformers", "--work", "work"]
     printed = run("train", *options, "data.val_path=val.txt", *TINY)
-    assert f"cores, {available_sets()[-1].name}\n" in printed
+    assert f", {instruction_set().name}, {torch.get_num_threads()} threads, " in printed
     ours, theirs = (
         float(re.search(rf"^ {name}.*? {{2,}}([\d.]+) ", printed, re.MULTILINE)[1])
         for name in ("this", "transformers")

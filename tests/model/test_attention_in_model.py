@@ -11,6 +11,7 @@ from tests.support.losses import (
     assert_loss_equals_gpt2,
     assert_same_losses,
     compute,
+    documents,
     gradient_errors,
     loss_function,
     make_batches,
@@ -18,8 +19,6 @@ from tests.support.losses import (
 )
 from tests.support.models import random_ids, random_model, reference_of, relative_error
 from tests.support.parity import BFLOAT16, FLOAT64, assert_parity, assert_same_ten_steps
-
-documents = pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 
 
 @pytest.mark.usefixtures("torch_alone")

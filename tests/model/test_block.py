@@ -9,13 +9,14 @@ import torch.nn.functional as F
 import model as model_file
 from model import KVCache, RMSNorm
 from pocketlm.model import kernels
-from pocketlm.model.block import NativeBlock
+from pocketlm.model.block import native_block
 from pocketlm.native_build import NativeUnavailable
 from tests.support.losses import (
     Result,
     assert_equal,
     assert_same_losses,
     compute,
+    documents,
     gradient_errors,
     loss_function,
     make_batches,
@@ -24,7 +25,6 @@ from tests.support.losses import (
 from tests.support.models import random_ids, random_model, relative_error
 from tests.support.parity import BFLOAT16
 
-documents = pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 chunks = pytest.mark.parametrize("chunk", [0, 7])
 
 
@@ -102,7 +102,7 @@ def native_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def recorded(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         calls.append(len(x))
-        return NativeBlock.apply(x, *arguments[:-1], *arguments[-1])
+        return native_block(x, *arguments)
 
     monkeypatch.setattr(model_file, "native_block", recorded)
     return calls

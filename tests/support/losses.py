@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,8 @@ from tests.support.parity import Precision
 # In float64, relative to the largest value: 1e-16 per rounding, and sums of some 100 terms in two
 # layers.
 ROUNDING = 1e-12
+
+documents = pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
 
 Batch = dict[str, Tensor]
 LossFunction = Callable[[Batch], Tensor]

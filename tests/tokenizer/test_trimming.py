@@ -4,6 +4,7 @@ import json
 import pickle
 from collections import Counter
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def applied_merges(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[i
     """Return the merges that byte-pair encoding applies to a word, as its definition says."""
     parts, applied = [bytes([byte]) for byte in word], []
     while True:
-        pairs = zip(parts, parts[1:], strict=False)
+        pairs = pairwise(parts)
         rank = min((ranks[pair] for pair in pairs if pair in ranks), default=None)
         if rank is None:
             return applied
