@@ -93,6 +93,12 @@ class ModelConfig:
         return self.d_model // self.n_heads
 
     @property
+    def is_llama(self) -> bool:
+        """Whether the blocks have Llama's norm, positions and MLP, without biases."""
+        kind = self.mlp, self.position, self.norm, self.norm_gain, self.bias
+        return kind == ("swiglu", "rope", "rmsnorm", True, False)
+
+    @property
     def n_parameters(self) -> int:
         """Number of trainable parameters; a tied head counts once."""
         return sum(p.numel() for p in self._on_meta_device().parameters())
@@ -423,11 +429,9 @@ class Transformer(nn.Module):
 
     def _trains_natively(self) -> bool:
         """Return whether training.c computes the blocks: those of the Llama family, on a CPU."""
-        config = self.config
-        style = config.mlp, config.position, config.norm, config.norm_gain, config.bias
         return (
-            style == ("swiglu", "rope", "rmsnorm", True, False)
-            and not (config.dropout and self.training)
+            self.config.is_llama
+            and not (self.config.dropout and self.training)
             and self.rope_cos.dtype == torch.float32
             and trains_natively(self.embed_tokens.weight)
         )

@@ -41,7 +41,7 @@ from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step
 from pocketlm.training.loop import fit, quiet_libraries
 from pocketlm.training.metrics import non_finite
 from pocketlm.training.module import TrainableModule, TrainingProgress
-from pocketlm.training.plan import plan, run_header, seconds_outside_head
+from pocketlm.training.plan import compilable_seconds, plan, run_header
 from pocketlm.training.verdict import print_verdict
 
 
@@ -189,7 +189,7 @@ def prepare_run(config: Config) -> tuple[Config, PreparedData, Hardware]:
     config = resolve_max_steps(config, data, hardware.precision)
     compute = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
     check_mps(hardware.accelerator, compute, config.model, config.training)
-    seconds = seconds_outside_head(config, hardware)
+    seconds = compilable_seconds(config, hardware)
     return config, data, with_compile(hardware, config.hardware.compile, seconds)
 
 

@@ -22,7 +22,7 @@ from pocketlm.data.prepare import PreparedData, prepare
 from pocketlm.hardware.devices import Hardware, choose_hardware, with_compile
 from pocketlm.hardware.measure import device_name, matmul_rate
 from pocketlm.instruction_sets import multiplies_bfloat16
-from pocketlm.training.plan import seconds_outside_head, tokens_per_step
+from pocketlm.training.plan import compilable_seconds, tokens_per_step
 
 # FLOP/s in bfloat16, dense, as the makers state them.
 GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
@@ -94,7 +94,7 @@ def prepare_task(path: str, overrides: list[str]) -> Task:
     data = prepare(written.data)
     config = written.with_vocab_size(data.tokenizer.vocab_size)
     config = resolve_max_steps(config, data, hardware.precision)
-    seconds = seconds_outside_head(config, hardware)
+    seconds = compilable_seconds(config, hardware)
     hardware = with_compile(hardware, config.hardware.compile, seconds)
     return Task(written, config, data, hardware)
 

@@ -219,7 +219,8 @@ class HardwareConfig:
     accelerator: Literal["auto", "cpu", "mps", "cuda", "gpu"] = "auto"
     devices: int = 1  # number of devices
     num_workers: int = 0  # processes that prepare batches; 0: the training process itself
-    # torch.compile: auto, on, off; auto: on CUDA, and on a CPU in a run of many minutes
+    # torch.compile: auto, on, off; auto: on CUDA, and on a CPU in a run of many minutes whose
+    # blocks training.c does not compute
     compile: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:

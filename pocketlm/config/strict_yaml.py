@@ -10,6 +10,7 @@ A *key path* is the tuple of keys and list indices that lead to a value; a *posi
 import difflib
 import json
 import re
+import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
@@ -227,8 +228,8 @@ def first_mistake(error: ValidationError, hints: Mapping[str, Any]) -> tuple[str
     first = error.errors()[0]
     location = first["loc"]
     field = str(location[0])
-    if len(location) > 1:  # inside a list: describe the whole field
-        return field, str(hints[field])
+    if len(location) > 1:  # inside a list, or one of several types: describe the whole field
+        return field, describe_type(hints[field])
     return field, first["msg"].removeprefix("Input should be ")
 
 
@@ -265,3 +266,18 @@ def check_key(
     else:
         hint = f"the choices are {', '.join(known)}"
     raise UserError(f"{position}: {problem} {key!r}; {hint}")
+
+
+def describe_type(hint: Any) -> str:
+    """Return a type in words.
+
+    >>> describe_type(int | typing.Literal["auto"])
+    "an integer or 'auto'"
+    """
+    names = {int: "an integer", float: "a number", str: "a string", types.NoneType: "null"}
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(part) for part in parts)
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(repr(part) for part in parts)
+    return names.get(hint, str(hint))

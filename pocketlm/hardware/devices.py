@@ -98,7 +98,7 @@ def has_compiler() -> bool:
 def choose_compile(requested: str, accelerator: str, seconds: float) -> tuple[bool, str]:
     """Return whether to torch.compile, and the reason.
 
-    `seconds` is the estimated time of the run without compiling, not counting the head.
+    `seconds` is the estimated part of the run that compiling shortens; see `compilable_seconds`.
     """
     saved = seconds * COMPILE_SAVES
     if requested == "off":

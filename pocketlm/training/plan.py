@@ -1,5 +1,6 @@
 """The plan of a run, printed before its first step: device, data, model, steps, memory and time."""
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from pocketlm.data.prepare import PreparedData
 from pocketlm.data.samplers import MixtureBatchSampler
 from pocketlm.hardware.devices import Hardware
 from pocketlm.hardware.measure import device_name, matmul_rate
+from pocketlm.model import kernels
 
 # share of the measured matmul rate that a whole training step reaches, roughly
 MATMUL_SHARE = 0.5
@@ -37,12 +39,16 @@ def estimated_seconds(config: Config, data: PreparedData, hardware: Hardware) ->
     return flops / training_rate(config, hardware)
 
 
-def seconds_outside_head(config: Config, hardware: Hardware) -> float:
+def compilable_seconds(config: Config, hardware: Hardware) -> float:
     """Estimate the part of the training time that compiling shortens: all but the head's matmuls.
 
-    The head has three of them: one in the forward pass and two in the backward pass.
+    The head has three of them: one in the forward pass and two in the backward pass. Where
+    training.c computes the blocks, compiled ones are no faster.
     """
     model, training = config.model, config.training
+    natively = kernels.available(torch.device(hardware.accelerator), torch.float32)
+    if natively and model.is_llama and not model.dropout:
+        return 0.0
     assert model.vocab_size is not None
     flops = model.flops_per_token(training.seq_len) - 6 * model.vocab_size * model.d_model
     tokens = training.steps * tokens_per_step(config)

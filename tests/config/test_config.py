@@ -189,6 +189,10 @@ MISTAKES = {
         "training:\n  warmup_steps: -1",
         ["c.yaml:2", "training.warmup_steps", "-1", "0 or more"],
     ),
+    "neither": (
+        "training: {max_steps: many}",
+        ["c.yaml:1", "training.max_steps", "'many'", "an integer or 'auto'"],
+    ),
     "zero": ("training:\n  max_steps: 0", ["c.yaml:2", "training.max_steps", "0", "1 or more"]),
     "share of 1": ("data:\n  val_share: 1", ["c.yaml:2", "data.val_share", "1.0", "0.05"]),
     "heads do not divide": (

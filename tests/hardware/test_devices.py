@@ -13,6 +13,7 @@ from pocketlm.config.sections import HardwareConfig
 from pocketlm.errors import UserError
 from pocketlm.hardware import devices, measure
 from pocketlm.instruction_sets import INSTRUCTION_SETS
+from pocketlm.model import kernels
 from pocketlm.training import plan
 
 
@@ -81,6 +82,12 @@ def test_a_cpu_with_bfloat16_uses_it(machine, use_instruction_set):
     use_instruction_set("avx512_bf16")
     assert choose() == ("cpu", "bf16-mixed", False)
     assert choose("32-true") == ("cpu", "32-true", False)
+
+
+def test_bfloat16_where_the_cpu_only_emulates_it_is_done_with_a_remark(machine):
+    chosen = devices.choose_hardware(HardwareConfig(accelerator="cpu"), "bf16-mixed")
+    assert chosen.precision == "bf16-mixed"
+    assert "avx2, which does not multiply bfloat16" in chosen.reasons["precision"]
 
 
 def test_what_is_asked_for_is_done(machine):
@@ -171,20 +178,28 @@ def test_whether_to_compile_changes_nothing_else_of_the_hardware(machine):
 
 
 @pytest.mark.parametrize(
-    "preset, compiles",
-    [("config.yaml", False), ("presets/microgpt.yaml", False), ("presets/nnzig.yaml", True)],
+    "preset, native, compiles",
+    [
+        ("config.yaml", True, False),
+        ("config.yaml", False, False),
+        ("presets/microgpt.yaml", True, False),
+        ("presets/nnzig.yaml", True, False),  # training.c is as fast
+        ("presets/nnzig.yaml", False, True),
+        ("presets/shakespeare_char_gpu.yaml", True, True),  # its dropout is torch's
+    ],
 )
-def test_long_runs_outside_the_head_are_compiled_on_a_cpu_and_the_default_run_is_not(
-    machine, monkeypatch, preset, compiles
+def test_long_runs_outside_the_head_are_compiled_on_a_cpu_unless_training_c_computes_them(
+    machine, monkeypatch, preset, native, compiles
 ):
     monkeypatch.setattr(plan, "matmul_rate", lambda *_: 440e9)  # of two Zen 4 cores in bfloat16
+    monkeypatch.setattr(kernels, "load", lambda: "training.c" if native else None)
     config = load_config(Path(__file__).parents[2] / preset).with_vocab_size(
         {"config.yaml": 12_288}.get(preset, 256)
     )
     chosen = devices.choose_hardware(config.hardware, config.training.precision)
     config = config.with_auto_steps("bf16-mixed")
     assert (
-        devices.with_compile(chosen, "auto", plan.seconds_outside_head(config, chosen)).compile
+        devices.with_compile(chosen, "auto", plan.compilable_seconds(config, chosen)).compile
         is compiles
     )
 

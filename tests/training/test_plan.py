@@ -101,7 +101,7 @@ def test_the_seconds_outside_the_head_are_those_of_the_operations_that_a_step_do
         return 1e9
 
     monkeypatch.setattr(plan, "matmul_rate", matmul_rate)
-    seconds = plan.seconds_outside_head(config, Hardware("cpu", "bf16-mixed", False, {}))
+    seconds = plan.compilable_seconds(config, Hardware("cpu", "bf16-mixed", False, {}))
     assert measured == [("cpu", "bf16-mixed")]
     operations = 7 * accumulated * (matmuls + of_all_pairs / 2)
     assert seconds == pytest.approx(operations / 0.5e9, rel=1e-12)
