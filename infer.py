@@ -23,6 +23,7 @@ from pocketlm.startup import fast_imports
 with fast_imports():
     from pocketlm.checkpoint.loading import Checkpoint, best_checkpoint, load_checkpoint
     from pocketlm.config.sampling import SamplingParams
+    from pocketlm.corpus.encodings import decode_text
     from pocketlm.inference.chat import run_chat
     from pocketlm.inference.conversation import MAX_ANSWER_TOKENS
     from pocketlm.inference.generate import complete, merge_sampling_params
@@ -65,6 +66,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, help="probability of the nucleus to sample from (1: disabled)")
     add("--min-p", type=float, help="minimum probability over the largest one (0: disabled)")
     add("--repetition-penalty", type=float, help="penalty on tokens of the context (1: disabled)")
+    add(
+        "--frequency-penalty",
+        type=float,
+        help="subtracted from a token's logit for each time it was generated (0: disabled)",
+    )
+    add(
+        "--presence-penalty",
+        type=float,
+        help="subtracted from a token's logit if it was generated before (0: disabled)",
+    )
     add(
         "--no-repeat-ngram",
         type=int,
@@ -117,12 +128,7 @@ def read_prompt(args: argparse.Namespace) -> str:
         )
     else:
         raw = Path(args.prompt_file).read_bytes() if args.prompt_file else sys.stdin.buffer.read()
-        try:
-            prompt = raw.decode().rstrip("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"the prompt is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}"
-            ) from None
+        prompt = decode_text(raw, "the prompt").rstrip("\n")
     if not prompt:
         raise UserError(
             "the prompt is empty; give some text to continue, "

@@ -14,7 +14,7 @@ D head_dim, V vocab_size, S all tokens so far (those in the cache and the T new 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,14 +25,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pocketlm.errors import FieldError
+from pocketlm.limits import MODEL_SIZES
 from pocketlm.model.attention import attend, document_mask, positions_in_document
 from pocketlm.model.block import Documents, native_block, native_norm, trains_natively
 from pocketlm.model.sizes import check_heads, default_d_ff
 
 # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong.
 MPS_INNER_LIMIT = 32_767
-
-SIZES = ("vocab_size", "max_seq_len", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff")
 
 Rotary = tuple[Tensor, Tensor] | None  # cosine and sine of each position's angles; None: no RoPE
 
@@ -73,20 +72,23 @@ class ModelConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        self._check_sizes()
         n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
         d_ff = default_d_ff(self.d_model, self.mlp) if self.d_ff is None else self.d_ff
         object.__setattr__(self, "n_kv_heads", n_kv_heads)  # how to set a field of a frozen class
         object.__setattr__(self, "d_ff", d_ff)
-        for name in SIZES:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FieldError(name, f"is {value}; it must be 1 or more")
         check_heads(self.d_model, self.n_heads, n_kv_heads, rope=self.position == "rope")
         if not 0 <= self.dropout < 1:
             raise FieldError("dropout", f"is {self.dropout}; it is a probability from 0 to below 1")
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise FieldError(name, f"is {getattr(self, name)}; it must be above 0 and finite")
+
+    def _check_sizes(self) -> None:
+        for name, largest in MODEL_SIZES.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= largest:
+                raise FieldError(name, f"is {value}; it must be from 1 to {largest:,}")
 
     @property
     def head_dim(self) -> int:
@@ -101,22 +103,31 @@ class ModelConfig:
     @property
     def n_parameters(self) -> int:
         """Number of trainable parameters; a tied head counts once."""
-        return sum(p.numel() for p in self._on_meta_device().parameters())
+        return self._count(lambda model: sum(p.numel() for p in model.parameters()))
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return the floating-point operations of training on one token.
 
         They are 6 per weight used in a matmul, and those of causal attention.
         """
-        model = self._on_meta_device()
-        matrices = [model.head_weight, *(p for p in model.layers.parameters() if p.dim() == 2)]
-        matmul_weights = sum(matrix.numel() for matrix in matrices)
-        return 6 * matmul_weights + 6 * self.n_layers * self.d_model * seq_len
+        attention = 6 * self.n_layers * self.d_model * seq_len
+        return 6 * self._count(count_matmul_weights) + attention
+
+    def _count(self, count: "Callable[[Transformer], int]") -> int:
+        """Return the count for this model, from those of one and two layers: all are alike."""
+        one, two = (count(replace(self, n_layers=n)._on_meta_device()) for n in (1, 2))
+        return one + (self.n_layers - 1) * (two - one)
 
     def _on_meta_device(self) -> "Transformer":
         """Return the model on the meta device: shapes only, no storage."""
         with torch.device("meta"):
             return Transformer(self)
+
+
+def count_matmul_weights(model: "Transformer") -> int:
+    """Return the number of weights in the head and the matrices of the blocks."""
+    matrices = [model.head_weight, *(p for p in model.layers.parameters() if p.dim() == 2)]
+    return sum(matrix.numel() for matrix in matrices)
 
 
 class KVCache:

@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,7 +29,13 @@ with fast_imports():
     from pocketlm.inference.placement import DTYPES, move_to_device
     from pocketlm.model.quantization import QUANTIZED_DTYPES
     from pocketlm.serving.app import build_server
-    from pocketlm.serving.limits import MAX_DEADLINE_SECONDS, MAX_QUEUE, MAX_SLOTS, ServerLimits
+    from pocketlm.serving.limits import (
+        MAX_DEADLINE_SECONDS,
+        MAX_NAME_CHARACTERS,
+        MAX_QUEUE,
+        MAX_SLOTS,
+        ServerLimits,
+    )
     from pocketlm.serving.middleware import allowed_hosts, is_loopback, url_host
     from pocketlm.serving.service import Service, describe_checkpoint
 
@@ -67,8 +74,31 @@ def build_parser() -> argparse.ArgumentParser:
         help="key that clients must send for paths under /v1; the environment variable "
         f"{KEY_VARIABLE} is safer (default: none)",
     )
+    add_client_options(parser)
     add_limit_options(parser)
     return parser
+
+
+def add_client_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for what clients call the model and the server."""
+    parser.add_argument(
+        "--model-name",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="name of the model in the API, the first of several in responses (default: the "
+        "checkpoint's file name without .ckpt)",
+    )
+    parser.add_argument(
+        "--allow-host",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="HOST[:PORT]",
+        help="further address at which clients reach this server, such as localhost:9000 through "
+        "a tunnel: its Host header is accepted (default: none)",
+    )
 
 
 def add_limit_options(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +138,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name} is {value}; use a value from 1 to {maximum:,}")
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port is {args.port}; use a port from 0 to 65535")
+    check_names(args)
     if args.api_key is None:
         args.api_key = os.environ.get(KEY_VARIABLE)
     if args.api_key is not None and not is_usable_key(args.api_key):
@@ -118,6 +149,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             f"set {KEY_VARIABLE} to an API key for them"
         )
     return args
+
+
+def check_names(args: argparse.Namespace) -> None:
+    """Raise UserError for a --model-name or --allow-host that no client could send."""
+    for name in args.model_name:
+        if not (name.strip() and name.isprintable() and len(name) <= MAX_NAME_CHARACTERS):
+            raise UserError(
+                f"--model-name {name[:40]!r} is no name; use 1 to {MAX_NAME_CHARACTERS} characters"
+            )
+    for host in args.allow_host:
+        if not re.fullmatch(r"[\w.-]+(:\d+)?|\[[\da-fA-F:.]+\](:\d+)?", host, re.ASCII):
+            raise UserError(
+                f"--allow-host {host[:40]!r} is not HOST or HOST:PORT, such as localhost:9000"
+            )
+    if args.allow_host and not is_loopback(args.host):
+        raise UserError(
+            f"--host {args.host} accepts every Host header already; leave --allow-host out"
+        )
 
 
 def is_usable_key(key: str) -> bool:
@@ -156,7 +205,7 @@ def build_service(args: argparse.Namespace) -> Service:
     info = describe_checkpoint(checkpoint)  # first, because move_to_device may quantise weights
     info["dtype"] = move_to_device(checkpoint, args.device, args.dtype)
     limits = ServerLimits(args.rows, args.queue, args.deadline)
-    return Service(checkpoint, info, threads, limits)
+    return Service(checkpoint, info, threads, limits, args.model_name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     gc.freeze()  # the garbage collector need not scan the loaded modules again and again
-    hosts = allowed_hosts(args.host, port)
+    hosts = allowed_hosts(args.host, port, args.allow_host)
     build_server(service, hosts, args.api_key).run(sockets=[listener])
     return 0
 

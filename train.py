@@ -9,40 +9,59 @@ checkpoints/ and logs/. This file holds the Lightning module and the command; po
 holds the callbacks, the plan printed before a run and the verdict printed after it.
 """
 
-import argparse
-import math
-import time
-from typing import Any
+from pocketlm.startup import begin_run, fast_imports
 
-import lightning as L
-import torch
-from rich.console import Console, Group
-from torch import Tensor
+if __name__ == "__main__":
+    begin_run()  # before the other imports, which take seconds
 
-from model import Transformer
-from pocketlm.checkpoint.runs import ResumePoint, Run, find_resume_point
-from pocketlm.config.loading import load_config, to_yaml
-from pocketlm.config.sections import Config
-from pocketlm.data.loaders import resolve_max_steps, validation_target_bytes
-from pocketlm.data.prepare import PreparedData, prepare
-from pocketlm.errors import UserError, run_main
-from pocketlm.hardware.devices import (
-    Hardware,
-    check_matmul_sizes,
-    check_recomputation,
-    choose_hardware,
-    with_compile,
-)
-from pocketlm.hardware.measure import keep_freed_memory
-from pocketlm.hardware.mps_check import check_mps
-from pocketlm.hardware.processes import is_first_process, print_note
-from pocketlm.model.loss import IGNORE_INDEX, batch_loss
-from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step
-from pocketlm.training.loop import fit, quiet_libraries
-from pocketlm.training.metrics import non_finite
-from pocketlm.training.module import TrainableModule, TrainingProgress
-from pocketlm.training.plan import compilable_seconds, plan, run_header
-from pocketlm.training.verdict import print_verdict
+with fast_imports():
+    import argparse
+    import math
+    import time
+    from dataclasses import replace
+    from typing import Any
+
+    import lightning as L
+    import torch
+    from rich.console import Console, Group
+    from torch import Tensor
+
+    from model import Transformer
+    from pocketlm.checkpoint.changes import (
+        Previous,
+        adopt_choices,
+        adopt_threads,
+        adopted_reasons,
+        check_change,
+        describe_hardware,
+    )
+    from pocketlm.checkpoint.resume import ResumePoint, find_resume_point, read_previous
+    from pocketlm.checkpoint.runs import Run
+    from pocketlm.config.loading import load_config, to_yaml
+    from pocketlm.config.sections import Config
+    from pocketlm.data.loaders import resolve_max_steps, validation_target_bytes
+    from pocketlm.data.prepare import PreparedData, prepare
+    from pocketlm.errors import run_main
+    from pocketlm.hardware.devices import (
+        Hardware,
+        check_matmul_sizes,
+        check_recomputation,
+        choose_hardware,
+        with_compile,
+    )
+    from pocketlm.hardware.disk import require_room
+    from pocketlm.hardware.measure import keep_freed_memory
+    from pocketlm.hardware.memory import check_memory, choose_micro_batch, memory_errors
+    from pocketlm.hardware.mps_check import check_mps
+    from pocketlm.hardware.processes import is_first_process, print_note
+    from pocketlm.model.loss import IGNORE_INDEX, batch_loss
+    from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step
+    from pocketlm.training.loop import fit, quiet_libraries
+    from pocketlm.training.module import TrainableModule, TrainingProgress
+    from pocketlm.training.monitors import NonFiniteGuard
+    from pocketlm.training.plan import checkpoint_sizes, compilable_seconds, plan, run_header
+    from pocketlm.training.signals import owned_signals
+    from pocketlm.training.verdict import print_verdict
 
 
 class LitTransformer(TrainableModule):
@@ -57,6 +76,7 @@ class LitTransformer(TrainableModule):
         self.progress = TrainingProgress()
         self.train_loss_fn = self.loss_sum  # `fit` may compile it; validation stays eager
         self.step_targets = torch.zeros((), dtype=torch.long)
+        self.non_finite = NonFiniteGuard(config, data.tokenizer)
 
     def on_fit_start(self) -> None:
         """Create the counters on the device of the batches."""
@@ -81,7 +101,7 @@ class LitTransformer(TrainableModule):
         """Return the loss per position; `configure_gradient_clipping` makes it one per target."""
         loss_sum, targets = self.train_loss_fn(batch), batch["targets"]
         count = (targets != IGNORE_INDEX).sum()
-        self.progress.add(loss_sum.detach(), count)
+        self.progress.add(loss_sum.detach(), count, batch["input_ids"])
         self.step_targets += count
         return loss_sum / targets.numel()
 
@@ -118,13 +138,11 @@ class LitTransformer(TrainableModule):
         """Make the gradient the mean over the step's targets in all batches; clip its norm."""
         t = self.config.training
         targets = self.total(self.step_targets)
-        positions = t.grad_accum_steps * t.micro_batch_size * t.seq_len * self.trainer.world_size
+        positions = t.grad_accum_steps * t.micro_batch * t.seq_len * self.trainer.world_size
         norm = clip_gradients(self.model.parameters(), t.grad_clip, positions / targets)
         self.progress.grad_norm = norm
         self.step_targets.zero_()
-        # only on a CPU: elsewhere reading the norm would wait for the device
-        if self.device.type == "cpu" and not torch.isfinite(norm):
-            raise UserError(non_finite("the gradient", self.trainer.global_step + 1))
+        self.progress.end_step(applied=self.non_finite.allows_step(self, norm))
 
     # ---- validation: sums, divided once ----
 
@@ -159,6 +177,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="move this run's old outputs to old-<time>/ and train from the beginning",
     )
     parser.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="resume with another value of a key that changes the weights, for example "
+        "training.lr=1e-3; the run's history keeps it",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print parameters, memory, tokens, steps and time, and stop",
@@ -175,34 +201,53 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def prepare_run(config: Config) -> tuple[Config, PreparedData, Hardware]:
+def prepare_run(
+    config: Config, previous: Previous | None, changes: frozenset[str]
+) -> tuple[Config, PreparedData, Hardware]:
     """Return the data, the hardware, and the config with what the data decides.
 
+    previous: the run to resume, whose choices are this one's. changes: the keys of `--change`.
     Raises UserError if the device, or the device in this precision, cannot train this config.
     """
-    hardware = choose_hardware(config.hardware, config.training.precision)
-    batch_tokens = config.training.micro_batch_size * config.training.seq_len
-    check_matmul_sizes(hardware.accelerator, batch_tokens)
-    check_recomputation(hardware.accelerator, config.model)
+    chosen = adopt_choices(config, previous, changes) if previous else config
+    hardware = choose_hardware(chosen.hardware, chosen.training.precision)
+    device, precision = hardware.accelerator, hardware.precision
+    check_memory(config, device, precision)
+    check_recomputation(device, config.model)
     data = prepare(config.data)
     config = config.with_vocab_size(data.tokenizer.vocab_size)
-    config = resolve_max_steps(config, data, hardware.precision)
-    compute = torch.float32 if hardware.precision == "32-true" else torch.bfloat16
-    check_mps(hardware.accelerator, compute, config.model, config.training)
-    seconds = compilable_seconds(config, hardware)
-    return config, data, with_compile(hardware, config.hardware.compile, seconds)
+    if config.training.micro_batch_size == "auto":
+        rows = previous.config.training.micro_batch if previous else None
+        config = choose_micro_batch(config, device, precision, rows)
+    check_memory(config, device, precision)
+    check_matmul_sizes(device, config.training.micro_batch * config.training.seq_len)
+    config = resolve_max_steps(config, data, precision)
+    compute = torch.float32 if precision == "32-true" else torch.bfloat16
+    check_mps(device, compute, config.model, config.training)
+    compile = chosen.hardware.compile
+    seconds = compilable_seconds(config, hardware) if compile == "auto" else 0.0
+    hardware = with_compile(hardware, compile, seconds)
+    reasons = hardware.reasons | adopted_reasons(config, chosen)
+    return config, data, replace(hardware, reasons=reasons)
 
 
-def print_start(run: Run, start: ResumePoint | None, max_steps: int) -> None:
+def print_start(run: Run, start: ResumePoint | None, config: Config) -> None:
     """Print whether the run begins or resumes; move the outputs of an earlier run aside."""
     if start:
         print_note(f"resuming from {start.path} at step {start.step}")
-        if start.max_steps != max_steps:
+        if start.verdict_only:
+            print_note("all steps are taken; what is missing is the verdict")
+        if start.max_steps != config.training.steps:
             print_note(
-                f"training.max_steps {start.max_steps} -> {max_steps}: from here on the schedule "
-                "is the one of the new length"
+                f"training.max_steps {start.max_steps} -> {config.training.steps}: from here on "
+                "the schedule is the one of the new length"
             )
-    elif is_first_process():  # --fresh, or logs without a checkpoint
+    if config.training.warmup_steps > config.training.steps:
+        print_note(
+            f"training.warmup_steps is {config.training.warmup_steps} and the run has "
+            f"{config.training.steps} steps: the learning rate never reaches training.lr"
+        )
+    if not start and is_first_process():  # --fresh, or logs without a checkpoint
         for folder in run.move_aside():
             print_note(f"moved the old outputs to {folder}")
 
@@ -210,31 +255,49 @@ def print_start(run: Run, start: ResumePoint | None, max_steps: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     args = parse_args(argv)
-    config = load_config(args.config, args.overrides)
-    if args.print_config:
-        print(to_yaml(config), end="")
-        return 0
+    with owned_signals():
+        config = load_config(args.config, [*args.overrides, *args.change])
+        if args.print_config:
+            print(to_yaml(config), end="")
+        else:
+            train(config, args, begin)
+    return 0
+
+
+def train(config: Config, args: argparse.Namespace, begin: float) -> None:
+    """Print the plan and train, from the beginning or from the last checkpoint."""
     keep_freed_memory()
     quiet_libraries()
-    config, data, hardware = prepare_run(config)
+    run, changes = Run(config.run.name), check_change(args.change)
+    previous = None if args.fresh else read_previous(run)
+    config, data, hardware = prepare_run(config, previous, changes)
+    if previous:
+        adopt_threads(previous)
+    resolved = describe_hardware(hardware, config.hardware.devices)
     summary = Group(plan(config, data, hardware), run_header(config, data))
     if args.dry_run:
         Console(highlight=False, soft_wrap=True, emoji=False).print(summary)
-        return 0
-    run = Run(config.run.name)
+        return
     with run.lock():
-        start = None if args.fresh else find_resume_point(run, config, data.sha256)
+        start = None
+        if not args.fresh:
+            start = find_resume_point(run, config, data.sha256, resolved, changes)
         if is_first_process():
             stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
             stderr.print(summary)
-        print_start(run, start, config.training.steps)
+        print_start(run, start, config)
+        if is_first_process():
+            sizes = checkpoint_sizes(config, data.tokenizer.state())
+            require_room(run.checkpoints, sizes, "the checkpoints of this run")
+        run.mark_running()
         L.seed_everything(config.training.seed, verbose=False)
-        module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
-        trained = fit(module, config, data, hardware, run, start)
+        with memory_errors(config):
+            module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
+            trained = fit(module, config, data, hardware, run, start)
         if trained.trainer.is_global_zero:
             picture = print_verdict(config, data, run, trained, time.perf_counter() - begin)
             trained.tensorboard.add_loss_picture(picture, config.training.steps)
-    return 0
+            run.mark_finished()
 
 
 if __name__ == "__main__":

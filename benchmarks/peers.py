@@ -96,7 +96,7 @@ def nanogpt(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
         "dtype": "bfloat16" if on_gpu else "float32",
         "compile": on_gpu,
         "block_size": training.seq_len,
-        "batch_size": training.micro_batch_size,
+        "batch_size": training.micro_batch,
         "gradient_accumulation_steps": training.grad_accum_steps,
         "n_layer": model.n_layers,
         "n_head": model.n_heads,
@@ -125,7 +125,7 @@ def llmc(path: str, shape: Shape, folder: Path) -> tuple[str, Finished]:
     checkout, compiler, training = Path(path), c_compiler(), shape.config.training
     assert compiler, "check_peers has found one"
     source = (checkout / "train_gpt2.c").read_text()
-    source = source.replace("int B = 4;", f"int B = {training.micro_batch_size};")
+    source = source.replace("int B = 4;", f"int B = {training.micro_batch};")
     source = source.replace("int T = 64;", f"int T = {training.seq_len};")
     (folder / "train_gpt2.c").write_text(source)
     limited = limited_set()
@@ -202,7 +202,7 @@ def run_loop(model: str, shape: Shape, folder: Path) -> Finished:
         dtype=shape.dtype,
         vocabulary=shape.config.model.vocab_size,
         steps=shape.steps,
-        rows=training.micro_batch_size,
+        rows=training.micro_batch,
         length=training.seq_len,
     )
     return run_watched([sys.executable, "-c", code], folder)

@@ -28,10 +28,11 @@ PROMPT = "The history of the river and of the city"
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its port, and the name of its model."""
+    """A running server: its port, the name of its model, and its process."""
 
     port: int
     model: str
+    pid: int
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def serving(ckpt: str, dtype: str, clients: int) -> Iterator[Server]:
             if not (address := re.match(r"http://127.0.0.1:(\d+)", lines[1])):
                 reason = lines[0].strip().removeprefix("error: ")
                 raise UserError(f"serve.py did not start: {reason}")
-            yield Server(int(address[1]), re.search(r'"model": "(.*?)"', lines[2])[1])
+            yield Server(int(address[1]), re.search(r'"model": "(.*?)"', lines[2])[1], server.pid)
         finally:
             server.terminate()
 

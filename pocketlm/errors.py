@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from pocketlm.startup import open_closed_streams
+
 
 class UserError(Exception):
     """A mistake of the user. Its text says what is wrong, where, and how to fix it.
@@ -31,11 +33,14 @@ def run_main(main: Callable[[], int | None]) -> None:
     A UserError, or an error of the operating system such as a full disk, a read-only disk or a file
     where a folder is needed, is printed as one line on stderr; the status is then 2.
     """
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, io.TextIOWrapper)
         stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale is
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()  # a full disk is an error now, and not a status of the interpreter
+        sys.exit(status)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:  # the program that reads our output has ended
@@ -45,6 +50,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         file = f"{error.filename}: " if error.filename else ""
         reason = error.strerror or error
         print(f"error: {file}{reason}; fix this, or choose another location", file=sys.stderr)
+    except MemoryError as error:
+        detail = f" ({error})" if str(error) else ""
+        print(f"error: the memory has run out{detail}; use smaller sizes", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

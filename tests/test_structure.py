@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # from the ground up; a module imports from its own package and from those below
-    {"errors", "startup"},
+    {"startup", "limits"},
+    {"errors"},
     {"instruction_sets"},
     {"files", "wheels", "hub", "optim", "native_build"},
     {"model"},
@@ -22,6 +23,7 @@ LAYERS = [  # from the ground up; a module imports from its own package and from
     {"data"},
     {"inference"},
     {"evaluation", "serving"},
+    {"export"},
     {"training"},
 ]
 COMMAND = len(LAYERS)

@@ -51,9 +51,9 @@ def test_an_index_that_refuses_is_reported_in_one_sentence(tmp_path, index):
     assert "\n" not in message
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(60)
-def test_an_index_that_never_answers_is_given_up(tmp_path, index):
+def test_an_index_that_never_answers_is_given_up(tmp_path, index, monkeypatch):
+    monkeypatch.setattr(wheels, "TIMEOUT", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()  # the system accepts the connection, and nobody reads from it

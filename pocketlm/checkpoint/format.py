@@ -10,9 +10,14 @@ A checkpoint is a Lightning checkpoint in plain types, which `torch.load` reads 
 
 It is complete by itself: the model, its tokenizer and its config need no other file. This module
 does not import Lightning, which would slow down the start of inference.
+
+The same without the state of a run may be a safetensors file, which `convert.py` writes. Its
+metadata has the two other entries as JSON, and the SHA-256 of the weights.
 """
 
+import errno
 import hashlib
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -20,14 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pocketlm.checkpoint.validation import content_problem
 from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
 from pocketlm.files import atomic_write
 
 FORMAT = 1  # number of this format; a program that reads it refuses checkpoints of later ones
 WEIGHT_PREFIX = "model."
+STATE_KEY, HASH_KEY = "pocketlm", "weights_sha256"  # in the metadata of a safetensors file
+
+
+class DamagedCheckpoint(UserError):
+    """A file that is not a whole checkpoint, and will not become one: an older one may do."""
 
 
 def checkpoint_metadata(
@@ -36,7 +48,8 @@ def checkpoint_metadata(
     """Return the `kit` entry of a checkpoint.
 
     counters: `tokens` (targets trained on), `val_loss` (None before the first validation) and, of a
-    training run, `data_sha256`.
+    training run, `data_sha256`, `hardware` (what was resolved; see `environment.py`) and `history`
+    (the steps at which its config was changed).
     """
     return {"format": FORMAT, "config": config.to_dict(), "tokenizer": tokenizer_state, **counters}
 
@@ -58,19 +71,22 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         torch.save(state, file)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, metadata_only: bool = False) -> dict[str, Any]:
     """Return the checked content of a checkpoint, on the CPU.
 
-    Raises UserError if the file is missing, damaged, not a checkpoint, or of a later format.
+    With `metadata_only`, the tensors are neither read nor checked, which takes milliseconds.
+    Raises UserError if the file is missing, cannot be read or is of a later format, and
+    DamagedCheckpoint if it is damaged or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; {known_checkpoints()}")
-    state = load_undamaged(path)
+    load = load_safetensors if is_safetensors(path) else load_undamaged
+    state = load(path, metadata_only=metadata_only)
     metadata = state.get("kit") if isinstance(state, dict) else None
     has_format = isinstance(metadata, dict) and isinstance(metadata.get("format"), int)
     if not has_format or "state_dict" not in state:
-        raise UserError(
+        raise DamagedCheckpoint(
             f"{path} is not a checkpoint of this program: it has no config and tokenizer"
         )
     if state["kit"]["format"] > FORMAT:
@@ -78,34 +94,98 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} has format {state['kit']['format']}; this program reads up to {FORMAT}: "
             "update it"
         )
+    if problem := content_problem(state):
+        raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {problem}; use another")
     checkpoint: dict[str, Any] = state
     return checkpoint
 
 
-def load_undamaged(path: Path) -> Any:
-    """Return the content of a file that torch.save has written. Raises UserError if it is not one.
+def load_undamaged(path: Path, *, metadata_only: bool = False) -> Any:
+    """Return the content of a file that torch.save has written.
 
-    The checksums of the archive are checked first, as torch.load ignores them.
+    Raises DamagedCheckpoint if it is not one. The checksums of the archive are checked first, as
+    torch.load ignores them; with `metadata_only`, only that of the record without the tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged_record = archive.testzip()
+            names = archive.namelist()
+            if metadata_only:
+                names = [name for name in names if name.endswith("/data.pkl")]
+            damaged_record = first_damaged_record(archive, names)
         if damaged_record:
-            raise UserError(f"the checkpoint {path} is damaged at {damaged_record}; use another")
+            raise DamagedCheckpoint(
+                f"the checkpoint {path} is damaged at {damaged_record}; use another"
+            )
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
     except zipfile.BadZipFile:
-        raise UserError(f"{path} is truncated or not a checkpoint; use another") from None
+        raise DamagedCheckpoint(f"{path} is truncated or not a checkpoint; use another") from None
     except pickle.UnpicklingError:
-        raise UserError(
+        raise DamagedCheckpoint(
             f"{path} is not a checkpoint of this program: it has more than tensors and plain types"
         ) from None
+    except MemoryError:
+        raise UserError(f"there is not enough memory to read the checkpoint {path}") from None
     except Exception as error:  # unpickling fails in a dozen ways, and all mean the same here
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
+        if isinstance(error, OSError) and error.errno in UNREADABLE:
+            raise UserError(f"the checkpoint {path} cannot be read: {reason}") from error
+        raise DamagedCheckpoint(
             f"{path} is not a checkpoint of this program, or damaged: {reason}"
         ) from error
+
+
+def safetensors_metadata(state: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the metadata of a safetensors file with these weights, by their names in a model."""
+    entries = {name: state[name] for name in ("global_step", "kit")}
+    return {STATE_KEY: json.dumps(entries), HASH_KEY: hash_weights(dict(weights))}
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file begins as safetensors: the length of a JSON object, and the object."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def load_safetensors(path: Path, *, metadata_only: bool = False) -> dict[str, Any]:
+    """Return the content of a safetensors file that `convert.py` has written.
+
+    Raises DamagedCheckpoint if it is none, or if its weights have another SHA-256.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = json.loads(metadata.get(STATE_KEY, "{}"))
+            names = [] if metadata_only else file.keys()
+            weights = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged or not a safetensors file: {error}") from None
+    if not state:
+        raise DamagedCheckpoint(
+            f"{path} has weights only, without our config and tokenizer; convert the folder that "
+            "it is in: python convert.py FOLDER --to ckpt FILE"
+        )
+    unprefixed = {name.removeprefix(WEIGHT_PREFIX): each for name, each in weights.items()}
+    if not metadata_only and hash_weights(unprefixed) != metadata.get(HASH_KEY):
+        raise DamagedCheckpoint(f"the weights of {path} are damaged; use another copy of it")
+    return {**state, "state_dict": weights}
+
+
+# The file may be whole all the same: going back to an older one would lose steps.
+UNREADABLE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT}
+
+
+def first_damaged_record(archive: zipfile.ZipFile, names: list[str]) -> str | None:
+    """Return the name of the first record with a wrong checksum; None if all are right."""
+    for name in names:
+        try:
+            with archive.open(name) as record:
+                while record.read(2**20):
+                    pass
+        except zipfile.BadZipFile:
+            return name
+    return None
 
 
 def hash_weights(weights: dict[str, Tensor]) -> str:

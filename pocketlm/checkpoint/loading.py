@@ -20,11 +20,13 @@ from torch.overrides import TorchFunctionMode
 from model import ModelConfig, Transformer
 from pocketlm.checkpoint.format import (
     WEIGHT_PREFIX,
+    DamagedCheckpoint,
     hash_weights,
     known_checkpoints,
     read_checkpoint,
     save_weights,
 )
+from pocketlm.checkpoint.validation import sizes_problem, tokenizer_problem
 from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
@@ -78,8 +80,8 @@ def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Chec
     """
     state = read_checkpoint(path)
     metadata = state["kit"]
-    tokenizer = from_state(metadata["tokenizer"])
     config = config_from_dict(metadata["config"], origin=str(path))
+    tokenizer = load_tokenizer(metadata["tokenizer"], config.model, path)
     if tokenizer_name is not None:
         check_tokenizer(tokenizer, tokenizer_name, config.data.cache_dir, path)
     quantized = metadata.get("quantized")
@@ -96,10 +98,31 @@ def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Chec
     )
 
 
+def load_tokenizer(state: dict[str, Any], config: ModelConfig, path: str | Path) -> Tokenizer:
+    """Return the tokenizer of a checkpoint. Raises UserError if its state is none.
+
+    Its ids must be the model's: the tables of a vocabulary of billions would fill the memory.
+    """
+    if not (problem := tokenizer_problem(state)):
+        try:
+            tokenizer = from_state(state)
+        except UserError:
+            raise
+        except Exception as error:  # the tokenizers library raises the bare class
+            problem = f"its tokenizer cannot be built: {error or type(error).__name__}"
+        else:
+            if tokenizer.vocab_size <= (config.vocab_size or 0):
+                return tokenizer
+            problem = f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}"
+    raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {problem}")
+
+
 def load_model(
     config: ModelConfig, quantized: str | None, weights: dict[str, Tensor], path: str | Path
 ) -> Transformer:
     """Return the model with these weights. Raises UserError if they do not fit the config."""
+    if problem := sizes_problem(config, weights):
+        raise DamagedCheckpoint(f"the weights of {path} do not fit its config: {problem}")
     with SkipInitialization():
         model = Transformer(config)
     if quantized:
@@ -148,7 +171,9 @@ def best_checkpoint() -> Path:
     current = [path for path in named if not path.parent.name.startswith("old-")]
     if not current:
         raise UserError(f"there is no checkpoint yet in {folder}; {known_checkpoints()}")
-    losses = {path: read_checkpoint(path)["kit"]["val_loss"] for path in current}
+    losses = {
+        path: read_checkpoint(path, metadata_only=True)["kit"]["val_loss"] for path in current
+    }
     return min(current, key=lambda path: math.inf if losses[path] is None else losses[path])
 
 

@@ -7,14 +7,26 @@ writes the settings; sampling.py and the root's model.py define two of the secti
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from model import ModelConfig
 from pocketlm.config.sampling import SamplingConfig
 from pocketlm.errors import FieldError, UserError
+from pocketlm.limits import (
+    MAX_DEVICES,
+    MAX_EPOCHS,
+    MAX_NAME_CHARACTERS,
+    MAX_SHUFFLE_BUFFER,
+    MAX_WORKERS,
+    TRAINING_SIZES,
+)
 
 TENSORBOARD_RUNS = ("train", "validation")  # folders of event files in a run's log folder
+# ends of the names of files in a run's folders
+OUTPUTS = (".ckpt", ".csv", ".png", ".txt", ".json", ".jsonl", ".damaged", ".holder", ".")
 
 
 @dataclass(frozen=True)
@@ -32,10 +44,18 @@ class RunConfig:
                 f"{self.name!r} is not a valid folder name; use letters, digits, '.', '_' and '-', "
                 "and do not begin it with '.' or 'old-'",
             )
-        if self.name in TENSORBOARD_RUNS:
+        if len(self.name) > MAX_NAME_CHARACTERS:
+            raise FieldError("name", f"is longer than {MAX_NAME_CHARACTERS} characters")
+        if self.name.lower() in TENSORBOARD_RUNS:  # some file systems ignore the case
             raise FieldError(
                 "name",
                 f"{self.name!r} is the name of a folder of TensorBoard files; use another name",
+            )
+        if self.name.lower().startswith("events.out.") or self.name.lower().endswith(OUTPUTS):
+            raise FieldError(
+                "name",
+                f"{self.name!r} could be an output file of the unnamed run, whose folder is the "
+                f"same; do not begin it with events.out. or end it in {', '.join(OUTPUTS)}",
             )
 
 
@@ -65,6 +85,11 @@ class SourceConfig:
     revision: str | None = None  # Hugging Face: commit, tag or branch
 
     def __post_init__(self) -> None:
+        for name in ("path", "optional_path", "val_path", "config_name", "val_split", "revision"):
+            if getattr(self, name) == "":
+                raise FieldError(name, "is empty; leave it out, or set it to null for none")
+        for name in ("path", "optional_path", "val_path"):
+            normalize_path(self, name)
         if self.separator == "":
             raise FieldError(
                 "separator",
@@ -75,7 +100,7 @@ class SourceConfig:
                 "val_split",
                 f"{self.val_split!r} is the split to train on; name another, or leave it null",
             )
-        if self.val_path and self.val_path == self.path:
+        if self.val_path is not None and self.val_path == self.path:
             raise FieldError(
                 "val_path",
                 f"{self.val_path!r} is the path to train on; name another, or leave it null",
@@ -118,11 +143,17 @@ class DataConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("tokenizer", "cache_dir"):
+            if not getattr(self, name):
+                raise FieldError(name, "is empty; leave it out for the default")
+        normalize_path(self, "cache_dir")
+        # ./gpt2 is a folder and gpt2 is not, so that the rest of a tokenizer's path stays as it is
+        object.__setattr__(self, "tokenizer", os.path.expanduser(self.tokenizer))
         if not 0 < self.val_share < 1:
             raise FieldError(
                 "val_share", f"is {self.val_share}; it is a share between 0 and 1, for example 0.05"
             )
-        require_at_least(1, self, "shuffle_buffer")
+        require_between(1, MAX_SHUFFLE_BUFFER, self, "shuffle_buffer")
         if self.mixture and self.path:
             raise FieldError("path", f"{self.path!r} and mixture are both set; set one to null")
         if self.mixture and self.streaming:
@@ -138,12 +169,17 @@ class DataConfig(SourceConfig):
 AUTO_STEPS = {"32-true": 1_200, "bf16-mixed": 2_200, "16-mixed": 2_200}
 
 
+DEFAULT_ROWS = 8  # in a forward pass; `micro_batch_size: auto` counts the rows of a step in them
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Batches, length of the run, optimizer and checkpoints."""
 
     seq_len: int = 256  # tokens in a row
-    micro_batch_size: int = 8  # rows in a forward pass, on each device
+    # rows in a forward pass, on each device; auto: as many of the 8 x grad_accum_steps rows of a
+    # step as fit in memory
+    micro_batch_size: int | Literal["auto"] = 8
     grad_accum_steps: int = 1  # forward passes in an optimizer step
     # optimizer steps; auto: what the default model does in less than six minutes on two cores,
     # 1,200 in float32 and 2,200 in bfloat16 or float16
@@ -166,6 +202,9 @@ class TrainingConfig:
     loss_chunk: int = 1024  # tokens whose logits are in memory at a time; 0: all
     # auto, 32-true, bf16-mixed, 16-mixed; auto prints its choice and why
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    # a gradient that is not finite: stop ends the run; skip leaves the step out, ten in a row at
+    # most, and waits for the device in every step
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     seed: int = 42  # random seed of the weights, the data order and dropout
     log_every_steps: int = 10  # optimizer steps between logged points
     # optimizer steps between validations; one always follows the last step
@@ -176,10 +215,9 @@ class TrainingConfig:
     keep_checkpoints: int = 3  # numbered checkpoints to keep, newest first; 0: all
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "seq_len", "micro_batch_size", "grad_accum_steps")
-        if self.max_steps != "auto":
-            require_at_least(1, self, "max_steps")
-        require_at_least(1, self, "log_every_steps", "val_every_steps", "save_every_steps")
+        for name, largest in TRAINING_SIZES.items():
+            if getattr(self, name) != "auto":
+                require_between(1, largest, self, name)
         for name in (
             "min_lr_ratio",
             "warmup_steps",
@@ -193,9 +231,11 @@ class TrainingConfig:
             if not 0 <= value < 2**32:
                 raise FieldError(name, f"is {value}; it must be 0 or more, and below 2^32")
         require_positive(self, "lr", "eps")
-        if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
+        object.__setattr__(self, "probe_cases", tuple(map(os.path.expanduser, self.probe_cases)))
+        if self.max_epochs is not None and not 0 < self.max_epochs <= MAX_EPOCHS:
             raise FieldError(
-                "max_epochs", f"is {self.max_epochs}; it must be above 0 and finite, or null"
+                "max_epochs",
+                f"is {self.max_epochs}; it must be above 0 and at most {MAX_EPOCHS:,}, or null",
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise FieldError("betas", f"are {list(self.betas)}; each must be from 0 to below 1")
@@ -205,6 +245,12 @@ class TrainingConfig:
         """Number of optimizer steps, after `with_auto_steps` or `with_max_steps`."""
         assert isinstance(self.max_steps, int)
         return self.max_steps
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows in a forward pass, after `with_micro_batch`."""
+        assert isinstance(self.micro_batch_size, int)
+        return self.micro_batch_size
 
     def validates(self, step: int) -> bool:
         """Return whether a validation follows optimizer step `step`."""
@@ -224,16 +270,25 @@ class HardwareConfig:
     compile: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "devices")
-        require_at_least(0, self, "num_workers")
+        require_between(1, MAX_DEVICES, self, "devices")
+        require_between(0, MAX_WORKERS, self, "num_workers")
 
 
-def require_at_least(minimum: int, config: object, *names: str) -> None:
-    """Raise FieldError for the first of these fields that is below `minimum`."""
-    for name in names:
-        value = getattr(config, name)
-        if value < minimum:
-            raise FieldError(name, f"is {value}; it must be {minimum} or more")
+def normalize_path(config: object, name: str) -> None:
+    """Write a path of a frozen dataclass in its one spelling.
+
+    `~` is expanded, and `./`, `//` and a last `/` are left out.
+    """
+    value = getattr(config, name)
+    if value is not None:
+        object.__setattr__(config, name, str(Path(os.path.expanduser(value))))
+
+
+def require_between(smallest: int, largest: int, config: object, name: str) -> None:
+    """Raise FieldError if a field is out of range."""
+    value = getattr(config, name)
+    if not smallest <= value <= largest:
+        raise FieldError(name, f"is {value}; it must be from {smallest} to {largest:,}")
 
 
 def require_positive(config: object, *names: str) -> None:
@@ -300,6 +355,14 @@ class Config:
     def with_max_steps(self, max_steps: int) -> "Config":
         """Return this config for a run of `max_steps` optimizer steps."""
         training = dataclasses.replace(self.training, max_steps=max_steps)
+        return dataclasses.replace(self, training=training)
+
+    def with_micro_batch(self, rows: int) -> "Config":
+        """Return this config with the `auto` micro-batch as `rows`, and as many rows in a step."""
+        accumulation = DEFAULT_ROWS * self.training.grad_accum_steps // rows
+        training = dataclasses.replace(
+            self.training, micro_batch_size=rows, grad_accum_steps=accumulation
+        )
         return dataclasses.replace(self, training=training)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

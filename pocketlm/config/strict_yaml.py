@@ -20,13 +20,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from pocketlm.errors import FieldError, UserError
+from pocketlm.limits import MAX_YAML_CHARACTERS, MAX_YAML_DEPTH
 
 T = TypeVar("T")
 
 KeyPath = tuple[str, ...]
 Positions = dict[KeyPath, str]
 
-MAX_DEPTH = 9  # no file of ours is nested deeper than 4
+TOO_DEEP = f"this value is nested more than {MAX_YAML_DEPTH} levels deep"
 
 TAG = "tag:yaml.org,2002:"
 
@@ -35,6 +36,22 @@ class Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: 3e-4 is a number, 010 is ten, `no` and 12:30 are text."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    # The time of PyYAML's scanner grows with the square of the depth: it stops at the limit.
+
+    def fetch_flow_collection_start(self, token_class: type[yaml.Token]) -> None:
+        super().fetch_flow_collection_start(token_class)
+        self.check_depth()
+
+    def add_indent(self, column: int) -> bool:
+        added: bool = super().add_indent(column)
+        self.check_depth()
+        return added
+
+    def check_depth(self) -> None:
+        """Raise YAMLError if collections are open that no value may be nested in."""
+        if self.flow_level + len(self.indents) > MAX_YAML_DEPTH + 2:
+            raise yaml.scanner.ScannerError(None, None, TOO_DEEP, self.get_mark())
 
 
 class Dumper(yaml.SafeDumper):
@@ -88,7 +105,7 @@ class StrictYaml:
     """Parser of one YAML text; `positions` has the position of every key and list item.
 
     It builds mappings, lists and scalars and nothing else. Aliases, other tags, duplicate keys and
-    nesting beyond MAX_DEPTH are errors.
+    nesting beyond MAX_YAML_DEPTH are errors.
     """
 
     def __init__(self, origin: str):
@@ -116,8 +133,8 @@ class StrictYaml:
     def read_node(self, node: yaml.Node, path: KeyPath) -> Any:
         """Return the value of a node in plain types."""
         self.positions[path] = self.position(node)
-        if len(path) > MAX_DEPTH:
-            raise self.error(node, f"this value is nested more than {MAX_DEPTH} levels deep")
+        if len(path) > MAX_YAML_DEPTH:
+            raise self.error(node, TOO_DEEP)
         kind = node.tag.removeprefix(TAG)
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
             return [self.read_node(item, (*path, str(i))) for i, item in enumerate(node.value)]
@@ -165,13 +182,35 @@ class StrictYaml:
         return UserError(f"{self.position(node)}: {reason}")
 
 
-def parse_yaml(text: str, origin: str) -> tuple[Any, Positions]:
+def parse_yaml(
+    text: str, origin: str, max_characters: int = MAX_YAML_CHARACTERS
+) -> tuple[Any, Positions]:
     """Return the text's value in plain types and the positions of its keys and list items.
 
     `origin` names the text in positions and messages, usually its file. Raises UserError.
     """
+    if len(text) > max_characters:
+        raise UserError(
+            f"{origin}: {len(text):,} characters are too many for a file of this kind; at most "
+            f"{max_characters:,} are read"
+        )
     parser = StrictYaml(origin)
     return parser.parse(text), parser.positions
+
+
+def parse_scalar(text: str, origin: str) -> Any:
+    """Return what a plain scalar of YAML means, without YAML's comments and other syntax.
+
+    >>> parse_scalar("3e-4", ""), parse_scalar("null", ""), parse_scalar("5 # five", "")
+    (0.0003, None, '5 # five')
+    """
+    for scalar in SCALARS.values():
+        if re.fullmatch(scalar.pattern, text):
+            try:
+                return scalar.convert(text)
+            except ValueError as error:  # thousands of digits
+                raise UserError(f"{origin}: not a value: {error}") from None
+    raise AssertionError("SCALARS has a pattern for every text")
 
 
 @cache

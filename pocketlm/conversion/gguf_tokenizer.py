@@ -1,5 +1,6 @@
 """The tokenizer of a GGUF file, which its keys `tokenizer.ggml.*` describe."""
 
+import re
 from typing import Any
 
 import gguf
@@ -8,8 +9,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from pocketlm.conversion.layout import Values, require_key
 from pocketlm.errors import UserError
-from pocketlm.tokenizer.bpe import JsonTokenizer
-from pocketlm.tokenizer.byte_level import byte_level_backend
+from pocketlm.hub.special_tokens import SpecialTokens, choose_special_tokens
+from pocketlm.tokenizer.bpe import JsonTokenizer, byte_level_backend
 
 KEY_PREFIX = "tokenizer.ggml."
 
@@ -17,6 +18,32 @@ KEY_PREFIX = "tokenizer.ggml."
 NORMAL = gguf.TokenType.NORMAL
 CONTROL = gguf.TokenType.CONTROL
 USER_DEFINED = gguf.TokenType.USER_DEFINED
+BYTE = gguf.TokenType.BYTE
+
+# KEY in KEY_token_id -> its name in chat templates
+TOKEN_KEYS = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+    "separator": "sep_token",
+    "seperator": "sep_token",  # as llama.cpp spelt it
+    "cls": "cls_token",
+    "mask": "mask_token",
+}
+END_KEYS = ("eot_token_id", "eom_token_id")  # end of a turn, end of a message
+# llama.cpp's defaults
+SENTENCEPIECE_DEFAULTS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+
+TOKENIZER_KEYS = {
+    f"{KEY_PREFIX}{key}"
+    for key in (
+        *("model", "pre", "tokens", "token_type", "scores", "merges"),
+        *("add_bos_token", "add_eos_token", "add_space_prefix"),
+        *(f"{name}_token_id" for name in TOKEN_KEYS),
+        *END_KEYS,
+    )
+}
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
 
@@ -47,8 +74,10 @@ def read_tokenizer(values: Values, name: str, origin: str) -> JsonTokenizer:
         if key.startswith(KEY_PREFIX)
     }
     tokens = require_key(keys, "tokens", list, origin)
-    types = keys.get("token_type") or [NORMAL] * len(tokens)
     model = keys.get("model")
+    if model == "llama":
+        keys = SENTENCEPIECE_DEFAULTS | keys
+    types = keys.get("token_type") or guess_types(keys, tokens)
     if model == "gpt2":
         backend = byte_level_bpe(keys, tokens, origin)
     elif model == "llama":
@@ -59,7 +88,39 @@ def read_tokenizer(values: Values, name: str, origin: str) -> JsonTokenizer:
         )
     backend.add_special_tokens(added_tokens(tokens, types, CONTROL))
     backend.add_tokens(added_tokens(tokens, types, USER_DEFINED))
-    return JsonTokenizer(backend.to_str(), name, keys.get("bos_token_id"), keys.get("eos_token_id"))
+    special = read_special_tokens(keys, tokens, types, origin)
+    note = "; ".join(special.notes)
+    return JsonTokenizer(backend.to_str(), name, special.bos_id, special.eos_id, note, special)
+
+
+def read_special_tokens(
+    keys: Values, tokens: list[str], types: list[int], origin: str
+) -> SpecialTokens:
+    """Return the special tokens that the keys name."""
+    names, notes = {}, []
+    ids = {token: i for i, token in enumerate(tokens) if types[i] != NORMAL}
+    for key, name in TOKEN_KEYS.items():
+        i = keys.get(f"{key}_token_id")
+        if i is not None and i < len(tokens):
+            names[name] = tokens[i]
+            ids[tokens[i]] = i
+        elif i is not None:
+            notes.append(f"{origin}: {key}_token_id is {i}, beyond the vocabulary; it is ignored")
+    ends = [keys[key] for key in END_KEYS if keys.get(key, len(tokens)) < len(tokens)]
+    special = choose_special_tokens(ids, names, ends, keys.get("add_bos_token", True))
+    special.notes = notes
+    return special
+
+
+def guess_types(keys: Values, tokens: list[str]) -> list[int]:
+    """Return the types of tokens in a file without them, by their spelling and the keys."""
+    types: list[int] = [
+        BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL for token in tokens
+    ]
+    for key in (*(f"{key}_token_id" for key in TOKEN_KEYS), *END_KEYS):
+        if keys.get(key, len(tokens)) < len(tokens):
+            types[keys[key]] = CONTROL
+    return types
 
 
 def added_tokens(tokens: list[str], types: list[int], wanted: int) -> list[hf.AddedToken]:
@@ -83,7 +144,8 @@ def byte_level_bpe(keys: Values, tokens: list[str], origin: str) -> hf.Tokenizer
     merges = []
     for merge in require_key(keys, "merges", list, origin):
         left, right = merge.split(" ")
-        merges.append((left, right))
+        if {left, right, left + right} <= vocab.keys():  # another never applies
+            merges.append((left, right))
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=splitter == "llama-bpe")
     backend = byte_level_backend(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(SPLITTERS[splitter])

@@ -1,9 +1,9 @@
 """Pretrained models in a Hugging Face folder, as `save_pretrained` writes it."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,12 +16,15 @@ from pocketlm.conversion.layout import (
     Tensors,
     Values,
     assemble,
-    drop_tied_head,
+    choose_template,
     require_key,
     require_keys,
     require_supported,
+    resolve_tied_head,
+    unread_note,
 )
 from pocketlm.errors import UserError
+from pocketlm.hub.special_tokens import read_json_object
 from pocketlm.tokenizer.bpe import JsonTokenizer
 
 GPT2_NAMES = {
@@ -82,6 +85,59 @@ GPT2_DEFAULTS = {
     "tie_word_embeddings": True,
 }
 
+# keys that do not change what the model computes from a text, or are read elsewhere
+NEUTRAL_KEYS = frozenset(
+    (
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_pdrop",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "finetuning_task",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "n_ctx",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "resid_pdrop",
+        "return_dict",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "task_specific_params",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+LLAMA_READ = (
+    frozenset(LLAMA_KEYS.values())
+    | LLAMA_DEFAULTS.keys()
+    | {
+        "head_dim",
+        "hidden_act",
+        "num_key_value_heads",
+        "quantization_config",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+    }
+)
+
 ROPE_SUPPORTED = {
     "rope_type": ("default",),
     "type": ("default",),
@@ -141,21 +197,15 @@ def gpt2_settings(values: Values, origin: str) -> Values:
     )
 
 
+READ_KEYS = {
+    "llama": NEUTRAL_KEYS | LLAMA_READ,
+    "gpt2": NEUTRAL_KEYS | {*GPT2_KEYS.values()} | GPT2_DEFAULTS.keys() | GPT2_SUPPORTED.keys(),
+}
+
 SETTINGS: dict[str, Callable[[Values, str], Values]] = {
     "llama": llama_settings,
     "gpt2": gpt2_settings,
 }
-
-
-def read_json_object(path: Path) -> Values:
-    """Return the object in a JSON file. Raises UserError if there is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return values
 
 
 def read_safetensors(folder: Path) -> Tensors:
@@ -199,25 +249,42 @@ def read_folder(folder: Path) -> Pretrained:
     layout = LAYOUTS[kind]
     if not any(name.startswith(layout.prefix) for name in tensors):
         layout = replace(layout, prefix="")
-    if settings["tie_embeddings"]:
-        head = layout.foreign_name("lm_head.weight")
-        drop_tied_head(tensors, head, layout.foreign_name("embed_tokens.weight"))
+    settings["tie_embeddings"], notes = resolve_tied_head(
+        tensors, layout, bool(settings["tie_embeddings"]), str(folder)
+    )
     tokenizer = JsonTokenizer.from_file(folder)
-    source = Source(str(folder), settings, tokenizer, read_chat_template(folder))
+    template, template_notes = read_chat_template(folder)
+    notes += [*unread_note(values.keys() - READ_KEYS[kind], origin), *template_notes]
+    source = Source(str(folder), settings, tokenizer, template, tuple(notes))
     return assemble(source, tensors, layout)
 
 
-def read_chat_template(folder: Path) -> str | None:
-    """Return the chat template: a file of its own, or a key of tokenizer_config.json.
+def read_chat_template(folder: Path) -> tuple[str | None, list[str]]:
+    """Return the chat template, and notes.
 
-    The key may hold several templates by name.
+    Files of templates go before the key of tokenizer_config.json, as in transformers; each may hold
+    several templates by name.
     """
+    templates: dict[str, str] = {}
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    file = folder / "tokenizer_config.json"
-    template = read_json_object(file).get("chat_template") if file.is_file() else None
-    if isinstance(template, list):
-        by_name = {each["name"]: each["template"] for each in template}
-        template = by_name.get("default")
-    return template
+        templates["default"] = file.read_text(encoding="utf-8")
+    for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        templates[file.stem] = file.read_text(encoding="utf-8")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        value = read_json_object(folder / name).get("chat_template")
+        if value and not templates:
+            templates = by_name(value, folder / name)
+    return choose_template(templates, str(folder))
+
+
+def by_name(value: Any, file: Path) -> dict[str, str]:
+    """Return the templates by name of a key that holds one or a list of them."""
+    if isinstance(value, str):
+        return {"default": value}
+    try:
+        return {str(each["name"]): str(each["template"]) for each in value}
+    except (TypeError, KeyError):
+        raise UserError(
+            f"{file}: chat_template is neither a template nor a list of named ones"
+        ) from None

@@ -6,8 +6,10 @@ The readers of each file format end in `assemble`. Whatever model.py cannot expr
 name, and so is a tensor that is missing, unexpected or of the wrong shape.
 """
 
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from model import ModelConfig, Transformer
 from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sections import Config, TrainingConfig
 from pocketlm.errors import UserError
+from pocketlm.hub.special_tokens import vocabulary
 from pocketlm.tokenizer.bpe import JsonTokenizer
 
 Tensors = dict[str, Tensor]
@@ -33,6 +36,7 @@ class Pretrained:
     weights: Tensors  # by the names of model.py
     tokenizer: JsonTokenizer
     chat_template: str | None  # Jinja
+    notes: tuple[str, ...] = ()  # for the user: what was read in an unexpected place, or left out
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Source:
     settings: Values  # our model section
     tokenizer: JsonTokenizer
     chat_template: str | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,31 +132,103 @@ class Layout:
         return weight if weight.shape == shape else None
 
 
-def drop_tied_head(tensors: Tensors, head: str, embedding: str) -> bool:
-    """Return whether the output head is the embedding: absent, or a copy, which is removed."""
-    if head in tensors and embedding in tensors and torch.equal(tensors[head], tensors[embedding]):
+def resolve_tied_head(
+    tensors: Tensors, layout: Layout, tied: bool | None, origin: str
+) -> tuple[bool, list[str]]:
+    """Return whether the output head is the embedding, and notes; keep one tensor if it is.
+
+    tied: what the model's config says; None if the format does not say it. A tied matrix may be
+    stored under either name, or twice. As in transformers, a head that differs is not tied.
+    """
+    embedding = layout.foreign_name("embed_tokens.weight")
+    head = layout.foreign_name("lm_head.weight")
+    if tied is False:
+        return False, []
+    if head in tensors and embedding not in tensors:
+        tensors[embedding] = tensors.pop(head)
+        found = [f"{origin} stores {head} and no {embedding}: it is both"] if tied is None else []
+        return True, found
+    if head in tensors and torch.equal(tensors[head], tensors[embedding]):
         del tensors[head]
-    return head not in tensors
+    if head not in tensors:
+        return True, []
+    if tied is None:
+        return False, []
+    return False, [
+        f"{origin} has a {head} that differs from {embedding}, though its config says "
+        "tie_word_embeddings: they are not tied, as in transformers"
+    ]
 
 
 def assemble(source: Source, tensors: Tensors, layout: Layout) -> Pretrained:
     """Return the model. Raises UserError if its parts do not fit together."""
-    settings, tokenizer, origin = source.settings, source.tokenizer, source.origin
+    settings, origin = source.settings, source.origin
     sections = {
         "model": settings,
-        "data": {"tokenizer": tokenizer.name},
+        "data": {"tokenizer": source.tokenizer.name},
         "training": {"seq_len": min(settings["max_seq_len"], TrainingConfig.seq_len)},
     }
     config = config_from_dict(sections, origin=origin)
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{origin}: the vocabulary of the tokenizer has {tokenizer.vocab_size:,} tokens and "
-            f"that of the model {vocab_size:,}; save the two that belong together"
-        )
+    tokenizer, left_out = without_tokens_beyond(source.tokenizer, vocab_size, origin)
     weights = layout.convert(tensors, config.model, origin)
-    return Pretrained(config, weights, tokenizer, source.chat_template)
+    notes = [*source.notes, *left_out, *filter(None, [tokenizer.note])]
+    return Pretrained(config, weights, tokenizer, source.chat_template, tuple(notes))
+
+
+def without_tokens_beyond(
+    tokenizer: JsonTokenizer, vocab_size: int, origin: str
+) -> tuple[JsonTokenizer, list[str]]:
+    """Return the tokenizer without added tokens beyond the model's vocabulary, and a note.
+
+    Tools add such tokens, above all one for padding, without a row for them in the embedding.
+    Raises UserError for a token that text is made of.
+    """
+    if tokenizer.vocab_size <= vocab_size:
+        return tokenizer, []
+    spec = json.loads(tokenizer.backend.to_str())
+    beyond = {t["content"]: t["id"] for t in spec["added_tokens"] if t["id"] >= vocab_size}
+    for token, i in vocabulary(spec).items():
+        if i >= vocab_size and token not in beyond:
+            raise UserError(
+                f"{origin}: the vocabulary of the tokenizer has {tokenizer.vocab_size:,} tokens "
+                f"and that of the model {vocab_size:,}; save the two that belong together: "
+                f"{token!r} with the id {i:,} is part of texts"
+            )
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in beyond]
+    if isinstance(spec["model"]["vocab"], dict):
+        spec["model"]["vocab"] = {
+            token: i for token, i in spec["model"]["vocab"].items() if token not in beyond
+        }
+
+    def known(i: int | None) -> int | None:
+        return None if i in beyond.values() else i
+
+    special = replace(
+        tokenizer.special,
+        separator_id=known(tokenizer.separator_id),
+        end_ids=tuple(i for i in tokenizer.end_ids if i not in beyond.values()),
+        names={k: token for k, token in tokenizer.special_tokens.items() if token not in beyond},
+    )
+    bos_id, eos_id = known(tokenizer.bos_id), known(tokenizer.eos_id)
+    names = ", ".join(f"{token!r} ({i})" for token, i in sorted(beyond.items()))
+    note = f"{origin}: left out of the vocabulary, as the model has {vocab_size:,} tokens: {names}"
+    smaller = JsonTokenizer(
+        json.dumps(spec), tokenizer.name, bos_id, eos_id, tokenizer.note, special
+    )
+    return smaller, [note]
+
+
+def choose_template(templates: dict[str, str], origin: str) -> tuple[str | None, list[str]]:
+    """Return the chat template of those by name, and a note if none is called default."""
+    if "default" in templates or not templates:
+        return templates.get("default"), []
+    names = ", ".join(sorted(templates))
+    if len(templates) > 1:
+        return None, [f"{origin} has chat templates called {names}, none called default: not used"]
+    [template] = templates.values()
+    return template, [f"{origin} has one chat template, called {names}, which is used"]
 
 
 # ---- foreign settings ----
@@ -187,6 +264,12 @@ def require_key(values: Values, key: str, kind: type, origin: str) -> Any:
 def require_keys(values: Values, keys: dict[str, str], origin: str) -> dict[str, int]:
     """Return whole numbers above 0 by our names; `keys` has the foreign name of each."""
     return {ours: require_key(values, key, int, origin) for ours, key in keys.items()}
+
+
+def unread_note(keys: Iterable[str], origin: str) -> list[str]:
+    """Return a note on keys whose meaning is not known here; none if there are none."""
+    names = ", ".join(sorted(keys))
+    return [f"{origin} has keys that are not read: {names}"] if names else []
 
 
 def require_supported(values: Values, supported: dict[str, tuple[Any, ...]], origin: str) -> None:

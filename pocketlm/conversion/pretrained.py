@@ -1,6 +1,5 @@
-"""Pretrained models by path or name, and the formats in which they can be written."""
+"""Pretrained models by path or name, and their checkpoints."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from pocketlm.checkpoint.format import checkpoint_metadata, save_checkpoint
@@ -16,19 +15,14 @@ NAMED_MODELS = {
 }
 
 
-def convert_pretrained(model: str, output_format: str, output: Path, data_dir: str) -> Pretrained:
-    """Read the model `model` and write it to the new file `output`. Raises UserError.
+def convert_pretrained(model: str, output: Path, data_dir: str) -> Pretrained:
+    """Read the model `model` and write it to the checkpoint `output`. Raises UserError.
 
     `model` is a Hugging Face folder, a GGUF file, or a name; `data_dir` caches named models.
     """
-    if output_format not in WRITERS:
-        formats = ", ".join(WRITERS)
-        raise UserError(f"--to {output_format} is not a format; the formats are: {formats}")
-    if output.exists():
-        raise UserError(f"{output} exists already; delete it, or name another file")
     pretrained = read_pretrained(model, data_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
-    WRITERS[output_format](pretrained, output)
+    write_checkpoint(pretrained, output)
     return pretrained
 
 
@@ -59,6 +53,3 @@ def write_checkpoint(model: Pretrained, path: Path) -> None:
         metadata["chat_template"] = model.chat_template
     weights = {f"model.{name}": p for name, p in model.weights.items()}
     save_checkpoint({"state_dict": weights, "global_step": 0, "kit": metadata}, path)
-
-
-WRITERS: dict[str, Callable[[Pretrained, Path], None]] = {"ckpt": write_checkpoint}

@@ -1,13 +1,17 @@
 """Input files: which files a path names, what each one holds, and how it is opened."""
 
 import gzip
+import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import IO, Any
 
+from pocketlm.corpus.encodings import SNIFFED_BYTES, detect_encoding
 from pocketlm.errors import UserError
 
 FILE_KINDS = {
@@ -23,50 +27,100 @@ FILE_KINDS = {
 
 COMPRESSIONS = (".gz", ".zst")
 
-FIRST_LINE_BYTES = 2**20  # a longer first line is read up to here
+START_BYTES = 2**20  # of a file, in which its first lines are looked for
+
+HIDDEN, OTHER_KINDS = "hidden files", "files of other kinds"
+FOLDERS = "folders that are links or match the pattern"
 
 
-def find_files(path: str) -> list[Path]:
-    """Return the file, the files of a folder, or the files that match a pattern, sorted by name.
+@dataclass(frozen=True)
+class InputFiles:
+    """The files that a path names, sorted by name, and those beside them that are not read."""
 
-    Of a folder and its subfolders, hidden files and files of unknown kinds are left out. Raises
+    path: str
+    files: list[Path] = field(default_factory=list)
+    not_read: dict[str, list[Path]] = field(default_factory=dict)  # by the reason
+
+    def leave_out(self, reason: str, file: Path) -> None:
+        """Note that a file or folder is not read."""
+        self.not_read.setdefault(reason, []).append(file)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences on the files and folders that are not read; none on hidden ones."""
+        remarks = []
+        if others := self.not_read.get(OTHER_KINDS, []):
+            kinds = Counter(suffix_of(file) or "no suffix" for file in others).most_common()
+            listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+            example = next((kind for kind, _ in kinds if kind != "no suffix"), "")
+            remarks.append(
+                f"not read in the folder {self.path}: files of other kinds ({listed}); to read "
+                f"some of them as text, name a pattern, such as '{self.path}/**/*{example}'"
+            )
+        if folders := self.not_read.get(FOLDERS, []):
+            names = ", ".join(map(str, folders[:3])) + ", ..." * (len(folders) > 3)
+            remarks.append(f"not read by {self.path}: what is in the folders {names}")
+        return tuple(remarks)
+
+
+def find_files(path: str) -> InputFiles:
+    """Return the file, the files of a folder, or the files that match a pattern.
+
+    Of a folder and its subfolders, hidden files and files of unknown kinds are not read. Raises
     UserError if there is no file, or if one of them cannot be read.
     """
-    location = Path(path)
+    location, found = Path(path), InputFiles(path)
     if location.is_file():
-        files = [location]
+        found.files.append(location)
     elif location.is_dir():
-        files = files_in_folder(location)
-        if not files:
+        list_folder(location, found)
+        if not found.files:
             kinds = ", ".join(FILE_KINDS)
             raise UserError(
                 f"the folder {path} holds no file that ends in {kinds} (or these with .gz or .zst)"
+                + "".join(f"; {remark}" for remark in found.remarks)
             )
     else:
-        files = [Path(file) for file in glob(path, recursive=True) if Path(file).is_file()]
-        if not files:
+        match_pattern(path, found)
+        if not found.files:
             raise UserError(f"{path} is not a file, a folder or a pattern that matches a file")
-    check_files(path, files)
-    return sorted(files, key=Path.as_posix)
+    check_files(path, found.files)
+    found.files.sort(key=Path.as_posix)
+    return found
 
 
-def files_in_folder(folder: Path) -> list[Path]:
-    """Return the files of known kinds in a folder and its subfolders, except hidden ones."""
-    files = []
+def list_folder(folder: Path, found: InputFiles) -> None:
+    """Sort what is in a folder and its subfolders into files to read and files that are not."""
     for file in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if not hidden and suffix_of(file) in FILE_KINDS and file.is_file():
-            files.append(file)
-    return files
+        if file.is_dir():
+            if file.is_symlink() and not hidden:  # it might lead back here
+                found.leave_out(FOLDERS, file)
+        elif hidden:
+            found.leave_out(HIDDEN, file)
+        elif suffix_of(file) in FILE_KINDS and file.is_file():
+            found.files.append(file)
+        else:
+            found.leave_out(OTHER_KINDS, file)
+
+
+def match_pattern(pattern: str, found: InputFiles) -> None:
+    """Find the files that match a pattern, and the folders of which it matches no file."""
+    paths = [Path(path) for path in glob(pattern, recursive=True)]
+    found.files.extend(path for path in paths if path.is_file())
+    parents = {parent for file in found.files for parent in file.parents}
+    for folder in paths:
+        if folder.is_dir() and folder not in parents:
+            found.leave_out(FOLDERS, folder)
 
 
 def check_files(path: str, files: list[Path]) -> None:
     """Raise UserError for a file that cannot be read, or if text and token files are mixed."""
     for file in files:
-        if suffix_of(file) == ".json":
+        if suffix_of(file) == ".json" and not has_json_lines(file):
             raise UserError(
                 f"{file} is one JSON value, which would have to be read whole; "
-                "write one object per line, as .jsonl"
+                f"write one object per line, as .jsonl, for example with jq -c '.[]' {file}"
             )
         compression = compression_of(file)
         if compression and kind_of(file) in ("parquet", "tokens"):
@@ -94,7 +148,8 @@ def suffix_of(file: Path) -> str:
 
 def kind_of(file: Path) -> str:
     """Return what a file holds, by the suffix of its name; text if the suffix is unknown."""
-    return FILE_KINDS.get(suffix_of(file), "text")
+    suffix = suffix_of(file)
+    return FILE_KINDS.get(suffix, "jsonl" if suffix == ".json" else "text")
 
 
 @contextmanager
@@ -115,13 +170,44 @@ def open_file(file: Path) -> Iterator[tuple[IO[bytes], Any]]:
         raise UserError(f"{file} cannot be read: {error}") from None
 
 
-def first_line(file: Path) -> bytes:
-    """Return the first line of a file, or its first FIRST_LINE_BYTES if the line is longer."""
+def encoding_of(file: Path) -> str:
+    """Return the encoding of a text file."""
+    return detect_encoding(read_start(file, SNIFFED_BYTES))
+
+
+def first_text(file: Path, size: int = START_BYTES) -> tuple[str, bool]:
+    """Return the text of the first `size` bytes of a file, and whether that is all of it."""
+    start = read_start(file, size)
+    text = start.decode(detect_encoding(start[:SNIFFED_BYTES]), "replace")
+    return text, len(start) < size
+
+
+def line_end(text: str) -> str:
+    """Return what ends the lines of a text: a line feed or, as old Macs wrote, a carriage return.
+
+    >>> line_end("a\\nb\\r"), line_end("a\\rb\\r"), line_end("a\\r\\nb")
+    ('\\n', '\\r', '\\n')
+    """
+    return "\r" if "\r" in text and "\n" not in text else "\n"
+
+
+def read_start(file: Path, size: int) -> bytes:
+    """Return the first `size` bytes of a file's content, or all of it."""
     start = b""
     with open_file(file) as (_, content):
-        while b"\n" not in start and len(start) < FIRST_LINE_BYTES:
-            block = content.read(min(2**16, FIRST_LINE_BYTES - len(start)))
+        while len(start) < size:
+            block = content.read(min(2**16, size - len(start)))
             if not block:
                 break
             start += block
-    return start.partition(b"\n")[0]
+    return start
+
+
+def has_json_lines(file: Path) -> bool:
+    """Return whether the first of several lines of a file is a JSON object."""
+    text, _ = first_text(file)
+    lines = [line for line in text.removeprefix("\ufeff").split(line_end(text)) if line.strip()]
+    try:
+        return len(lines) > 1 and isinstance(json.loads(lines[0]), dict)
+    except (ValueError, RecursionError):
+        return False

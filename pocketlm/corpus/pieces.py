@@ -7,8 +7,10 @@ block is text as it was read from a file, which may hold several documents or a 
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,34 @@ PIECE_CHARACTERS = 2**20
 Piece = tuple[str, bool]
 
 
+@dataclass
+class ByteAccount:
+    """Where the bytes of a source went: all that are not in its documents, by the reason.
+
+    A reason has a negative number if it made the text longer, as the change from UTF-16 may.
+    """
+
+    bytes: int = 0  # of the source
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def leave_out(self, reason: str, size: int) -> None:
+        """Count bytes that are in no document."""
+        if size:
+            self.left_out[reason] += size
+
+
 class Source:
     """Base class of everything that yields documents.
 
-    A source that knows its `size` in bytes updates `position`, the bytes read so far.
+    A source that knows its `size` in bytes updates `position`, the bytes read so far. `account` is
+    that of the last complete reading. `remarks` are sentences for the user on what is not read.
     """
 
     name: str
     size: int | None = None
     position = 0
+    account = ByteAccount()
+    remarks: tuple[str, ...] = ()
 
     def documents(self) -> Iterator[str]:
         """Yield every document as a whole string, always in the same order.
@@ -40,7 +61,9 @@ class Source:
 
         All pieces of a document have PIECE_CHARACTERS, except the last, which may be shorter.
         """
-        return resize_pieces((document, True) for document in self.documents())
+        account = self.account = ByteAccount()
+        documents = ((document, True) for document in self.documents())
+        yield from resize_pieces(counted(documents, account), account)
 
     def digest(self) -> str:
         """Return the SHA-256 of everything that decides the documents.
@@ -120,7 +143,14 @@ def split_on_blank_lines(lines: Iterable[Piece]) -> Iterator[Piece]:
     yield "", True
 
 
-def resize_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def counted(pieces: Iterable[Piece], account: ByteAccount) -> Iterator[Piece]:
+    """Yield the pieces, and count their bytes as those of the source."""
+    for text, is_last in pieces:
+        account.bytes += len(text.encode())
+        yield text, is_last
+
+
+def resize_pieces(pieces: Iterable[Piece], account: ByteAccount) -> Iterator[Piece]:
     """Drop blank documents and cut the others into pieces of PIECE_CHARACTERS.
 
     The cuts depend on the document alone, not on the pieces that came in, so that equal documents
@@ -130,6 +160,7 @@ def resize_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
     size = 0
     for text, is_last in merge_leading_blanks(pieces):
         if not pending and (not text or text.isspace()):
+            account.leave_out("documents of white space", len(text.encode()))
             continue
         if not pending and is_last and len(text) <= PIECE_CHARACTERS:  # the common case
             yield text, True
@@ -184,7 +215,7 @@ class FirstDocuments(Source):
 
     def __init__(self, source: Source):
         self.source = source
-        self.name = f"the first documents of {source.name}"
+        self.name, self.remarks = f"the first documents of {source.name}", source.remarks
 
     @cached_property
     def buffer(self) -> list[Piece]:

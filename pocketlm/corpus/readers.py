@@ -13,11 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.config.sections import SourceConfig
-from pocketlm.corpus.input_files import compression_of, first_line, kind_of, open_file, suffix_of
+from pocketlm.corpus.encodings import SNIFFED_BYTES, undecodable
+from pocketlm.corpus.input_files import (
+    START_BYTES,
+    InputFiles,
+    compression_of,
+    encoding_of,
+    first_text,
+    kind_of,
+    line_end,
+    open_file,
+    suffix_of,
+)
 from pocketlm.corpus.named import format_dialogue
 from pocketlm.corpus.pieces import (
+    ByteAccount,
     Piece,
     Source,
+    counted,
     hash_files,
     join_texts,
     resize_pieces,
@@ -25,6 +38,7 @@ from pocketlm.corpus.pieces import (
     split_on_separator,
 )
 from pocketlm.errors import UserError
+from pocketlm.limits import MAX_LINE_CHARACTERS
 
 BLOCK_BYTES = 2**20
 TABLE_ROWS = 100
@@ -35,7 +49,16 @@ so that token shards made of the old documents are not found any more."""
 
 END_OF_UTTERANCE = "__eou__"  # follows every utterance in DailyDialog's layout, a dialogue per line
 
-csv.field_size_limit(2**31 - 1)  # of the whole process; by default 131,072 characters
+SEPARATORS = "separators between documents"
+OUTSIDE_DOCUMENTS = {  # what else is in a file, by its format
+    "text": SEPARATORS,
+    "dialogues": "marks of DailyDialog's layout",
+    "jsonl": "JSON syntax and other fields",
+    "csv": "CSV syntax and other columns",
+    "tsv": "CSV syntax and other columns",
+}
+
+csv.field_size_limit(MAX_LINE_CHARACTERS)  # of the whole process; by default 131,072
 
 
 class FileSource(Source):
@@ -45,19 +68,42 @@ class FileSource(Source):
     UserError if only some of the .txt files have that layout.
     """
 
-    def __init__(self, name: str, files: list[Path], config: SourceConfig):
-        self.name, self.files, self.config = name, files, config
-        self.size: int = sum(file.stat().st_size for file in files)
-        self.dialogues = config.separator is None and have_dialogue_layout(name, files)
+    def __init__(self, found: InputFiles, config: SourceConfig):
+        self.name, self.files, self.config = found.path, found.files, config
+        self.not_read, self.remarks = found.not_read, found.remarks
+        self.size: int = sum(file.stat().st_size for file in self.files)
+        self.text_bytes = 0  # of the file that is read, in UTF-8
+        self.dialogues = config.separator is None and have_dialogue_layout(self.name, self.files)
         if self.dialogues:
-            self.name = f"{name} (DailyDialog's layout)"
+            self.name = f"{self.name} (DailyDialog's layout)"
+
+    @property
+    def has_text_files(self) -> bool:
+        """Whether a separator can be in the files."""
+        return any(self.format_of(file) == "text" for file in self.files)
 
     def pieces(self) -> Iterator[Piece]:
+        account = self.account = ByteAccount()
         self.position = 0
         for file in self.files:
             start = self.position
-            yield from resize_pieces(self.read(file))
+            yield from resize_pieces(self.read_and_count(file, account), account)
             self.position = start + file.stat().st_size
+
+    def read_and_count(self, file: Path, account: ByteAccount) -> Iterator[Piece]:
+        """Yield the documents of one file, and count its bytes that are in none of them.
+
+        Of parquet, which is compressed, only the column counts.
+        """
+        kind = self.format_of(file)
+        if kind == "parquet":
+            yield from counted(self.read(file), account)
+            return
+        self.text_bytes = in_documents = 0
+        for text, is_last in self.read(file):
+            in_documents += len(text.encode())
+            yield text, is_last
+        account.leave_out(OUTSIDE_DOCUMENTS[kind], self.text_bytes - in_documents)
 
     def read(self, file: Path) -> Iterator[Piece]:
         """Yield the documents of one file; pieces may have any size, documents may be blank."""
@@ -96,11 +142,12 @@ class FileSource(Source):
     def blocks(self, file: Path) -> Iterator[str]:
         """Yield the file's text, one block at a time.
 
-        Raises UserError with the position of the first byte that is not UTF-8.
+        Raises UserError with the position of the first byte that is not of the file's encoding.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")(self.config.errors)
+        encoding = encoding_of(file)
+        decoder = codecs.getincrementaldecoder(encoding)(self.config.errors)
         with open_file(file) as (raw, content):
-            start, fed_bytes = self.position, 0
+            start, fed_bytes, text_bytes = self.position, 0, 0
             while True:
                 block = content.read(BLOCK_BYTES)
                 pending_bytes = len(decoder.getstate()[0])  # of a character that the block cut
@@ -108,23 +155,45 @@ class FileSource(Source):
                     text = decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
                     byte = fed_bytes - pending_bytes + error.start
-                    raise not_utf8_error(str(file), byte, error) from None
+                    raise decoding_error(str(file), byte, error, encoding) from None
                 fed_bytes += len(block)
+                text_bytes += len(text.encode())
                 self.position = start + raw.tell()
                 if text:
                     yield text
                 if not block:
-                    return
+                    break
+        self.count_text(fed_bytes, text_bytes, encoding)
+
+    def count_text(self, size: int, text_bytes: int, encoding: str) -> None:
+        """Count a file of `size` bytes, and the bytes of its text in UTF-8."""
+        self.account.bytes += size
+        self.text_bytes += text_bytes
+        replaced = "bytes that are not UTF-8, read as U+FFFD"
+        reason = replaced if encoding == "utf-8" else f"change from {encoding.upper()} to UTF-8"
+        self.account.leave_out(reason, size - text_bytes)
 
     def lines(self, file: Path) -> Iterator[str]:
-        """Yield the file's lines with their ends, without a byte order mark."""
+        """Yield the file's lines with a line feed each, without a byte order mark.
+
+        Lines may also end in carriage returns, if there are no line feeds.
+        """
+        end = line_end(first_text(file)[0])
         pending: list[str] = []  # joined once, however long the line is
         byte_order_mark = "\ufeff"
-        for text, is_last in split_on_separator(self.blocks(file), "\n"):
+        number, characters = 1, 0
+        for text, is_last in split_on_separator(self.blocks(file), end):
             pending.append(text)
+            characters += len(text)
+            if characters > MAX_LINE_CHARACTERS:
+                raise UserError(
+                    f"{file}:{number}: the line has more than {MAX_LINE_CHARACTERS:,} characters, "
+                    "the most that is read into memory; write one document in each line"
+                )
             if is_last:
                 yield join_texts(pending).removeprefix(byte_order_mark) + "\n"
                 pending, byte_order_mark = [], ""
+                number, characters = number + 1, 0
 
     def read_dialogues(self, file: Path) -> Iterator[str]:
         """Yield one dialogue per line, in the form of the corpus `dialogue`."""
@@ -155,7 +224,8 @@ class FileSource(Source):
     def read_csv(self, file: Path, delimiter: str) -> Iterator[str]:
         """Yield the column `data.text_field` of a table whose first row names the columns."""
         field = self.config.text_field
-        rows = csv.reader(self.lines(file), delimiter=delimiter, strict=True)
+        escape = quote_escape(*first_text(file), delimiter)
+        rows = csv.reader(self.lines(file), delimiter=delimiter, escapechar=escape, strict=True)
         try:
             header = next(rows, [])
             if field not in header:
@@ -200,9 +270,17 @@ class FileSource(Source):
 
     def digest(self) -> str:
         config = self.config
-        formats = [(self.format_of(file), compression_of(file)) for file in self.files]
+        formats = [self.format_in_digest(file) for file in self.files]
         settings = [READER_VERSION, config.separator, config.text_field, config.errors, formats]
         return hash_files(self.files, settings)
+
+    def format_in_digest(self, file: Path) -> list[str | None]:
+        """Return everything but the settings and the bytes that decides how a file is read."""
+        kind, compression = self.format_of(file), compression_of(file)
+        is_text = kind not in ("parquet", "tokens") and not compression
+        encoding = encoding_of(file) if is_text else "utf-8"
+        # UTF-8 is left out, as before there were others, so that prepared shards are found
+        return [kind, compression, *([] if encoding == "utf-8" else [encoding])]
 
 
 def have_dialogue_layout(name: str, files: list[Path]) -> bool:
@@ -212,7 +290,7 @@ def have_dialogue_layout(name: str, files: list[Path]) -> bool:
     of the files have it.
     """
     texts = [file for file in files if suffix_of(file) == ".txt"]
-    dialogues = [file for file in texts if END_OF_UTTERANCE.encode() in first_line(file)]
+    dialogues = [file for file in texts if END_OF_UTTERANCE in first_line(file)]
     if 0 < len(dialogues) < len(texts):
         other = next(file for file in texts if file not in dialogues)
         raise UserError(
@@ -226,6 +304,43 @@ def strip_carriage_returns(lines: Iterable[Piece]) -> Iterator[Piece]:
     """Remove the carriage return at the end of each line."""
     for text, is_last in lines:
         yield text.removesuffix("\r") if is_last else text, is_last
+
+
+def first_line(file: Path) -> str:
+    """Return the first line of a file, or what is in its first bytes of a longer one."""
+    for size in (SNIFFED_BYTES, START_BYTES):
+        text, is_whole = first_text(file, size)
+        line, end, _ = text.partition(line_end(text))
+        if end or is_whole:
+            break
+    return line
+
+
+def quote_escape(start: str, is_whole: bool, delimiter: str) -> str | None:
+    r"""Return what is before a quote inside a quoted field of a table: a backslash, or None.
+
+    None is the usual way, a doubled quote. A table is read with backslashes if it has them, and if
+    its start, from which the rest may be cut off, is no table without them.
+
+    >>> quote_escape('text\n"a \\"b\\" c"', True, ","), quote_escape('text\n"a ""b"" c"', True, ",")
+    ('\\', None)
+    """
+    if '\\"' not in start or is_table(start, is_whole, delimiter, None):
+        return None
+    return "\\" if is_table(start, is_whole, delimiter, "\\") else None
+
+
+def is_table(start: str, is_whole: bool, delimiter: str, escape: str | None) -> bool:
+    """Return whether the rows are CSV, and none is wider than the header."""
+    lines = start.split(line_end(start))
+    rows = csv.reader(
+        (f"{line}\n" for line in lines), delimiter=delimiter, escapechar=escape, strict=True
+    )
+    try:
+        width = len(next(rows, []))
+        return all(len(row) <= width for row in rows)
+    except csv.Error:
+        return not is_whole and rows.line_num >= len(lines)  # in the row that is cut off
 
 
 # ---- values of tables, and errors ----
@@ -242,7 +357,7 @@ def text_of_value(value: Any, location: str, field: str, errors: str) -> str:
         try:
             return value.decode("utf-8", errors)
         except UnicodeDecodeError as error:
-            raise not_utf8_error(location, error.start, error) from None
+            raise decoding_error(location, error.start, error) from None
     if not isinstance(value, str):
         raise UserError(
             f"{location}: the field {field!r} holds {type(value).__name__} {str(value)[:40]!r}, "
@@ -260,12 +375,14 @@ def text_of_value(value: Any, location: str, field: str, errors: str) -> str:
     return value
 
 
-def not_utf8_error(location: str, position: int, error: UnicodeDecodeError) -> UserError:
-    """Return the error for a byte that is not UTF-8."""
-    byte = error.object[error.start]
+def decoding_error(
+    location: str, position: int, error: UnicodeDecodeError, encoding: str = "utf-8"
+) -> UserError:
+    """Return the error for a byte that is not of the text's encoding."""
     return UserError(
-        f"{location} is not UTF-8: byte {position} is 0x{byte:02x}; "
-        "data.errors=replace reads such bytes as U+FFFD"
+        f"{undecodable(location, position, error, encoding)}; "
+        "data.errors=replace reads such bytes as U+FFFD, and a text in another encoding is "
+        "converted with iconv -f ENCODING -t UTF-8"
     )
 
 

@@ -122,7 +122,7 @@ def open_source(
         return NamedSource(config.source, data_dir)
     if is_saved(Path(path)):
         return DatasetSource(config, path, split, False)
-    return FileSource(path, find_files(path), config)
+    return FileSource(find_files(path), config)
 
 
 def has_splits(path: str | None) -> bool:

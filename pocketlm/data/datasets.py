@@ -100,22 +100,22 @@ class PackedLMDataset(Dataset[Batch]):
 class PaddedLMDataset(PackedLMDataset):
     """One document per row, with a loss on its tokens only, truncated to T + 1 tokens.
 
-    `ends_shared`: the first token of a document is also the end of the document before it, as it
-    is if the tokenizer has an eos and no bos.
+    A document of a single token has no target and so no row. `ends_shared`: the first token of a
+    document is also the end of the document before it, as it is if the tokenizer has an eos and no
+    bos.
     """
 
     def __init__(self, source: TokenShard, seq_len: int, ends_shared: bool):
         super().__init__(source, seq_len)
-        self.ends_shared = ends_shared
+        self.lengths = source.row_lengths(ends_shared)
+        self.documents = np.flatnonzero(self.lengths > 1)  # of each row
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.documents)
 
     def bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        offsets = self.offsets
-        next_starts = offsets[np.minimum(rows + 1, len(offsets) - 1)]
-        ends = np.where(rows + 1 < len(offsets), next_starts + self.ends_shared, self.n_tokens)
-        return offsets[rows], np.minimum(ends - offsets[rows], self.seq_len + 1)
+        documents = self.documents[rows]
+        return self.offsets[documents], np.minimum(self.lengths[documents], self.seq_len + 1)
 
 
 class JoinedDataset(Dataset[Batch]):

@@ -6,6 +6,7 @@ Training batches are endless; validation batches hold each row once.
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from pocketlm.config.sections import Config
 from pocketlm.corpus.chunks import Split
 from pocketlm.corpus.sources import DatasetSource
 from pocketlm.data.datasets import JoinedDataset, RowDataset, RowFormat, build_row_dataset
-from pocketlm.data.prepare import PreparedData
+from pocketlm.data.prepare import PreparedData, PreparedSplit
 from pocketlm.data.samplers import (
     ONLY_PROCESS,
     DataShard,
@@ -25,6 +26,7 @@ from pocketlm.data.samplers import (
 from pocketlm.data.shards import TokenShard
 from pocketlm.data.streaming import StreamingPackedLMDataset, StreamLoader, StreamOptions
 from pocketlm.errors import UserError
+from pocketlm.tokenizer.base import Tokenizer
 
 # ---- batches ----
 
@@ -39,7 +41,7 @@ def build_loaders(
     """Return the endless training loader and the validation loader of one rank."""
     train_loader = build_train_loader(config, data, rank, pin_memory=pin_memory)
     rows = build_rows(config, data, "val")
-    sampler = ValidationBatchSampler(len(rows), config.training.micro_batch_size, rank)
+    sampler = ValidationBatchSampler(len(rows), config.training.micro_batch, rank)
     return train_loader, ResumableLoader(rows, sampler, 0, pin_memory)
 
 
@@ -71,7 +73,7 @@ def build_train_loader(
         data.stream,
         data.tokenizer,
         row_format(config),
-        config.training.micro_batch_size,
+        config.training.micro_batch,
         options,
         rank,
     )
@@ -95,7 +97,7 @@ def build_train_sampler(
 ) -> ShuffledBatchSampler:
     """Return the sampler of the rows to train on."""
     rows, training = build_rows(config, data, "train"), config.training
-    batch_size, seed = training.micro_batch_size, training.seed
+    batch_size, seed = training.micro_batch, training.seed
     if isinstance(rows, JoinedDataset):
         sizes = list(map(len, rows.datasets))
         return MixtureBatchSampler(sizes, data.weights, batch_size, seed, rank)
@@ -108,7 +110,7 @@ def build_train_sampler(
 def rows_per_step(config: Config) -> int:
     """Return the rows of one optimizer step, on all devices."""
     training = config.training
-    return training.micro_batch_size * training.grad_accum_steps * config.hardware.devices
+    return training.micro_batch * training.grad_accum_steps * config.hardware.devices
 
 
 def rows_in_run(config: Config) -> int:
@@ -153,21 +155,47 @@ def documents_longer_than_row(config: Config, data: PreparedData) -> int:
     return count
 
 
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: those after a character's first
+
+
 def validation_target_bytes(config: Config, data: PreparedData) -> int:
     """Return the UTF-8 bytes of the validation text whose tokens are targets.
 
-    Of a padded row, the first token and the tokens that are cut off are no targets.
+    Raises UserError if there are none, because bits per byte divide by them.
     """
-    size = data.val.n_bytes
-    if config.data.packing != "padded":
-        return size
-    row_tokens = config.training.seq_len + 1
-    for shard in data.val.shards:
-        ends = np.append(shard.offsets[1:], shard.header.tokens)
-        for start, end in zip(shard.offsets, ends, strict=True):
-            for lost in (shard.tokens[start : start + 1], shard.tokens[start + row_tokens : end]):
-                text = data.tokenizer.decode(lost.tolist())  # empty for a bos or eos
-                # The cut may leave the end of a character that starts in the row, which counts
-                # there; it is decoded as U+FFFD.
-                size -= len(text.lstrip("\ufffd").encode())
+    size = data.val.n_bytes - bytes_without_target(config, data, data.val)
+    if size < 1:
+        raise UserError(
+            f"no token to predict in the validation part of {data.name} has any text; "
+            "give more text, or change data.val_share"
+        )
     return size
+
+
+def bytes_without_target(config: Config, data: PreparedData, split: PreparedSplit) -> int:
+    """Return the UTF-8 bytes of a split's text whose tokens are never predicted.
+
+    They are the first token of a row, unless it is a bos or eos: of every padded row, and of the
+    first packed one. Of a padded row, they are also what is cut off.
+    """
+    tokenizer, size = data.tokenizer, 0
+    row_tokens = config.training.seq_len + 1
+    for shard in split.shards:
+        tokens, starts = shard.tokens, shard.offsets
+        if config.data.packing != "padded":
+            size += 0 if tokenizer.document_prefix else text_bytes(tokenizer, tokens[:1])
+            continue
+        lengths = shard.row_lengths(bool(tokenizer.corpus_suffix))
+        if not tokenizer.document_prefix:
+            for i, count in Counter(tokens[starts[lengths > 0]].tolist()).items():
+                size += count * len(tokenizer.token_bytes(i))
+        for document in np.flatnonzero(lengths > row_tokens):
+            start = starts[document]
+            size += text_bytes(tokenizer, tokens[start + row_tokens : start + lengths[document]])
+    return size
+
+
+def text_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+    """Return the UTF-8 bytes of tokens, without the end of a character that begins before them."""
+    text = b"".join(map(tokenizer.token_bytes, ids.tolist()))
+    return len(text.lstrip(CONTINUATION_BYTES))

@@ -9,9 +9,10 @@ in `data.cache_dir` and found again by everything that decides their content.
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,19 @@ from filelock import FileLock
 from pocketlm.config.sections import DataConfig, SourceConfig
 from pocketlm.corpus.chunks import Split, single_document_bytes, split_source
 from pocketlm.corpus.pieces import FirstDocuments, Source
+from pocketlm.corpus.readers import SEPARATORS, FileSource
 from pocketlm.corpus.sources import open_source
 from pocketlm.data.bin_files import write_bin
-from pocketlm.data.shard_builder import BuildSettings, ShardBuilder, hold_lock, holds_tokens
+from pocketlm.data.shard_builder import (
+    BuildSettings,
+    ShardBuilder,
+    SourceAccount,
+    bytes_of,
+    call_in_daemon,
+    hold_lock,
+    holds_tokens,
+    most_common,
+)
 from pocketlm.data.shards import TokenShard
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import Tokenizer
@@ -62,7 +73,8 @@ class PreparedSplit:
 class PreparedData:
     """A corpus ready to train on.
 
-    If it is streamed, `train` and `val` hold the first documents of `stream` only.
+    If it is streamed, `train` and `val` hold the first documents of `stream` only, and there are no
+    accounts. `remarks` are sentences for the user on what is not read or not encoded.
     """
 
     sources: tuple[str, ...]
@@ -71,6 +83,8 @@ class PreparedData:
     train: PreparedSplit
     val: PreparedSplit
     stream: Source | None = None
+    accounts: tuple[SourceAccount, ...] = ()  # of the sources, and of their val_path or val_split
+    remarks: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -116,17 +130,82 @@ def prepare(data: DataConfig, settings: BuildSettings | None = None) -> Prepared
     plans = [plan_source(config, data, stream) for config in data.sources]
     tokenizer = prepare_tokenizer(data, plans)
     shards = Path(data.cache_dir) / "shards"
-    train, val = [], []
+    train, val, builders = [], [], []
     for plan in plans:
-        made = ShardBuilder(plan.source, tokenizer, plan.val_share, shards, settings).run()
+        builders.append(ShardBuilder(plan.source, tokenizer, plan.val_share, shards, settings))
+        made = builders[-1].run()
         train.append(made["train"])
         if plan.val_source:
-            made = ShardBuilder(plan.val_source, tokenizer, 1.0, shards, settings).run()
+            builders.append(ShardBuilder(plan.val_source, tokenizer, 1.0, shards, settings))
+            made = builders[-1].run()
         val.append(made["val"])
-    names = (stream.name,) if stream else tuple(plan.source.name for plan in plans)
-    weights = tuple(plan.weight for plan in plans)
-    train_split, val_split = PreparedSplit(tuple(train)), PreparedSplit(tuple(val))
-    return PreparedData(names, weights, tokenizer, train_split, val_split, stream)
+        check_targets(train[-1], "train", plan.source.name, data, tokenizer)
+        check_targets(val[-1], "validation", builders[-1].source.name, data, tokenizer)
+    accounts = [source_account(builder) for builder in builders]
+    sources = [builder.source for builder in builders]
+    return PreparedData(
+        sources=(stream.name,) if stream else tuple(plan.source.name for plan in plans),
+        weights=tuple(plan.weight for plan in plans),
+        tokenizer=tokenizer,
+        train=PreparedSplit(tuple(train)),
+        val=PreparedSplit(tuple(val)),
+        stream=stream,
+        accounts=() if stream else tuple(accounts),
+        remarks=tuple(dict.fromkeys(remarks(sources, accounts, tokenizer.name))),
+    )
+
+
+def check_targets(
+    shard: TokenShard, part: str, name: str, data: DataConfig, tokenizer: Tokenizer
+) -> None:
+    """Raise UserError for a shard in which nothing can be predicted."""
+    if data.packing == "padded":
+        if (shard.row_lengths(bool(tokenizer.corpus_suffix)) > 1).any():
+            return
+        problem = "no document of two tokens or more, so that a padded row has nothing to predict"
+    else:
+        if shard.header.tokens > 1:
+            return
+        problem = "a single token, and nothing comes before it from which to predict it"
+    raise UserError(
+        f"the {part} part of {name} has {problem}; "
+        "give more text, change data.val_share, or set data.eos to true"
+    )
+
+
+def source_account(builder: ShardBuilder) -> SourceAccount:
+    """Return where the bytes of a source went, those of the files that are not read included."""
+    account, source = builder.account(), builder.source
+    if not isinstance(source, FileSource):
+        return account
+    sizes = {
+        reason: sum(file.lstat().st_size for file in files if file.is_file())
+        for reason, files in source.not_read.items()
+    }
+    total = account.bytes + sum(sizes.values())
+    return replace(account, bytes=total, left_out=account.left_out | sizes)
+
+
+def remarks(sources: list[Source], accounts: list[SourceAccount], tokenizer: str) -> Iterator[str]:
+    """Yield a sentence on everything that is not read or not encoded, and that may be a mistake."""
+    for source, account in zip(sources, accounts, strict=True):
+        yield from source.remarks
+        spaces = Counter({one: n for one, n in account.characters.items() if one.isspace()})
+        if spaces:
+            yield (
+                f"the tokenizer {tokenizer!r} leaves out {spaces.total():,} white-space characters "
+                f"of {source.name}"
+            )
+        if characters := Counter(account.characters) - spaces:
+            yield (
+                f"the tokenizer {tokenizer!r} leaves out {characters.total():,} characters of "
+                f"{source.name}, {bytes_of(characters):,} bytes, because it has no entry for them: "
+                f"{most_common(characters)}"
+            )
+        if isinstance(source, FileSource) and source.has_text_files and account.bytes:
+            separator = source.config.separator
+            if separator and SEPARATORS not in account.left_out:
+                yield f"data.separator {separator!r} does not occur in {source.name}"
 
 
 def plan_source(config: SourceConfig, data: DataConfig, stream: Source | None) -> SourcePlan:
@@ -201,10 +280,8 @@ def trained_tokenizer(
         with hold_lock(FileLock(path.with_suffix(".lock"))):
             if not path.exists():  # another process may have made it meanwhile
                 texts = training_texts(sources, val_shares)
-                write_tokenizer(
-                    path,
-                    build_tokenizer(data.tokenizer, data.cache_dir, texts, data.bos, data.eos),
-                )
+                build = partial(build_tokenizer, data.tokenizer, data.cache_dir, texts)
+                write_tokenizer(path, call_in_daemon(partial(build, data.bos, data.eos)))
     return read_tokenizer(path)
 
 

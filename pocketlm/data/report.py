@@ -23,11 +23,13 @@ from pocketlm.data.loaders import (
     build_rows,
     build_train_loader,
     build_train_sampler,
+    bytes_without_target,
     document_ends,
     rows_in_run,
 )
 from pocketlm.data.prepare import PreparedData, PreparedSplit
 from pocketlm.data.samplers import MixtureBatchSampler
+from pocketlm.data.shard_builder import SourceAccount
 from pocketlm.data.shards import TokenShard
 from pocketlm.errors import UserError
 from pocketlm.model.loss import IGNORE_INDEX
@@ -101,6 +103,7 @@ class SplitFacts:
     histogram: list[Bin]
     nul: int  # NUL characters, which text seldom has
     truncated: int | None  # documents cut off at the end of their row; None: rows are packed
+    not_predicted: int  # bytes of text whose tokens are never a target
 
     @property
     def bytes_per_token(self) -> float:
@@ -124,6 +127,8 @@ class SplitFacts:
             facts["nul"] = self.nul
         if self.truncated is not None:
             facts["cut_off"] = self.truncated
+        if self.not_predicted:
+            facts["not_predicted"] = self.not_predicted
         return facts
 
 
@@ -150,6 +155,8 @@ class DataReport:
     overlap: int  # different documents that are in both splits
     row: list[str]
     mixture: list[MixtureFacts]
+    accounts: tuple[SourceAccount, ...]
+    remarks: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Return the report in plain types."""
@@ -165,6 +172,8 @@ class DataReport:
             report["streamed"] = STREAMED_NOTE
         if self.mixture:
             report["mixture"] = [asdict(source) for source in self.mixture]
+        report["sources"] = [asdict(account) for account in self.accounts]
+        report["remarks"] = list(self.remarks)
         return report
 
 
@@ -184,7 +193,7 @@ def build_report(config: Config, data: PreparedData) -> DataReport:
         tokenizer=TokenizerFacts(
             tokenizer.name,
             tokenizer.vocab_size,
-            tokenizer.bos_id,
+            tokenizer.bos_id if tokenizer.adds_bos else None,
             tokenizer.eos_id,
             tokenizer.fingerprint,
             tokenizer.note,
@@ -194,6 +203,8 @@ def build_report(config: Config, data: PreparedData) -> DataReport:
         overlap=int(np.isin(np.unique(val), train).sum()),
         row=first_row(config, data),
         mixture=mixture_facts(config, data),
+        accounts=data.accounts,
+        remarks=data.remarks,
     )
 
 
@@ -219,6 +230,7 @@ def split_facts(
         histogram=histogram(lengths),
         nul=count_nul(tokenizer, counts),
         truncated=truncated,
+        not_predicted=bytes_without_target(config, data, split),
     )
 
 
@@ -303,6 +315,7 @@ def print_report(report: DataReport) -> None:
     out = Console(highlight=False, emoji=False, soft_wrap=True)
     out.print(count_table(report))
     print_tokenizer(out, report)
+    print_accounts(out, report)
     out.print(f"documents in both train and validation: {report.overlap:,}")
     for source in report.mixture:
         out.print(
@@ -344,6 +357,8 @@ def count_cells(report: DataReport, split: SplitFacts) -> dict[str, str]:
     }
     if split.truncated is not None:
         cells["documents truncated to a row"] = f"{split.truncated:,}"
+    if report.train.not_predicted or report.validation.not_predicted:
+        cells["bytes never predicted"] = f"{split.not_predicted:,}"
     if report.train.nul or report.validation.nul:
         cells["NUL characters (is this text?)"] = f"{split.nul:,}"
     return cells
@@ -357,6 +372,16 @@ def print_tokenizer(out: Console, report: DataReport) -> None:
     out.print(f"\ntokenizer: {tokenizer.name}; {bos}, {eos}")
     if tokenizer.note:
         out.print(tokenizer.note, markup=False)
+
+
+def print_accounts(out: Console, report: DataReport) -> None:
+    """Print how many bytes each source has, and those that are in no document, by the reason."""
+    for account in report.accounts:
+        out.print(f"bytes of {account.name}: {account.bytes:,}", markup=False)
+        for reason, size in account.left_out.items():
+            out.print(f"    not in the text above: {size:,} of {reason}", markup=False)
+    for remark in report.remarks:
+        out.print(f"note: {remark}", markup=False)
 
 
 def print_histogram(out: Console, bars: list[Bin]) -> None:

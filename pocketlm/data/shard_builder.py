@@ -13,15 +13,16 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -40,9 +41,15 @@ from pocketlm.corpus.input_files import kind_of
 from pocketlm.corpus.pieces import Source
 from pocketlm.corpus.readers import FileSource
 from pocketlm.data.bin_files import encode_tokens, token_batches
-from pocketlm.data.shards import EncodedBatch, ShardHeader, ShardWriter, TokenShard
+from pocketlm.data.shards import EncodedBatch, ShardWriter, TokenShard
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import Tokenizer
+
+T = TypeVar("T")
+
+BUILD_VERSION = 2
+"""Part of the key of every folder of shards. Raise it when other files are written than before, so
+that the old folders are not found any more."""
 
 LINE_SECONDS = 5  # between two lines, where there is no terminal
 
@@ -126,6 +133,7 @@ def join_encoded(encoded: Iterable[tuple[Chunk, np.ndarray]], tokenizer: Tokeniz
     suffix = np.array(tokenizer.document_suffix, tokenizer.dtype)
     arrays: list[np.ndarray] = []
     starts: list[int] = []
+    left_out: Counter[str] = Counter()
     length = size = 0
     for chunk, ids in encoded:
         if chunk.starts_document:
@@ -138,7 +146,28 @@ def join_encoded(encoded: Iterable[tuple[Chunk, np.ndarray]], tokenizer: Tokeniz
             arrays.append(suffix)
             length += len(suffix)
         size += len(chunk.text.encode())
-    return EncodedBatch(np.concatenate(arrays), np.array(starts, np.int64), size)
+        left_out += tokenizer.left_out_characters(chunk.text, ids)
+    size -= bytes_of(left_out)
+    return EncodedBatch(np.concatenate(arrays), np.array(starts, np.int64), size, left_out)
+
+
+def bytes_of(characters: Counter[str]) -> int:
+    """Return the UTF-8 bytes of counted characters."""
+    return sum(len(character.encode()) * count for character, count in characters.items())
+
+
+@dataclass(frozen=True)
+class SourceAccount:
+    """Where the bytes of a source went: all that no token of a shard stands for, by the reason."""
+
+    name: str
+    bytes: int
+    left_out: dict[str, int]  # bytes by the reason
+    characters: dict[str, int]  # those for which the tokenizer has no token, counted
+
+
+WHITE_SPACE = "white space that the tokenizer leaves out"
+NO_ENTRY = "characters that the tokenizer has no entry for"
 
 
 @dataclass(frozen=True)
@@ -167,7 +196,7 @@ class ShardBuilder:
     ):
         self.source, self.tokenizer, self.val_share = source, tokenizer, val_share
         self.settings = settings
-        key = [ShardHeader.version, source.digest(), val_share, tokenizer.fingerprint]
+        key = [BUILD_VERSION, source.digest(), val_share, tokenizer.fingerprint]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self.folder, self.unfinished = shards / name, shards / f"unfinished-{name}"
         self.journal = self.unfinished / "journal.json"
@@ -192,6 +221,19 @@ class ShardBuilder:
                     "delete its folder to prepare it again"
                 )
         return shards
+
+    def account(self) -> SourceAccount:
+        """Return where the bytes of the source went, after `run`."""
+        path = self.folder / "account.json"
+        try:
+            entry = json.loads(path.read_text())
+            return SourceAccount(
+                self.source.name, entry["bytes"], entry["left_out"], entry["characters"]
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path} is missing or damaged; delete its folder to prepare it again"
+            ) from None
 
     def _build(self) -> None:
         try:
@@ -223,16 +265,33 @@ class ShardBuilder:
                     if time.monotonic() - journal_time > self.settings.journal_seconds:
                         self._write_journal(number, writers)
                         journal_time = time.monotonic()
+            self._write_account(writers.values())
             documents = sum(writer.documents for writer in writers.values())
             for split, writer in writers.items():
                 if not writer.bytes:
-                    raise self._empty_split_error(split, documents)
+                    raise self._empty_split_error(split, documents, writer.left_out)
             for writer in writers.values():
                 writer.close()
         # The journal first: without the offset files it cannot be used.
         self.journal.unlink(missing_ok=True)
         for writer in writers.values():
             writer.offsets_path.unlink()
+
+    def _write_account(self, writers: Iterable[ShardWriter]) -> None:
+        characters: Counter[str] = Counter()
+        size = 0
+        for writer in writers:
+            characters += writer.left_out
+            size += writer.bytes
+        spaces = Counter({one: count for one, count in characters.items() if one.isspace()})
+        left_out = {WHITE_SPACE: bytes_of(spaces), NO_ENTRY: bytes_of(characters - spaces)}
+        size += sum(left_out.values())
+        if not holds_tokens(self.source):
+            size = self.source.account.bytes
+            left_out |= self.source.account.left_out
+        left_out = {reason: count for reason, count in left_out.items() if count}
+        entry = {"bytes": size, "left_out": left_out, "characters": characters}
+        (self.unfinished / "account.json").write_text(json.dumps(entry))
 
     def _write_journal(self, batches: int, writers: dict[Split, ShardWriter]) -> None:
         states = {split: writer.state() for split, writer in writers.items()}
@@ -262,9 +321,15 @@ class ShardBuilder:
             writers[split] = opened.enter_context(writer)
         return writers
 
-    def _empty_split_error(self, split: Split, documents: int) -> UserError:
+    def _empty_split_error(self, split: Split, documents: int, left_out: Counter[str]) -> UserError:
         if not documents:
             return UserError(f"{self.source.name} holds no text")
+        if left_out:
+            return UserError(
+                f"the tokenizer {self.tokenizer.name!r} has no entry for any character of the "
+                f"{split} part of {self.source.name}: {most_common(left_out)}; "
+                "use another tokenizer, such as gpt2, byte or char"
+            )
         return UserError(
             f"data.val_share {self.val_share} leaves nothing for the {split} part of "
             f"{self.source.name} (documents: {documents}); change it, or give more text"
@@ -274,17 +339,14 @@ class ShardBuilder:
         """Yield the batches after the first `skip`, in order, tokenised on all cores."""
         self.tokenizer.encode_arrays([""])  # fills its caches once, not in each thread
         threads = self.settings.threads or (os.cpu_count() or 1) + 1
-        pending: deque[Future[EncodedSplits]] = deque()
-        with ThreadPoolExecutor(threads) as pool:
-            try:
-                for job in islice(self._jobs(), skip, None):
-                    pending.append(pool.submit(job))
-                    if len(pending) > 2 * threads:  # bounds how far reading is ahead
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        pending: deque[AsyncResult[EncodedSplits]] = deque()
+        with ThreadPool(threads) as pool:  # of daemons: Ctrl-C does not wait for a batch
+            for job in islice(self._jobs(), skip, None):
+                pending.append(pool.apply_async(job))
+                if len(pending) > 2 * threads:  # bounds how far reading is ahead
+                    yield pending.popleft().get()
+            while pending:
+                yield pending.popleft().get()
 
     def _jobs(self) -> Iterator[Callable[[], EncodedSplits]]:
         """Yield a function for each batch that tokenises it."""
@@ -301,6 +363,26 @@ class ShardBuilder:
 def holds_tokens(source: Source) -> bool:
     """Return whether a source is token files, not text."""
     return isinstance(source, FileSource) and kind_of(source.files[0]) == "tokens"
+
+
+def most_common(characters: Counter[str]) -> str:
+    """Return the most frequent characters in words.
+
+    >>> most_common(Counter({"a": 1200, "b": 7}))
+    "'a' 1,200 times, 'b' 7 times"
+    """
+    listed = ", ".join(f"{one!r} {count:,} times" for one, count in characters.most_common(5))
+    return f"{listed}, ..." if len(characters) > 5 else listed
+
+
+def call_in_daemon(function: Callable[[], T]) -> T:
+    """Return `function()`, called in a daemon thread.
+
+    So Ctrl-C ends the program at once, even while the function is in a library that does not look
+    at signals.
+    """
+    with ThreadPool(1) as pool:
+        return pool.apply_async(function).get()
 
 
 @contextmanager

@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import struct
+from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from io import BufferedRandom
 from pathlib import Path
@@ -28,6 +29,7 @@ from pocketlm.tokenizer.base import Tokenizer
 
 MAGIC = b"TOKSHARD"
 HEADER_BYTES = 1024
+DTYPES = ("<u2", "<u4")
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,27 @@ class ShardHeader:
     dtype: str  # "<u2", or "<u4" for a vocabulary above 65,536
     tokens: int
     documents: int
-    bytes: int  # UTF-8 bytes of the documents' text
+    bytes: int  # UTF-8 bytes of the documents' text, without what the tokenizer leaves out
     sha256: str  # of the tokens, the document offsets, and the other fields
     tokenizer: str  # fingerprint
     version: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that no writer has written."""
+        counts = (self.tokens, self.documents, self.bytes)
+        texts = (self.sha256, self.tokenizer)
+        if (
+            self.dtype not in DTYPES
+            or not all(type(count) is int and count >= 0 for count in counts)
+            or not all(isinstance(text, str) for text in texts)
+        ):
+            raise ValueError("not a header of a token shard")
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the whole shard."""
+        itemsize = np.dtype(self.dtype).itemsize
+        return HEADER_BYTES + self.tokens * itemsize + self.documents * 8
 
     def digest(self, content: Any) -> str:
         """Return `sha256`, given a hash object that has read the tokens and offsets."""
@@ -59,13 +78,15 @@ class TokenShard:
         try:
             with path.open("rb") as file:
                 self.header = self._read_header(file.read(HEADER_BYTES))
-                digest = self.header.digest(hashlib.file_digest(file, "sha256"))
-                intact = digest == self.header.sha256
+                intact = os.fstat(file.fileno()).st_size == self.header.file_size
+                if intact:
+                    digest = self.header.digest(hashlib.file_digest(file, "sha256"))
+                    intact = digest == self.header.sha256 and self._has_ordered_offsets()
         except FileNotFoundError:
             raise UserError(
                 f"the token shard {path} is missing; delete its folder to prepare it again"
             ) from None
-        except (struct.error, ValueError, TypeError, KeyError):
+        except (struct.error, ValueError, TypeError, KeyError, RecursionError):
             intact = False
         if not intact:
             raise UserError(
@@ -85,6 +106,14 @@ class TokenShard:
             )
         return ShardHeader(**fields)
 
+    def _has_ordered_offsets(self) -> bool:
+        """Return whether each document begins within the tokens, and none before the last one."""
+        offsets = self.offsets
+        if not len(offsets):
+            return True
+        in_range = offsets[0] >= 0 and offsets[-1] <= self.header.tokens
+        return bool(in_range and (offsets[:-1] <= offsets[1:]).all())
+
     def __getstate__(self) -> dict[str, Any]:
         # Without the maps: a worker process maps the file itself.
         return {"path": self.path, "header": self.header}
@@ -100,6 +129,15 @@ class TokenShard:
         start = HEADER_BYTES + self.header.tokens * np.dtype(self.header.dtype).itemsize
         return np.memmap(self.path, "<i8", "r", start, (self.header.documents,))
 
+    def row_lengths(self, ends_shared: bool) -> np.ndarray:
+        """Return the number of tokens of each document in a row of its own (documents,).
+
+        `ends_shared`: the first token of a document also ends the one before it.
+        """
+        offsets = self.offsets
+        ends = np.append(offsets[1:] + ends_shared, self.header.tokens)
+        return np.asarray(ends - offsets)
+
 
 @dataclass(frozen=True)
 class EncodedBatch:
@@ -107,7 +145,8 @@ class EncodedBatch:
 
     tokens: np.ndarray  # (n,)
     document_starts: np.ndarray  # indices into tokens, one for each document that starts here
-    bytes: int  # UTF-8 bytes of their text
+    bytes: int  # UTF-8 bytes of the text that they stand for
+    left_out: Counter[str] = field(default_factory=Counter)  # characters without a token
 
 
 class ShardWriter:
@@ -118,13 +157,15 @@ class ShardWriter:
     offsets are kept in a file of their own until `close`.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, state: dict[str, int] | None = None):
+    def __init__(self, path: Path, tokenizer: Tokenizer, state: dict[str, Any] | None = None):
         self.path, self.tokenizer = path, tokenizer
         self.offsets_path = path.with_suffix(".offsets")
         self.tokens = self.documents = self.bytes = 0
+        self.left_out: Counter[str] = Counter()
         if state is not None:
             self.tokens, self.documents = state["tokens"], state["documents"]
             self.bytes = state["bytes"]
+            self.left_out.update(state.get("left_out", {}))
         size = HEADER_BYTES + self.tokens * np.dtype(tokenizer.dtype).itemsize
         resume = state is not None
         with ExitStack() as opened:
@@ -157,13 +198,15 @@ class ShardWriter:
         self.tokens += len(batch.tokens)
         self.documents += len(batch.document_starts)
         self.bytes += batch.bytes
+        self.left_out += batch.left_out
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Flush everything to the disk, and return how much has been written."""
         for file in (self.file, self.offsets):
             file.flush()
             os.fsync(file.fileno())
-        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
+        state = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
+        return state | ({"left_out": self.left_out} if self.left_out else {})
 
     def close(self) -> None:
         """Write the last eos, the document offsets and the header.

@@ -218,13 +218,13 @@ def packed_rows(tokens: Iterator[np.ndarray], seq_len: int) -> Iterator[np.ndarr
 
 
 def padded_rows(tokens: Iterator[np.ndarray], seq_len: int) -> Iterator[np.ndarray]:
-    """Yield one document per row, truncated to T + 1 tokens."""
+    """Yield one document per row, truncated to T + 1 tokens, if it has a target."""
     pending = np.empty(0, TOKEN)
     for more in tokens:
         pending = np.concatenate([pending, more[more["index"] <= seq_len]])
         *complete, pending = np.split(pending, np.flatnonzero(pending["index"] == 0)[1:])
-        yield from complete
-    if len(pending):
+        yield from (row for row in complete if len(row) > 1)
+    if len(pending) > 1:
         yield pending
 
 

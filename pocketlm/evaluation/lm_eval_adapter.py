@@ -26,15 +26,14 @@ from lm_eval.utils import (  # type: ignore[import-untyped]
 
 from pocketlm.checkpoint.loading import Checkpoint
 from pocketlm.config.sampling import SamplingParams
-from pocketlm.errors import UserError
+from pocketlm.errors import FieldError, UserError
 from pocketlm.evaluation.likelihood import (
     Query,
     encode_pair,
     query_likelihoods,
     split_at_common_start,
 )
-from pocketlm.inference.generate import generate, until_stop
-from pocketlm.tokenizer.streaming import stream_text
+from pocketlm.inference.generate import stream_texts, until_stop
 
 Scored = list[tuple[float, bool]]  # log-probability of each continuation; does greedy write it?
 
@@ -143,18 +142,7 @@ class CheckpointLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         a document prefix.
         """
         options = normalize_gen_kwargs(settings, self.max_gen_toks)
-        optional = {
-            name: options[name]
-            for name in ("top_k", "min_p", "repetition_penalty")
-            if name in options
-        }
-        params = SamplingParams(
-            max_new_tokens=options["max_gen_toks"],
-            temperature=options.get("temperature", 1.0) if options["do_sample"] else 0.0,
-            top_p=options.get("top_p", 1.0),
-            seed=int(torch.randint(2**31, ())),  # simple_evaluate has seeded torch
-            **optional,
-        )
+        params = self.sampling_params(options)
         tokenizer = self.checkpoint.tokenizer
         ids = self.tok_encode(prompt)
         if not ids:
@@ -163,10 +151,34 @@ class CheckpointLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 f"{tokenizer.name!r}; leave the task out"
             )
         ids = ids[-max(0, self.max_length - params.max_new_tokens) :]
-        steps = generate(self.checkpoint.model, torch.tensor([ids]), params, tokenizer.eos_id)
-        pieces = stream_text(tokenizer, (token for [token] in steps if token is not None))
+        pieces = stream_texts(self.checkpoint.model, tokenizer, [ids], params)
         stop = tuple(text for text in options["until"] if text)
-        return "".join(until_stop(pieces, stop))
+        return "".join(until_stop((piece for _, piece in pieces), stop))
+
+    def sampling_params(self, options: dict[str, Any]) -> SamplingParams:
+        """Return a task's generation settings; greedy ones ignore what shapes a distribution.
+
+        As in Hugging Face's generate, top_k may exceed the vocabulary. Raises UserError for a
+        value out of range.
+        """
+        shape: dict[str, Any] = {
+            name: options[name] for name in ("top_k", "min_p") if name in options
+        }
+        if "top_k" in shape:
+            shape["top_k"] = min(shape["top_k"], self.checkpoint.tokenizer.vocab_size)
+        if options["do_sample"]:
+            shape |= {name: options.get(name, 1.0) for name in ("temperature", "top_p")}
+        else:
+            shape = {"temperature": 0.0}
+        try:
+            return SamplingParams(
+                max_new_tokens=options["max_gen_toks"],
+                seed=int(torch.randint(2**31, ())),  # simple_evaluate has seeded torch
+                repetition_penalty=options.get("repetition_penalty", 1.0),
+                **shape,
+            )
+        except FieldError as error:
+            raise UserError(f"a task's generation_kwargs cannot be used: {error}") from None
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the checkpoint's identity, for lm-eval's results."""

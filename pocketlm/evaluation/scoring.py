@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from model import Transformer
 from pocketlm.config.sampling import SamplingParams
+from pocketlm.corpus.encodings import decode_text
 from pocketlm.errors import UserError
 from pocketlm.evaluation.cases import Case
 from pocketlm.evaluation.likelihood import (
@@ -28,7 +27,7 @@ from pocketlm.evaluation.likelihood import (
     split_at_common_start,
     text_windows,
 )
-from pocketlm.inference.generate import generate
+from pocketlm.inference.generate import generate_texts
 from pocketlm.tokenizer.base import Tokenizer
 
 TIE = 1e-4  # nats: float32 rounding error of two equal sums of about 20 log-probabilities
@@ -63,7 +62,7 @@ def encode_case(tokenizer: Tokenizer, case: Case, max_seq_len: int) -> EncodedCa
         queries = [Query(ids[:start], ids[start:]) for ids, start, _ in pairs]
     else:
         queries = split_at_common_start(pairs)
-        pmi_queries = encode_without_context(tokenizer, case)
+        pmi_queries = encode_without_context(tokenizer, case, queries)
     check_queries(tokenizer, case, [*queries, *pmi_queries], max_seq_len)
     merged = any(pair.merged for pair in pairs)
     return EncodedCase(case, tuple(queries), tuple(pmi_queries), merged)
@@ -91,16 +90,18 @@ def check_queries(tokenizer: Tokenizer, case: Case, queries: list[Query], max_se
         )
 
 
-def encode_without_context(tokenizer: Tokenizer, case: Case) -> list[Query]:
+def encode_without_context(tokenizer: Tokenizer, case: Case, queries: list[Query]) -> list[Query]:
     """Return the continuations after `pmi_prompt` or the start of a document, for PMI.
 
-    Minimal pairs and cases without distractors have none, nor has any case if there is nothing
-    that could come before the continuation.
+    At the start of a document they keep the tokens that they have in context: SentencePiece, for
+    one, would put a space before them. Minimal pairs and cases without distractors have no such
+    queries, nor has any case if there is nothing that could come before the continuation.
     """
     if case.type == "minimal_pair" or not case.distractors:
         return []
-    if not tokenizer.document_prefix and not case.pmi_prompt:
-        return []
+    if not case.pmi_prompt:
+        prefix = tuple(tokenizer.document_prefix)
+        return [Query(prefix, query.continuation) for query in queries] if prefix else []
     continuations = [continuation for _, continuation in case.candidates]
     return split_at_common_start(
         [encode_pair(tokenizer, case.pmi_prompt, continuation) for continuation in continuations]
@@ -110,8 +111,8 @@ def encode_without_context(tokenizer: Tokenizer, case: Case) -> list[Query]:
 def case_text(case: Case) -> str:
     """Return the text of a case of type text. Raise UserError if its file cannot be read."""
     try:
-        return case.text or Path(case.file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return case.text or decode_text(Path(case.file).read_bytes(), "it")
+    except (OSError, UserError) as error:
         raise UserError(f"the case {case.id!r} reads {case.file}: {error}") from None
 
 
@@ -282,7 +283,11 @@ def score_candidates(
         logprobs = candidate_logprobs(tokenizer, encoded, likelihoods)
         comparison = compare_candidates(logprobs, n_right, case.scoring)
     has_prompt = case.type != "minimal_pair"  # the whole text of a pair is scored
-    top = [(tokenizer.decode([token]), p) for token, p in first.top if has_prompt]
+    top = [
+        (tokenizer.token_bytes(token).decode(errors="replace"), p)
+        for token, p in first.top
+        if has_prompt
+    ]
     return Score(
         case,
         correct=comparison.correct if comparison else float(greedy),
@@ -343,8 +348,7 @@ def score_generation(model: Transformer, tokenizer: Tokenizer, encoded: EncodedC
     """Decode greedily after the prompt, and compare the text with the case's patterns."""
     case, [query] = encoded.case, encoded.queries
     params = SamplingParams(max_new_tokens=case.max_new_tokens, temperature=0.0)
-    steps = generate(model, torch.tensor([query.context]), params, tokenizer.eos_id)
-    text = tokenizer.decode([token for [token] in steps if token is not None])
+    [text] = generate_texts(model, tokenizer, [[*query.context]], params)
     matches = re.search(case.match, text) is not None
     forbidden = bool(case.forbid) and re.search(case.forbid, text) is not None
     return Score(case, float(matches and not forbidden), generated=text)

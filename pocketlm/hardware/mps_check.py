@@ -191,7 +191,7 @@ def inner_dimensions(model: ModelConfig, training: TrainingConfig | None) -> set
     widths = {model.d_model, model.d_ff, model.head_dim, model.n_kv_heads * model.head_dim}
     if training is None:
         return widths
-    tokens = training.micro_batch_size * training.seq_len
+    tokens = training.micro_batch * training.seq_len
     chunk = min(training.loss_chunk or tokens, tokens)
     row_sizes = {training.seq_len, tokens, chunk, tokens % chunk}
     return (widths | row_sizes | head_dimensions(model)) - {0}

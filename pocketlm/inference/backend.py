@@ -8,6 +8,7 @@ and a C compiler. Its logits differ from torch's by rounding only: sums run in a
 """
 
 import math
+from collections.abc import Iterator
 from mmap import mmap
 from typing import Protocol
 
@@ -93,16 +94,20 @@ class SlotCache(KVCache):
 
 
 Chunk = tuple[int, list[int]]  # a slot, and prompt tokens to append to it
+LOGIT_ROWS = 64  # tokens of a prompt whose logits exist at the same time
 
 
 class DecodeBackend(Protocol):
-    """The three computations of the engine."""
+    """The computations of the engine."""
 
     name: str
     fallback_reason: str  # why torch computes instead of C; empty otherwise
 
     def prefill(self, cache: SlotCache, chunks: list[Chunk]) -> None:
         """Append prompt tokens to slots, at most one chunk for each slot."""
+
+    def prefill_logits(self, cache: SlotCache, slot: int, ids: list[int]) -> Iterator[Tensor]:
+        """Append prompt tokens to a slot; yield the logits (n, V) after them, a few at a time."""
 
     def decode(self, cache: SlotCache, tokens: list[int]) -> Tensor:
         """Append tokens[b] to each of the first slots b; return the next logits (B, V)."""
@@ -129,6 +134,15 @@ class TorchBackend:
                 batch = torch.tensor([ids], device=cache.keys.device)  # (1, T)
                 self.model.hidden(batch, cache=cache.slot(slot))
                 cache.lengths[slot] += len(ids)
+
+    def prefill_logits(self, cache: SlotCache, slot: int, ids: list[int]) -> Iterator[Tensor]:
+        """Run the model over a chunk; compute its logits in parts, which takes less memory."""
+        if ids:
+            batch = torch.tensor([ids], device=cache.keys.device)  # (1, T)
+            hidden = self.model.hidden(batch, cache=cache.slot(slot))  # (1, T, C)
+            cache.lengths[slot] += len(ids)
+            for first in range(0, len(ids), LOGIT_ROWS):
+                yield self.model.logits(hidden[0, first : first + LOGIT_ROWS])
 
     def decode(self, cache: SlotCache, tokens: list[int]) -> Tensor:
         """Run the model over the tokens of all slots at once."""

@@ -8,24 +8,33 @@ For other models a conversation is lines that begin with "A: " and "B: ", as in 
 
 import json
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
+from types import FrameType
 from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import JsonTokenizer
 
+TraceFunction = Callable[[FrameType, str, Any], Any]
 Message = dict[str, str]  # role: system, user or assistant; content
 
 MAX_ANSWER_TOKENS = 512  # by default
+MAX_TEMPLATE_STEPS = 1_000_000  # of rendering; a message takes about 20
+TEMPLATE_FILE = "<template>"  # the file name of what Jinja compiles
+MAX_RENDERED_CHARACTERS = 1_000_000
+MAX_REASON_CHARACTERS = 200  # of a template's own error message
 PRIVATE_USE = "".join(map(chr, range(0xE000, 0xF8FF)))  # characters without a meaning in Unicode
 
 
@@ -51,22 +60,85 @@ class GenerationBlock(Extension):
         return caller()
 
 
+class BoundedSandbox(ImmutableSandboxedEnvironment):
+    """A sandbox in which no operator makes a huge number or text, for which lines do not count."""
+
+    intercepted_binops = frozenset({"+", "*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if size_of_result(operator, left, right) > MAX_RENDERED_CHARACTERS:
+            raise jinja2.TemplateRuntimeError("it computes a value that is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def size_of_result(operator: str, left: Any, right: Any) -> int:
+    """Return at least the bits of a number, or the length of a text or list, that results.
+
+    >>> size_of_result("*", "ab", 3), size_of_result("**", 2, 100), size_of_result("+", "a", "b")
+    (6, 200, 2)
+    """
+    sizes = [
+        value.bit_length()
+        if isinstance(value, int)
+        else len(value)
+        if hasattr(value, "__len__")
+        else 1
+        for value in (left, right)
+    ]
+    numbers = isinstance(left, int), isinstance(right, int)
+    if operator == "**" and numbers[1] or operator == "*" and numbers == (False, True):
+        return sizes[0] * int(right)
+    if operator == "*" and numbers == (True, False):
+        return int(left) * sizes[1]
+    return sum(sizes)
+
+
 def render(template: str, messages: list[Message], **values: Any) -> str:
     """Render a chat template with transformers' settings of Jinja.
 
-    Raises UserError if the template is broken or rejects the messages.
+    Raises UserError if the template is broken, rejects the messages, or does not come to an end.
     """
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     try:
-        return environment.from_string(template).render(
-            messages=messages, tools=None, documents=None, **values
+        compiled = environment.from_string(template)
+        with limited_execution(MAX_TEMPLATE_STEPS):
+            text = compiled.render(messages=messages, tools=None, documents=None, **values)
+    except Exception as error:  # a template can raise anything, as a program can
+        reason = " ".join(str(error).split())[:MAX_REASON_CHARACTERS] or type(error).__name__
+        raise UserError(f"the chat template rejects this conversation: {reason}") from None
+    if len(text) > MAX_RENDERED_CHARACTERS:
+        raise UserError(
+            f"the chat template makes {len(text):,} characters of this conversation; "
+            f"the maximum is {MAX_RENDERED_CHARACTERS:,}"
         )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template rejects this conversation: {error}") from None
+    return text
+
+
+@contextmanager
+def limited_execution(max_steps: int) -> Iterator[None]:
+    """Raise TemplateRuntimeError once this thread has executed so many lines and calls.
+
+    The lines counted are the template's own, and the calls those of any Python function.
+    """
+    n_steps = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> TraceFunction | None:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps > max_steps:
+            raise jinja2.TemplateRuntimeError(f"it is not done after {max_steps:,} steps")
+        return count if frame.f_code.co_filename == TEMPLATE_FILE else None
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 # Functions that templates may call
@@ -96,6 +168,7 @@ class Conversation:
     def __init__(self, tokenizer: Tokenizer, template: str | None):
         self.tokenizer, self.template = tokenizer, template
         self.messages: list[Message] = []
+        self._aliased: tuple[str, dict[str, str], JsonTokenizer] | None = None
 
     def add(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
@@ -121,27 +194,28 @@ class Conversation:
             return self.tokenizer.document_prefix + self.tokenizer.encode(text)
         guard = unused_character(messages)
         guarded = [message | {"content": self._split(message, guard)} for message in messages]
-        text = render(
+        text = self._render(guarded, add_generation_prompt)
+        if guard not in text:
+            return encode_special(self._json_tokenizer, text)
+        # Markers, at odd indices, are the template's: those of messages have the guard
+        parts = re.split(f"({self.markers.pattern})", text)
+        aliases, tokenizer = self._with_aliases(guard)
+        parts[0::2] = [part.replace(guard, "") for part in parts[0::2]]
+        parts[1::2] = [aliases[part] for part in parts[1::2]]
+        return encode_special(tokenizer, "".join(parts))
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        assert self.template is not None
+        return render(
             self.template,
-            guarded,
+            messages,
             add_generation_prompt=add_generation_prompt,
             **self.boundary_tokens,
         )
-        if guard not in text:
-            return encode_special(self._json_tokenizer, text)
-        # Special tokens, at odd indices, are the template's: those of messages have the guard
-        parts = re.split(f"({self.special_tokens.pattern})", text)
-        ids = []
-        for index, part in enumerate(parts):
-            if index % 2:
-                ids.append(self._token_id(part))
-            else:
-                ids += self.tokenizer.encode(part.replace(guard, ""))
-        return ids
 
     def _split(self, message: Message, guard: str) -> str:
-        """Return a message's content with a guard in every special token, after one character."""
-        return self.special_tokens.sub(
+        """Return a message's content with a guard in every marker, after one character."""
+        return self.markers.sub(
             lambda match: match[0][0] + guard + match[0][1:], message["content"]
         )
 
@@ -150,49 +224,102 @@ class Conversation:
         assert isinstance(self.tokenizer, JsonTokenizer)  # only imported models have a template
         return self.tokenizer
 
-    def _token_id(self, token: str) -> int:
-        token_id = self._json_tokenizer.backend.token_to_id(token)
-        assert token_id is not None
-        return token_id
-
     @cached_property
-    def special_tokens(self) -> re.Pattern[str]:
-        """A pattern of any special token's spelling; of two that match, the longer one."""
+    def markers(self) -> re.Pattern[str]:
+        """A pattern of the tokens that a message must not contain; of two, the longer one.
+
+        They are the special tokens, and the added tokens with which the template marks turns. Other
+        added tokens, such as words and runs of spaces, are parts of a text.
+        """
         added = self._json_tokenizer.backend.get_added_tokens_decoder().values()
-        spellings = [token.content for token in added if token.special]
+        template_text = self._template_text
+        spellings = [
+            token.content
+            for token in added
+            if token.special or (token.content.strip() and token.content in template_text)
+        ]
         spellings.sort(key=len, reverse=True)
         return re.compile("|".join(map(re.escape, spellings)) or "(?!)")
 
+    @property
+    def _template_text(self) -> str:
+        """The template and what it renders, which may put a marker together from parts."""
+        texts = [self.template or ""]
+        for roles in (["user"], ["user", "assistant", "user"], ["system", "user"]):
+            messages = [{"role": role, "content": PRIVATE_USE[0]} for role in roles]
+            with suppress(UserError):  # some templates reject a system message
+                texts.append(self._render(messages, add_generation_prompt=True))
+        return "\n".join(texts)
+
+    def _with_aliases(self, guard: str) -> tuple[dict[str, str], JsonTokenizer]:
+        """Return an alias for each marker, and a tokenizer in which the aliases are the markers.
+
+        A marker's own spelling is then only text, in a text that is encoded as a whole: some
+        tokenizers treat the beginning of a text differently. Aliases begin with the guard, which
+        no message contains.
+        """
+        if self._aliased is None or self._aliased[0] != guard:
+            letters = PRIVATE_USE.replace(guard, "")
+            spec = json.loads(self._json_tokenizer.backend.to_str())
+            aliases = {}
+            for n, token in enumerate(spec["added_tokens"]):
+                if self.markers.fullmatch(token["content"]):
+                    high, low = divmod(n, len(letters))
+                    aliases[token["content"]] = guard + letters[high] + letters[low]
+                    token["content"] = aliases[token["content"]]
+            vocab = spec["model"]["vocab"]
+            if isinstance(vocab, dict):
+                vocab = {aliases.get(token, token): i for token, i in vocab.items()}
+            else:  # Unigram's
+                vocab = [[aliases.get(token, token), score] for token, score in vocab]
+            spec["model"]["vocab"] = vocab
+            tokenizer = JsonTokenizer(json.dumps(spec), self.tokenizer.name, None, None)
+            self._aliased = guard, aliases, tokenizer
+        return self._aliased[1:]
+
     @cached_property
-    def boundary_tokens(self) -> dict[str, str | None]:
-        """The tokens before and after a text, under the names that templates give them."""
-        tokens: dict[str, str | None] = {}
-        for name, token_id in (
-            ("bos_token", self.tokenizer.bos_id),
-            ("eos_token", self.tokenizer.eos_id),
-        ):
-            if token_id is not None:
-                tokens[name] = self._json_tokenizer.backend.id_to_token(token_id)
-        return tokens
+    def boundary_tokens(self) -> dict[str, str]:
+        """The special tokens under the names that templates give them: bos_token and others."""
+        tokenizer = self._json_tokenizer
+        if tokenizer.special_tokens:
+            return tokenizer.special_tokens
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        spelling = tokenizer.backend.id_to_token
+        return {name: spelling(i) or "" for name, i in ids.items() if i is not None}
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """The stop strings of an answer."""
-        return ("\n",) if self.template is None else ()
+        """The stop strings of an answer: what ends it in the template, if that is no token."""
+        if self.template is None:
+            return ("\n",)
+        between = self._after_answer[-1].strip().partition("\n")[0]
+        return (between,) if between and not self.stop_ids else ()
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """The special token that the template puts after an answer, if there is one."""
+        """The marker that the template puts after an answer, or else before the next message."""
         if self.template is None:
             return ()
-        answer = PRIVATE_USE[0]
+        for text in self._after_answer:
+            if match := self.markers.search(text):
+                token_id = self._json_tokenizer.backend.token_to_id(match[0])
+                assert token_id is not None
+                return (token_id,)
+        return ()
+
+    @cached_property
+    def _after_answer(self) -> list[str]:
+        """What follows an answer that is the last message, and one before another message."""
+        answer, question = PRIVATE_USE[0], PRIVATE_USE[1]
         messages = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": answer},
         ]
-        text = render(self.template, messages, add_generation_prompt=False, **self.boundary_tokens)
-        match = self.special_tokens.search(text.rpartition(answer)[2])
-        return (self._token_id(match[0]),) if match else ()
+        texts = [self._render(messages).rpartition(answer)[2]]
+        with suppress(UserError):
+            text = self._render([*messages, {"role": "user", "content": question}])
+            texts.append(text.rpartition(answer)[2].partition(question)[0])
+        return texts
 
 
 def as_line(message: Message) -> str:

@@ -760,28 +760,32 @@ INLINE Share share_of(const float *p, int64_t n, float threshold) {
     return share;
 }
 
-/* The smallest of the largest elements of v (n): of the first `need` in descending order, or, by
-   mass, of the first whose sum reaches `need`. Quickselect; v is reordered. */
-INLINE float least_of_few(float *v, int64_t n, double need, int by_mass) {
+/* A token that may be the last one to stay: its logit and its relative probability */
+typedef struct { float x, p; } Candidate;
+
+/* The smallest of the largest logits of v (n): of the first `need` in descending order, or, by
+   mass, of the first whose probabilities reach `need` > 0. Quickselect; v is reordered. */
+INLINE float least_of_few(Candidate *v, int64_t n, double need, int by_mass) {
     for (;;) {
-        float pivot = v[n / 2];
+        float pivot = v[n / 2].x;
         double above = 0, equal = 0;
         int64_t n_larger = 0, i = 0, end = n;
         while (i < end) {                        /* partition: larger | equal | smaller */
-            float x = v[i], weight = by_mass ? x : 1;
-            if (x > pivot) {
+            Candidate c = v[i];
+            float weight = by_mass ? c.p : 1;
+            if (c.x > pivot) {
                 above += weight;
                 v[i++] = v[n_larger];
-                v[n_larger++] = x;
-            } else if (x < pivot) {
+                v[n_larger++] = c;
+            } else if (c.x < pivot) {
                 v[i] = v[--end];
-                v[end] = x;
+                v[end] = c;
             } else {
                 equal += weight;
                 i++;
             }
         }
-        if (above >= need) {
+        if (above >= need && n_larger) {
             n = n_larger;
         } else if (above + equal >= need || end == n) {
             return pivot;
@@ -793,11 +797,12 @@ INLINE float least_of_few(float *v, int64_t n, double need, int by_mass) {
     }
 }
 
-/* The same for probabilities p (V) relative to the largest, at most 1, of which those below `low`
-   do not count. Bisection, until few candidates are left for quickselect.
+/* The same for all logits x (V) with probabilities p (V), of which those below `low` do not count.
+   Bisection of the probabilities, until few candidates are left for quickselect; that compares the
+   logits, since a high temperature gives different ones the same probability.
    scratch: working memory (V) */
-static float least_of_largest(const float *p, int64_t V, double need, int by_mass, float low,
-                              float *scratch) {
+static float least_of_largest(const float *x, const float *p, int64_t V, double need, int by_mass,
+                              float low, Candidate *scratch) {
     float high = 2;
     Share upper = {0, 0}, lower = share_of(p, V, low);
     for (int halvings = 0; halvings < 32 && lower.count - upper.count > FEW; halvings++) {
@@ -817,37 +822,52 @@ static float least_of_largest(const float *p, int64_t V, double need, int by_mas
         int32_t any = 0;
         for (int64_t i = begin; i < end; i++) any |= (p[i] >= low) & (p[i] < high);
         for (int64_t i = begin; any && i < end; i++) {
-            scratch[n] = p[i];
+            scratch[n] = (Candidate){x[i], p[i]};
             n += p[i] >= low && p[i] < high;
         }
     }
-    return n ? least_of_few(scratch, n, need - (by_mass ? upper.mass : upper.count), by_mass) : low;
+    if (!n) return -INFINITY;
+    return least_of_few(scratch, n, need - (by_mass ? upper.mass : upper.count), by_mass);
+}
+
+/* Set the probabilities p (V) of logits x (V) below `smallest` to 0. */
+static void exclude(const float *x, int64_t V, float smallest, float *p) {
+    for (int64_t i = 0; i < V; i++) p[i] = x[i] >= smallest ? p[i] : 0;
 }
 
 /* The token of logits x (V) whose share of the probability contains the draw, after top-k, top-p
    and min-p. p, scratch: working memory (V) */
-static int64_t choose_one(const float *x, int64_t V, float temperature, int64_t top_k, float top_p,
-                          float min_p, double draw, float *p, float *scratch) {
-    float top = largest(x, V), threshold = 1e-37f;
-    for (int64_t i = 0; i < V; i++) p[i] = exponential((x[i] - top) / temperature);
-    for (int64_t i = 0; i < V; i++) p[i] = p[i] > threshold ? p[i] : 0;
-    if (0 < top_k && top_k < V) threshold = least_of_largest(p, V, top_k, 0, threshold, scratch);
-    if (top_p < 1) {
-        /* All tokens below the floor have at most half of the mass outside of the nucleus */
-        double mass = share_of(p, V, threshold).mass;
-        float floor = mass * (1 - top_p) / (2 * V);
-        threshold = least_of_largest(p, V, top_p * mass, 1, larger(threshold, floor), scratch);
+static int64_t choose_one(const float *x, int64_t V, float temperature, int64_t top_k,
+                          double top_p, double min_p, double draw, float *p, Candidate *scratch) {
+    const float least = 1e-37f;                  /* a smaller probability is 0 */
+    float top = largest(x, V);
+    for (int64_t i = 0; i < V; i++) {            /* no top - top, NaN if it is infinite */
+        p[i] = x[i] < top ? exponential((x[i] - top) / temperature) : 1;
     }
-    threshold = larger(threshold, min_p);
-    double mass = share_of(p, V, threshold).mass, below = 0;
+    for (int64_t i = 0; i < V; i++) p[i] = p[i] > least ? p[i] : 0;
+    if (0 < top_k && top_k < V) {
+        exclude(x, V, least_of_largest(x, p, V, top_k, 0, least, scratch), p);
+    }
+    if (top_p < 1) {
+        /* All tokens below the floor have at most half of the mass outside of the nucleus. The
+           most likely one, of mass 1, is always inside */
+        double mass = share_of(p, V, least).mass, need = top_p * mass > 1 ? top_p * mass : 1;
+        float floor = mass * (1 - top_p) / (2 * V);
+        exclude(x, V, least_of_largest(x, p, V, need, 1, larger(least, floor), scratch), p);
+    }
+    if (min_p > 0) {
+        float gap = temperature * log(min_p);
+        for (int64_t i = 0; i < V; i++) p[i] = x[i] == top || x[i] - top >= gap ? p[i] : 0;
+    }
+    double mass = share_of(p, V, least).mass, below = 0;
     int64_t i = 0, chosen = 0;
     for (; i + BLOCK < V; i += BLOCK) {          /* to the block that contains the draw */
-        double in_block = share_of(p + i, BLOCK, threshold).mass;
+        double in_block = share_of(p + i, BLOCK, least).mass;
         if (below + in_block > draw * mass) break;
         below += in_block;
     }
     for (; i < V && below <= draw * mass; i++) {
-        if (p[i] >= threshold) {
+        if (p[i] >= least) {
             below += p[i];
             chosen = i;
         }
@@ -860,12 +880,14 @@ void choose(int64_t B, int64_t V, const float *logits, double temperature, int64
             double top_p, double min_p, const double *draws, int64_t *chosen) {
     #pragma omp parallel
     {
-        float *p = malloc(2 * V * sizeof *p);
+        float *p = malloc(V * sizeof *p);
+        Candidate *scratch = malloc(V * sizeof *scratch);
         #pragma omp for
         for (int64_t b = 0; b < B; b++) {
             chosen[b] = choose_one(logits + b * V, V, temperature, top_k, top_p, min_p, draws[b],
-                                   p, p + V);
+                                   p, scratch);
         }
         free(p);
+        free(scratch);
     }
 }

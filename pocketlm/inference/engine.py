@@ -15,11 +15,13 @@ decoding step: the model takes in the last token of every running sequence, and 
 
 A text longer than the context keeps its last tokens: if a slot is full, its sequence continues
 from the last half of the context, which is prefilled again.
+
+A step takes a bounded time whatever a request asks, and a request that fails ends no other.
 """
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ from pocketlm.config.sampling import SamplingParams
 from pocketlm.errors import FieldError, UserError
 from pocketlm.inference.backend import Chunk, DecodeBackend, SlotCache
 from pocketlm.inference.native import select_backend
-from pocketlm.inference.sampling import log_probabilities, sample
+from pocketlm.inference.sampling import NO_TOKEN, TokenScore, log_probabilities, sample
 
 PREFILL_BUDGET = 512  # prompt tokens that are prefilled between two decoding steps at most
 
@@ -47,6 +49,8 @@ class GenerationRequest:
     params: SamplingParams
     eos_id: int | None = None  # ends a sequence, as params.stop_ids do
     top_logprobs: int | None = None  # top log-probabilities to return per token; None: disabled
+    score_prompt: bool = False  # fill `prompt_scores` before the first token; needs top_logprobs
+    prompt_scores: list[TokenScore] = field(default_factory=list)  # of the prompt's later tokens
 
     @cached_property
     def draw_params(self) -> SamplingParams:
@@ -54,6 +58,16 @@ class GenerationRequest:
         return replace(
             self.params, max_new_tokens=1, stop=(), stop_ids=(), seed=None, num_samples=1
         )
+
+
+class RequestFailed(UserError):
+    """The model's logits for some requests are NaN, which ends them; the engine goes on."""
+
+    def __init__(self, requests: set[GenerationRequest]):
+        super().__init__(
+            "the model's logits are NaN: its weights are broken; use another checkpoint"
+        )
+        self.requests = requests
 
 
 def validate_request(request: GenerationRequest, vocab_size: int) -> None:
@@ -88,7 +102,7 @@ class Token(NamedTuple):
     request: GenerationRequest
     sample: int  # from 0 to params.num_samples - 1
     id: int
-    end: str | None  # "stop": this token ends the text and is not part of it; "length": the last
+    end: str | None  # "stop": the text ends before this token (or NO_TOKEN); "length": after it
     logprob: float | None = None  # in nats, under the model's own logits before any filter
     top: list[tuple[int, float]] = []  # the most likely ids and their log-probabilities
 
@@ -178,7 +192,7 @@ class Engine:
         """Admit requests, then take one decoding step; return a token for every sequence.
 
         At most PREFILL_BUDGET prompt tokens are prefilled, so that running sequences never wait
-        long.
+        long. Raises RequestFailed; the next step is then that of the remaining requests.
         """
         self.admit()
         self._shift_full_slots()
@@ -186,11 +200,7 @@ class Engine:
             return []
         last_tokens = [sequence.ids[-1] for sequence in self.running]
         logits = self.backend.decode(self.cache, last_tokens).cpu()
-        # A row is all NaN or not at all; of NaN any token would be drawn
-        if logits[:, 0].isnan().any():
-            raise UserError(
-                "the model's logits are NaN: its weights are broken; use another checkpoint"
-            )
+        self._fail_if_nan(logits)
         tokens = self._sample(logits)
         for token, sequence in zip(tokens, list(self.running), strict=True):
             sequence.ids.append(token.id)
@@ -198,6 +208,20 @@ class Engine:
             if token.end:
                 self._evict(sequence)
         return tokens
+
+    def _fail_if_nan(self, logits: Tensor) -> None:
+        """Drop the requests whose logits are NaN, of which any token would be drawn.
+
+        Raises RequestFailed, after which the others take this decoding step again.
+        """
+        broken = logits[:, 0].isnan()  # a row is all NaN or not at all
+        if not broken.any():
+            return
+        self.cache.lengths[: len(self.running)] -= 1
+        failed = {self.running[slot].request for slot in broken.nonzero()[:, 0].tolist()}
+        for request in failed:
+            self.cancel(request)
+        raise RequestFailed(failed)
 
     @torch.inference_mode()
     def admit(self) -> None:
@@ -221,10 +245,26 @@ class Engine:
             self.running += self.prefilling
             self.prefilling = []
             admitted.append(range(slot, len(self.running)))
-        self.backend.prefill(self.cache, chunks)
+        self._prefill(chunks)
         for first, *others in admitted:
             for slot in others:
                 self.cache.copy_slot(first, slot)
+
+    def _prefill(self, chunks: list[Chunk]) -> None:
+        """Append prompt tokens to slots; note the log-probabilities that were requested."""
+        sequences = self.running + self.prefilling
+        scored = [chunk for chunk in chunks if sequences[chunk[0]].request.score_prompt]
+        self.backend.prefill(self.cache, [chunk for chunk in chunks if chunk not in scored])
+        for slot, ids in scored:
+            request = sequences[slot].request
+            assert request.top_logprobs is not None
+            read = max(0, len(request.ids) - self.context) + int(self.cache.lengths[slot])
+            for logits in self.backend.prefill_logits(self.cache, slot, ids):
+                next_ids = torch.tensor(request.ids[read + 1 : read + 1 + len(logits)])
+                request.prompt_scores += log_probabilities(
+                    logits.cpu(), next_ids, request.top_logprobs
+                )
+                read += len(logits)
 
     def _begin_prefill(self) -> bool:
         """Start the prefill of the first waiting request; return False if it has to wait."""
@@ -268,13 +308,14 @@ class Engine:
         drawn = torch.zeros(len(self.running), dtype=torch.long)
         for params, slots in batches.items():
             contexts = [self.running[slot].ids for slot in slots]
+            n_drawn = [self.running[slot].n_drawn for slot in slots]
             draws = torch.cat([draw(self.running[slot].generator) for slot in slots])
             rows = logits if len(slots) == len(logits) else logits[slots]
-            drawn[slots] = sample(rows, params, contexts, draws, self.backend.sample)
+            drawn[slots] = sample(rows, params, contexts, draws, self.backend.sample, n_drawn)
         tokens = []
         for slot, (sequence, token) in enumerate(zip(self.running, drawn.tolist(), strict=True)):
             request, end = sequence.request, end_reason(sequence, token)
-            if request.top_logprobs is None:
+            if request.top_logprobs is None or token == NO_TOKEN:
                 tokens.append(Token(request, sequence.sample, token, end))
             else:
                 row = slice(slot, slot + 1)
@@ -291,7 +332,7 @@ def draw(generator: torch.Generator) -> Tensor:
 def end_reason(sequence: Sequence, token: int) -> str | None:
     """Return `Token.end` for the next token of a sequence."""
     request = sequence.request
-    if token == request.eos_id or token in request.params.stop_ids:
+    if token in (NO_TOKEN, request.eos_id) or token in request.params.stop_ids:
         return "stop"
     if sequence.n_drawn + 1 == request.params.max_new_tokens:
         return "length"

@@ -4,7 +4,7 @@ Samples of several prompts are numbered sample * n_prompts + prompt, here called
 """
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,12 +17,15 @@ from pocketlm.inference.engine import Engine, GenerationRequest, Token
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.streaming import TextStream
 
+PROMPT_TAIL = 32  # tokens of a prompt that may affect how the text after it is decoded
+
 
 class TextDecoder:
-    """The text of one sample, token by token, up to the first stop string."""
+    """The text of one sample after its prompt, token by token, up to the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
-        self.stream, self.buffer = TextStream(tokenizer), StopStringBuffer(stop)
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], prompt: list[int]):
+        self.stream = TextStream(tokenizer, prompt[-PROMPT_TAIL:])
+        self.buffer = StopStringBuffer(stop)
         self.length = 0  # characters of all tokens so far, including those held back
         self.ended = False
 
@@ -126,8 +129,12 @@ def stream_texts(
     A text ends before the first of params.stop. Raises ValueError at once for prompts or
     parameters that do not suit the model.
     """
+    params = end_at_all(params, tokenizer)
     engine, samples = start(model, prompts, params, tokenizer.eos_id)
-    texts = {sample: (index, TextDecoder(tokenizer, params.stop)) for index, sample in samples}
+    texts = {}
+    for index, (request, sample) in samples:
+        decoder = TextDecoder(tokenizer, params.stop, request.ids)
+        texts[request, sample] = index, decoder
 
     def pieces() -> Iterator[tuple[int, str]]:
         while engine.busy:
@@ -139,6 +146,11 @@ def stream_texts(
                     engine.cancel(token.request, token.sample)
 
     return pieces()
+
+
+def end_at_all(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """Return the parameters with every token that ends a text besides eos."""
+    return replace(params, stop_ids=(*params.stop_ids, *tokenizer.end_ids))
 
 
 def start(

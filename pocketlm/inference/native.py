@@ -29,6 +29,7 @@ from pocketlm.inference.native_library import (
     Norm,
     load_library,
 )
+from pocketlm.inference.sampling import divisor
 from pocketlm.instruction_sets import multiplies_bfloat16
 from pocketlm.native_build import NativeUnavailable
 
@@ -133,7 +134,7 @@ class NativeBackend(TorchBackend):
         self.library.choose(
             *logits.shape,
             logits.data_ptr(),
-            params.temperature,
+            divisor(params),
             params.top_k,
             params.top_p,
             params.min_p,

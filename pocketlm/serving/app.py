@@ -15,6 +15,7 @@ import h11
 import uvicorn
 from fastapi import APIRouter, FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -30,10 +31,11 @@ from pocketlm.serving.errors import (
 )
 from pocketlm.serving.limits import MAX_QUOTED_CHARACTERS, ServerLimits
 from pocketlm.serving.middleware import AccessMiddleware
-from pocketlm.serving.requests import ChatBody, CompletionBody, parse
+from pocketlm.serving.requests import ChatBody, CompletionBody, RequestBody, parse
 from pocketlm.serving.responses import respond
 from pocketlm.serving.service import Service
 
+SCHEMA_PATH = "#/components/schemas/{model}"
 PAGE = Path(__file__).with_name("page") / "index.html"
 
 
@@ -47,13 +49,20 @@ class Endpoints:
     def router(self) -> APIRouter:
         """Return the table of paths."""
         router = APIRouter(redirect_slashes=False)
-        router.add_api_route("/", self.index, methods=["GET"])
-        router.add_api_route("/health", self.health, methods=["GET"])
-        router.add_api_route("/metrics", self.metrics, methods=["GET"])
-        router.add_api_route("/v1/models", self.models, methods=["GET"])
-        router.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
-        router.add_api_route("/v1/completions", self.complete, methods=["POST"])
-        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        for path, get in (
+            ("/", self.index),
+            ("/health", self.health),
+            ("/metrics", self.metrics),
+            ("/v1/models", self.models),
+            ("/v1/models/{name:path}", self.model),
+        ):
+            router.add_api_route(path, get, methods=["GET"])
+            router.add_api_route(path, get, methods=["HEAD"], include_in_schema=False)
+        for path, post, body in (
+            ("/v1/completions", self.complete, CompletionBody),
+            ("/v1/chat/completions", self.chat, ChatBody),
+        ):
+            router.add_api_route(path, post, methods=["POST"], openapi_extra=json_body(body))
         return router
 
     async def index(self) -> Response:
@@ -71,11 +80,12 @@ class Endpoints:
         return Response(metrics, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def models(self) -> Response:
-        return json_response(200, to_json({"object": "list", "data": [self.service.model]}))
+        models = [self.service.model | {"id": name} for name in self.service.names]
+        return json_response(200, to_json({"object": "list", "data": models}))
 
     async def model(self, name: str) -> Response:
         self.service.check_model(name)
-        return json_response(200, to_json(self.service.model))
+        return json_response(200, to_json(self.service.model | {"id": name}))
 
     async def complete(self, request: HttpRequest) -> Response:
         body = parse(CompletionBody, await request.body())
@@ -86,6 +96,24 @@ class Endpoints:
         body = parse(ChatBody, await request.body())
         call, builder = await self.service.start_chat(body)
         return await respond(self.service.batcher, call, builder, bool(body.stream))
+
+
+def json_body(kind: type[RequestBody]) -> dict[str, Any]:
+    """Return the part of an endpoint's OpenAPI description that has its request body."""
+    schema = {"$ref": SCHEMA_PATH.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+class App(FastAPI):
+    """An app whose OpenAPI description, /openapi.json, has the schemas of the request bodies."""
+
+    def openapi(self) -> dict[str, Any]:
+        description = super().openapi()
+        _, bodies = models_json_schema(
+            [(CompletionBody, "validation"), (ChatBody, "validation")], ref_template=SCHEMA_PATH
+        )
+        description["components"]["schemas"].update(bodies["$defs"])
+        return description
 
 
 # ---- errors ----
@@ -135,10 +163,10 @@ def build_app(service: Service) -> FastAPI:
         yield
         service.batcher.close()
 
-    app = FastAPI(
+    app = App(
+        title="pocketlm",
         docs_url=None,
         redoc_url=None,
-        openapi_url=None,
         lifespan=lifespan,
         redirect_slashes=False,
         exception_handlers=EXCEPTION_HANDLERS,

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from model import Transformer
-from pocketlm.inference.engine import Engine, GenerationRequest, Token
+from pocketlm.inference.engine import Engine, GenerationRequest, RequestFailed, Token
 from pocketlm.inference.generate import TextDecoder
 from pocketlm.serving.errors import EngineFailed, TooBusy
 from pocketlm.serving.limits import RETRY_AFTER_SECONDS, STREAM_INTERVAL_SECONDS
@@ -215,19 +215,43 @@ class Batcher:
                     self.inbox.get()()
                 while not self.inbox.empty():
                     self.inbox.get()()
-                if tokens := self._engine.step():
-                    self.metrics.step_rows.observe(len(tokens))
-                    self.metrics.completion_tokens.inc(len(tokens))
-                    self._next_send_at = min(self._next_send_at, *map(self._add_token, tokens))
-                    if time.perf_counter() >= self._next_send_at:
-                        self._send()
+                self._step()
             except Exception as error:  # of any kind: no client may wait forever
-                traceback.print_exc()
-                self.metrics.failures.inc()
                 calls = {text.call for text in self._in_progress.values()}
                 self._in_progress.clear()
                 self._engine = self._new_engine()
-                self._send([(call, EngineFailed(type(error).__name__)) for call in calls])
+                self._fail(calls, error)
+
+    def _step(self) -> None:
+        """Take a decoding step. A failure of one call, whatever it is, ends only that call."""
+        try:
+            tokens = self._engine.step()
+        except RequestFailed as error:
+            texts = self._in_progress.items()
+            calls = {text.call for (request, _), text in texts if request in error.requests}
+            for call in calls:
+                self._remove(call)
+            self._fail(calls, error)
+            return
+        if tokens:
+            self.metrics.step_rows.observe(len(tokens))
+            self.metrics.completion_tokens.inc(len(tokens))
+        for token in tokens:
+            text = self._in_progress.get((token.request, token.sample))
+            if text is None:  # another sample of its call has failed in this step
+                continue
+            try:
+                self._next_send_at = min(self._next_send_at, self._add_token(text, token))
+            except Exception as error:
+                self._remove(text.call)
+                self._fail({text.call}, error)
+        if time.perf_counter() >= self._next_send_at:
+            self._send()
+
+    def _fail(self, calls: set[Call], error: Exception) -> None:
+        traceback.print_exception(error)
+        self.metrics.failures.inc()
+        self._send([(call, EngineFailed(type(error).__name__)) for call in calls])
 
     def _send(self, more: list[tuple[Call, Update]] | None = None) -> None:
         updates, self._unsent = self._unsent + (more or []), []
@@ -236,20 +260,23 @@ class Batcher:
             self.loop.call_soon_threadsafe(self.receive, updates)
 
     def _add_call(self, call: Call) -> None:
-        for number, request in enumerate(call.requests):
-            for sample in range(call.num_samples):
-                decoder = TextDecoder(self.tokenizer, request.params.stop)
-                choice = number * call.num_samples + sample
-                self._in_progress[request, sample] = TextInProgress(call, choice, decoder)
-            self._engine.add(request)
+        try:
+            for number, request in enumerate(call.requests):
+                for sample in range(call.num_samples):
+                    decoder = TextDecoder(self.tokenizer, request.params.stop, request.ids)
+                    choice = number * call.num_samples + sample
+                    self._in_progress[request, sample] = TextInProgress(call, choice, decoder)
+                self._engine.add(request)
+        except Exception as error:
+            self._remove(call)
+            self._fail({call}, error)
 
-    def _add_token(self, token: Token) -> float:
+    def _add_token(self, text: TextInProgress, token: Token) -> float:
         """Store a token's delta; return the time by which it should be sent.
 
         The first and the last delta of a text are sent at once, and the others of a stream at
         the next interval. A whole response needs no update before its end.
         """
-        text = self._in_progress[token.request, token.sample]
         is_first = not text.has_token
         if is_first:
             text.has_token = True

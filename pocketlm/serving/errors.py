@@ -53,7 +53,7 @@ class TooBusy(Exception):
 
 
 class EngineFailed(Exception):
-    """An exception in a decoding step; it ends all running calls."""
+    """An exception in a decoding step; it ends the calls that it concerns."""
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
@@ -73,7 +73,7 @@ def api_error_from_failure(failure: Exception) -> ApiError:
     if isinstance(failure, TooBusy):
         retry_after = str(RETRY_AFTER_SECONDS)
         return ApiError(failure.status, str(failure), code="too_busy", retry_after=retry_after)
-    message = "the engine failed and was restarted; see the server's output, and try again"
+    message = "the server failed to generate this text; its output has the details"
     return ApiError(500, message, code="engine_failed")
 
 

@@ -1,7 +1,8 @@
 """Limits of the server: sizes, counts and times.
 
 `ServerLimits` are the limits of one running server; the constants below are part of the API that
-every server offers. A name says the unit: bytes, characters, tokens or seconds.
+every server offers. A name says the unit: bytes, characters, tokens or seconds. Those of sampling
+are in config/sampling.py, because infer.py and a run's config have them too.
 """
 
 from dataclasses import dataclass
@@ -34,8 +35,10 @@ MAX_DEADLINE_SECONDS = 86_400
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 MAX_COMPLETION_TOKENS = 4096
 MAX_LOGPROBS = 20
+MAX_LOGPROB_ENTRIES = 500_000  # of a response, about 100 bytes each: tokens x (logprobs + 1)
 MAX_LOGIT_BIASES = 300
 MAX_PROMPTS = 64
+MAX_NAME_CHARACTERS = 200  # of a --model-name
 MAX_PROMPT_CHARACTERS = 100_000  # of all prompts or messages together, before encoding
 
 

@@ -30,7 +30,7 @@ class ServerMetrics:
         )
         self.failures = Counter(
             "serve_engine_failures",
-            "Exceptions in the engine; each one ends all running calls",
+            "Exceptions in the engine; each one ends the calls that it concerns",
             registry=registry,
         )
         self.first_token = Histogram(

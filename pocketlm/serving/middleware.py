@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import ipaddress
+from collections.abc import Iterable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -15,7 +16,15 @@ from pocketlm.serving.limits import MAX_QUOTED_CHARACTERS, ServerLimits
 from pocketlm.serving.metrics import ServerMetrics
 
 # Paths with their own label in the metrics; all others are counted together.
-ENDPOINTS = {"/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"}
+ENDPOINTS = {
+    "/",
+    "/health",
+    "/metrics",
+    "/openapi.json",
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+}
 CLIENT_DISCONNECTED = 499  # nginx's status for a request whose client left
 
 
@@ -32,16 +41,17 @@ def url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def allowed_hosts(host: str, port: int) -> set[str] | None:
+def allowed_hosts(host: str, port: int, others: Iterable[str] = ()) -> set[str] | None:
     """Return the Host headers to accept on a loopback address; None for any other address.
 
     The check protects against DNS rebinding: a web site could point its own name at 127.0.0.1.
+    `others` are those of a tunnel or proxy, with their port unless it is the scheme's own.
     """
     if not is_loopback(host):
         return None
     names = {"localhost", "127.0.0.1", "[::1]", url_host(host).lower()}
     with_port = {f"{name}:{port}" for name in names}
-    return with_port | names if port == 80 else with_port
+    return with_port | (names if port == 80 else set()) | {other.lower() for other in others}
 
 
 class AccessMiddleware:
@@ -99,7 +109,7 @@ class AccessMiddleware:
             raise ApiError(
                 403,
                 f"the Host header {quote(host)} is not a name of this server; "
-                f"use http://{min(self.hosts)}",
+                f"use http://{min(self.hosts)}, or start serve.py with --allow-host and this name",
                 code="wrong_host",
             )
         if scope["path"].startswith("/v1/"):

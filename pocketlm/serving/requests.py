@@ -3,36 +3,51 @@
     body = parse(CompletionBody, raw)  # or ChatBody; raises ApiError
 
 The fields are OpenAI's, plus those of SamplingParams. A body is JSON in UTF-8 without duplicate
-keys, NaN or unpaired surrogates; types are strict, and an unknown field is an error. This module
-knows neither HTTP nor the engine.
+keys, NaN or unpaired surrogates; types are strict. A field that asks for something this server does
+not do is an error, as is an unknown one; what asks for nothing (null, an empty list, a default) is
+ignored, since many clients send it. This module knows neither HTTP nor the engine.
 """
 
 import json
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from pocketlm.config.sampling import MAX_STOP_STRINGS, SamplingParams
 from pocketlm.serving.errors import ApiError, invalid, invalid_json
 from pocketlm.serving.limits import (
     MAX_LOGIT_BIASES,
-    MAX_LOGPROBS,
     MAX_QUOTED_CHARACTERS,
     MAX_QUOTED_KEY_CHARACTERS,
 )
 
-# Fields of OpenAI's API that this server does not support, each with the values that have no
-# effect: a client may send those, or null.
+# Fields that this server does not support, each with the values that have no effect: a client may
+# send those, or null. The first group is OpenAI's, the second that of vLLM and llama.cpp.
 UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
-    "echo": (False,), "suffix": ("",), "best_of": (1,), "store": (False,), "metadata": ({},),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "service_tier": ("auto", "default"),
-    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "functions": ([],), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],),
-    "audio": (), "prediction": (), "web_search_options": (), "reasoning_effort": (),
-    "verbosity": (), "prompt_cache_key": (), "safety_identifier": (),
+    "echo": (False,), "suffix": ("",), "best_of": (1,), "store": (False,),
+    "service_tier": ("auto", "default"), "tools": ([],), "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False), "functions": ([],), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
+    "prediction": (), "web_search_options": (), "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+
+    "min_tokens": (0,), "ignore_eos": (False,), "use_beam_search": (False,), "length_penalty": (1,),
+    "skip_special_tokens": (True,), "include_stop_str_in_output": (False,), "typical_p": (1,),
+    "mirostat": (0,), "cache_prompt": (True, False), "chat_template_kwargs": ({},),
 }  # fmt: skip
+
+# Fields that never affect the response: names of the client's own, and hints for a cache.
+IGNORED_FIELDS = ("metadata", "prompt_cache_key", "safety_identifier")
 
 
 # ---- validators of fields; a message continues the sentence that the field's name begins ----
@@ -94,7 +109,9 @@ def to_logit_bias(value: dict[str, float]) -> tuple[tuple[int, float], ...]:
 
 
 def to_content(value: Any) -> str:
-    """Return a message's text, given as a string or as a list of text parts."""
+    """Return a message's text, given as a string or as a list of text parts; "" for null."""
+    if value is None:
+        return ""
     if isinstance(value, str):
         return check_unicode(value)
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
@@ -103,19 +120,55 @@ def to_content(value: Any) -> str:
         if part.get("type") != "text":
             part_type = str(part.get("type"))[:MAX_QUOTED_KEY_CHARACTERS]
             raise ValueError(f"has a part of type {part_type!r}; this model accepts text only")
-        if not isinstance(part.get("text"), str) or len(part) > 2:
+        if not isinstance(part.get("text"), str):
             raise ValueError(
                 'has a text part that is not of the form {"type": "text", "text": ...}'
             )
     return check_unicode("".join(part["text"] for part in value))
 
 
+def to_nothing(value: Any) -> None:
+    """Return None for null and for an empty string, list or object."""
+    if value not in (None, "", [], {}):
+        raise ValueError("is not supported: this model reads text only; remove it")
+
+
+def false_to_none(value: Any) -> Any:
+    return None if value is False else value
+
+
+def one_or_list(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of a value or a list of such values."""
+    return {"anyOf": [item, {"type": "array", "items": item}]}
+
+
+TEXT, IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}}
+TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": TEXT},
+    "required": ["type", "text"],
+}
+Prompt = Annotated[
+    Any,
+    AfterValidator(to_prompts),
+    WithJsonSchema({"anyOf": [one_or_list(TEXT), one_or_list(IDS)]}),
+]
+StopStrings = Annotated[
+    Any,
+    AfterValidator(to_stop_strings),
+    WithJsonSchema({"anyOf": [one_or_list(TEXT), {"type": "null"}]}),
+]
+Content = Annotated[
+    Any,
+    AfterValidator(to_content),
+    WithJsonSchema({"anyOf": [TEXT, {"type": "array", "items": TEXT_PART}, {"type": "null"}]}),
+]
+Nothing = Annotated[Any, AfterValidator(to_nothing), WithJsonSchema({"type": "null"})]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_LOGIT_BIASES),
     AfterValidator(to_logit_bias),
 ]
-LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 # ---- bodies ----
@@ -132,10 +185,11 @@ class StreamOptions(StrictModel):
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None  # vLLM's
 
 
 class RequestBody(StrictModel):
-    """Fields of both endpoints; None if absent. SamplingParams and the engine check the ranges."""
+    """Fields of both endpoints; None if absent. The service and SamplingParams check the ranges."""
 
     model: str
     max_tokens: int | None = None
@@ -144,10 +198,12 @@ class RequestBody(StrictModel):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     no_repeat_ngram: int | None = None
     n: int | None = None
     seed: int | None = None
-    stop: Annotated[Any, AfterValidator(to_stop_strings)] = None
+    stop: StopStrings = None
     stop_ids: Annotated[list[int], Field(max_length=MAX_STOP_STRINGS)] | None = None
     logit_bias: LogitBias | None = None
     stream: bool | None = None
@@ -165,6 +221,11 @@ class RequestBody(StrictModel):
     def requested_max_tokens(self) -> int | None:
         """Maximum number of tokens to generate, if the client set one."""
         return self.max_tokens
+
+    @property
+    def repeats_prompt(self) -> bool:
+        """True if the text begins with the prompt."""
+        return False
 
     @property
     def include_usage(self) -> bool:
@@ -187,8 +248,9 @@ class RequestBody(StrictModel):
 class CompletionBody(RequestBody):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[Any, AfterValidator(to_prompts)]
-    logprobs: LogprobCount | None = None
+    prompt: Prompt
+    logprobs: Annotated[int | None, BeforeValidator(false_to_none)] = None
+    echo: bool | None = None  # begin the text, and its log-probabilities, with the prompt
 
     logprobs_field = "logprobs"
 
@@ -196,22 +258,34 @@ class CompletionBody(RequestBody):
     def requested_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def repeats_prompt(self) -> bool:
+        return bool(self.echo)
+
 
 class ChatMessage(StrictModel):
     """A message of a conversation.
 
-    The fields of type None may be present as null, because OpenAI's client sends back the
-    assistant messages that it received.
+    Clients send back the assistant messages that they received, with all that came in them: keys
+    without effect on the text are ignored. Those below would have one, unless they are empty.
     """
 
+    model_config = ConfigDict(extra="ignore")
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Any, AfterValidator(to_content)]
-    name: None = None
-    refusal: None = None
-    tool_calls: None = None
-    function_call: None = None
-    audio: None = None
-    annotations: None = None
+    content: Content
+    refusal: Nothing = None
+    tool_calls: Nothing = None
+    function_call: Nothing = None
+    audio: Nothing = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def add_missing_content(cls, value: Any) -> Any:
+        """Let an assistant message have no content, as OpenAI's API does."""
+        if isinstance(value, dict) and value.get("role") == "assistant":
+            return {"content": None} | value
+        return value
 
 
 class ChatBody(RequestBody):
@@ -220,7 +294,7 @@ class ChatBody(RequestBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: LogprobCount | None = None
+    top_logprobs: int | None = None
 
     logprobs_field = "top_logprobs"
 
@@ -243,7 +317,7 @@ def parse(kind: type[BodyT], raw: bytes) -> BodyT:
     data = read_json(raw)
     if not isinstance(data, dict):
         raise invalid_json("the body is not a JSON object")
-    remove_unsupported(data)
+    remove_fields_without_effect(data, kind)
     try:
         body = kind.model_validate(data)
     except ValidationError as error:
@@ -252,31 +326,37 @@ def parse(kind: type[BodyT], raw: bytes) -> BodyT:
     return body
 
 
-def remove_unsupported(data: dict[str, Any]) -> None:
-    """Remove unsupported fields without effect; raise ApiError for one that has an effect."""
-    for name, neutral in UNSUPPORTED_FIELDS.items():
-        value = data.pop(name, None)
-        if value is None:
-            continue
+def remove_fields_without_effect(data: dict[str, Any], kind: type[RequestBody]) -> None:
+    """Remove what asks for nothing; raise ApiError for an unsupported field with an effect."""
+    for name in sorted(data.keys() - kind.model_fields.keys()):
+        value = data[name]
+        neutral = UNSUPPORTED_FIELDS.get(name, ())
         # In Python 0 == False and 1 == True; in JSON they differ.
-        is_neutral = value in neutral and isinstance(value, bool) == isinstance(neutral[0], bool)
-        if not is_neutral:
-            raise invalid(
-                name, f"{name} is not supported by this server; remove it", "unsupported_parameter"
-            )
+        is_neutral = any(value == each and type(value) in same_types(each) for each in neutral)
+        if value is None or is_neutral or name in IGNORED_FIELDS:
+            del data[name]
+        elif name in UNSUPPORTED_FIELDS:
+            message = f"{name} is not supported by this server; remove it"
+            raise invalid(name, message, "unsupported_parameter")
+
+
+def same_types(value: object) -> tuple[type, ...]:
+    """Return the types that a JSON value equal to `value` may have."""
+    return (int, float) if type(value) is int else (type(value),)
 
 
 def check_combinations(body: RequestBody) -> None:
     """Raise ApiError if two fields contradict each other."""
-    if body.stream_options is not None and not body.stream:
+    if body.include_usage and not body.stream:
         raise invalid(
             "stream_options", "stream_options applies to streamed responses only; set stream: true"
         )
     if not isinstance(body, ChatBody):
         return
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
+    limits = {body.max_tokens, body.max_completion_tokens} - {None}
+    if len(limits) > 1:
         raise invalid(
             "max_completion_tokens",
             "max_completion_tokens and max_tokens mean the same; use only one of them",

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from pocketlm.inference.engine import GenerationRequest, Token
 from pocketlm.serving.batcher import Batcher, Call, TextDelta, TokenLogprob
 from pocketlm.serving.errors import (
     EngineFailed,
@@ -25,6 +26,7 @@ from pocketlm.serving.errors import (
 )
 from pocketlm.serving.limits import MIN_LOGPROB
 from pocketlm.tokenizer.base import BEGIN_OF_TEXT, END_OF_TEXT, Tokenizer
+from pocketlm.tokenizer.streaming import TextStream
 
 
 class TokenFormatter:
@@ -50,10 +52,47 @@ class TokenFormatter:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling), list(spelling)
 
 
-def finite(logprob: float | None) -> float:
-    """Return the log-probability, or MIN_LOGPROB for minus infinity and NaN."""
-    assert logprob is not None  # the engine computes it for requests with log-probabilities
+def finite(logprob: float | None) -> float | None:
+    """Return the log-probability, or MIN_LOGPROB for minus infinity and NaN.
+
+    None, of the first token of a prompt, stays None.
+    """
+    if logprob is None:
+        return None
     return MIN_LOGPROB if math.isnan(logprob) else max(logprob, MIN_LOGPROB)
+
+
+@dataclass
+class Echo:
+    """A prompt that its completions repeat."""
+
+    text: str
+    offsets: list[int]  # characters of the text before each token
+    request: GenerationRequest  # has the log-probabilities once there is a token after the prompt
+    n_hidden: int  # tokens in front that are not of the text: the document prefix
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, request: GenerationRequest, text: str | None) -> "Echo":
+        """Return the echo of a request's prompt, which was given as a text unless that is None."""
+        stream, decoded, offsets = TextStream(tokenizer), "", []
+        for token_id in request.ids:
+            offsets.append(len(decoded))
+            decoded += stream.push(token_id)
+        if text is None:
+            return cls(decoded + stream.flush(), offsets, request, n_hidden=0)
+        return cls(text, offsets, request, len(tokenizer.document_prefix))
+
+    def logprobs(self) -> list[TokenLogprob]:
+        """Return the text's tokens with their log-probabilities; a first one has none."""
+        if not self.request.score_prompt:
+            return []
+        scores = [(None, []), *self.request.prompt_scores]
+        rows = zip(self.offsets, self.request.ids, scores, strict=True)
+        tokens = [
+            TokenLogprob(offset, Token(self.request, 0, token_id, None, *score))
+            for offset, token_id, score in rows
+        ]
+        return tokens[self.n_hidden :]
 
 
 def merge_deltas(deltas: Iterable[TextDelta]) -> list[TextDelta]:
@@ -80,6 +119,7 @@ class ResponseBuilder:
     model: str
     formatter: TokenFormatter
     n_prompt_tokens: int
+    n_samples: int  # texts for each prompt
     with_logprobs: bool
     include_usage: bool = False  # in a stream; a whole response always has the token counts
 
@@ -101,6 +141,7 @@ class ResponseBuilder:
 
     def full_body(self, deltas: list[TextDelta]) -> bytes:
         """Return the whole response, given all deltas of the call."""
+        deltas = list(map(self.prepare, deltas))
         self.n_completion_tokens = sum(delta.n_tokens for delta in deltas)
         choices = [self.full_choice(delta) for delta in merge_deltas(deltas)]
         body = {"object": self.full_object, "choices": choices, "usage": self.usage()}
@@ -108,6 +149,7 @@ class ResponseBuilder:
 
     def events(self, deltas: list[TextDelta]) -> bytes:
         """Return the server-sent events for new deltas; often none."""
+        deltas = list(map(self.prepare, deltas))
         self.n_completion_tokens += sum(delta.n_tokens for delta in deltas)
         return b"".join(
             self.event([self.chunk_choice(delta)], None)
@@ -135,6 +177,10 @@ class ResponseBuilder:
             "total_tokens": self.n_prompt_tokens + self.n_completion_tokens,
         }
 
+    def prepare(self, delta: TextDelta) -> TextDelta:
+        """Return what the response shows of a delta."""
+        return delta
+
     def full_choice(self, delta: TextDelta) -> dict[str, Any]:
         """Return an entry of "choices" in a whole response."""
         raise NotImplementedError
@@ -144,11 +190,28 @@ class ResponseBuilder:
         raise NotImplementedError
 
 
+@dataclass
 class CompletionResponse(ResponseBuilder):
-    """Response of /v1/completions."""
+    """Response of /v1/completions, after an echo of each prompt if there are echoes."""
+
+    echoes: list[Echo] = field(default_factory=list)
+    only_echo: bool = False  # max_tokens is 0: the engine's only token is left out
 
     full_object = chunk_object = "text_completion"
     id_prefix = "cmpl"
+
+    def prepare(self, delta: TextDelta) -> TextDelta:
+        if not self.echoes:
+            return delta
+        echo = self.echoes[delta.choice // self.n_samples]
+        if self.only_echo:
+            delta = delta._replace(text="", logprobs=[], n_tokens=0, finish_reason="length")
+        shift = len(echo.text)
+        logprobs = [TokenLogprob(offset + shift, token) for offset, token in delta.logprobs]
+        if delta.choice in self.started:
+            return delta._replace(logprobs=logprobs)
+        self.started.add(delta.choice)
+        return delta._replace(text=echo.text + delta.text, logprobs=echo.logprobs() + logprobs)
 
     def full_choice(self, delta: TextDelta) -> dict[str, Any]:
         return {
@@ -161,16 +224,18 @@ class CompletionResponse(ResponseBuilder):
     chunk_choice = full_choice
 
     def logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, list[Any]]:
-        """Return parallel lists; text_offset counts characters of the completion."""
+        """Return parallel lists; text_offset counts characters of the text."""
         return {
             "tokens": [self.token_text(token.id) for _, token in logprobs],
             "token_logprobs": [finite(token.logprob) for _, token in logprobs],
-            "top_logprobs": [self.top_logprobs(token.top) for _, token in logprobs],
+            "top_logprobs": [self.top_logprobs(token) for _, token in logprobs],
             "text_offset": [offset for offset, _ in logprobs],
         }
 
-    def top_logprobs(self, top: list[tuple[int, float]]) -> dict[str, float]:
-        return {self.token_text(token_id): finite(logprob) for token_id, logprob in top}
+    def top_logprobs(self, token: Token) -> dict[str, float | None] | None:
+        if token.logprob is None:
+            return None
+        return {self.token_text(token_id): finite(logprob) for token_id, logprob in token.top}
 
     def token_text(self, token_id: int) -> str:
         return self.formatter.format(token_id)[0]

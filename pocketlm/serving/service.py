@@ -2,23 +2,24 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from pocketlm.checkpoint.loading import Checkpoint
-from pocketlm.config.sampling import MAX_STOP_STRINGS, SamplingParams
+from pocketlm.config.sampling import MAX_NO_REPEAT_NGRAM, MAX_STOP_STRINGS, SamplingParams
 from pocketlm.errors import FieldError, UserError
 from pocketlm.inference.conversation import MAX_ANSWER_TOKENS, Conversation
 from pocketlm.inference.engine import GenerationRequest, validate_request
-from pocketlm.inference.generate import encode_prompt, merge_sampling_params
+from pocketlm.inference.generate import encode_prompt, end_at_all, merge_sampling_params
 from pocketlm.serving.batcher import Batcher, Call
 from pocketlm.serving.errors import ApiError, invalid
 from pocketlm.serving.limits import (
     DEFAULT_COMPLETION_TOKENS,
     MAX_COMPLETION_TOKENS,
     MAX_LOGIT_BIASES,
+    MAX_LOGPROB_ENTRIES,
     MAX_LOGPROBS,
     MAX_PROMPT_CHARACTERS,
     MAX_PROMPTS,
@@ -29,12 +30,15 @@ from pocketlm.serving.requests import ChatBody, CompletionBody, RequestBody
 from pocketlm.serving.responses import (
     ChatResponse,
     CompletionResponse,
+    Echo,
     ResponseBuilder,
     TokenFormatter,
     finite,
 )
 from pocketlm.tokenizer.build import from_state
 
+Encoded = TypeVar("Encoded")
+BuilderT = TypeVar("BuilderT", bound=ResponseBuilder)
 API_NAMES = {"max_new_tokens": "max_tokens", "num_samples": "n"}  # of fields of SamplingParams
 
 
@@ -57,10 +61,13 @@ class Service:
         checkpoint_info: dict[str, Any],
         threads: int,
         limits: ServerLimits,
+        names: Sequence[str] = (),
     ):
+        """`names` are those of the model in the API; by default the checkpoint's file name."""
         config = checkpoint.config.model
         assert config.max_seq_len is not None and config.vocab_size is not None  # of a built model
         self.checkpoint, self.limits = checkpoint, limits
+        self.names = list(names) or [checkpoint.path.stem]
         self.context: int = config.max_seq_len
         self.vocab_size: int = config.vocab_size
         self.max_prompts = min(MAX_PROMPTS, limits.max_queue)
@@ -94,6 +101,7 @@ class Service:
         path, sampling = self.checkpoint.path, self.checkpoint.config.sampling
         limits = {
             "max_tokens": MAX_COMPLETION_TOKENS,
+            "no_repeat_ngram": MAX_NO_REPEAT_NGRAM,
             "n": self.limits.max_slots,
             "prompts": self.max_prompts,
             "prompt_tokens": self.context,
@@ -101,13 +109,14 @@ class Service:
             "logprobs": self.max_logprobs,
             "stop": MAX_STOP_STRINGS,
             "logit_bias": MAX_LOGIT_BIASES,
+            "logprob_entries": MAX_LOGPROB_ENTRIES,
             "body_bytes": self.limits.max_body_bytes,
             "seconds": self.limits.deadline_seconds,
         }
         defaults = {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)}
         defaults["logit_bias"] = [(i, finite(bias)) for i, bias in sampling.logit_bias]
         return {
-            "id": path.stem,
+            "id": self.names[0],
             "object": "model",
             "created": int(path.stat().st_mtime),
             "owned_by": "you",
@@ -119,19 +128,18 @@ class Service:
 
     def check_model(self, name: str) -> None:
         """Raise ApiError if `name` is not the served model."""
-        if name != self.model["id"]:
+        if name not in self.names:
+            known = ", ".join(map(repr, self.names))[:MAX_QUOTED_CHARACTERS]
             raise ApiError(
                 404,
-                f"the model {name[:MAX_QUOTED_CHARACTERS]!r} does not exist; "
-                f"this server has {self.model['id']!r}",
+                f"the model {name[:MAX_QUOTED_CHARACTERS]!r} does not exist; this server has "
+                f"{known} (serve.py --model-name NAME gives it other names)",
                 "model",
                 "model_not_found",
             )
 
-    async def encode(
-        self, param: str, function: Callable[..., list[int]], *args: object
-    ) -> list[int]:
-        """Return the token ids that `function` computes, in the encoding thread.
+    async def encode(self, param: str, function: Callable[..., Encoded], *args: object) -> Encoded:
+        """Return what `function` computes of a prompt, in the encoding thread.
 
         A UserError becomes an ApiError for the field `param`.
         """
@@ -144,6 +152,7 @@ class Service:
     async def start_completion(self, body: CompletionBody) -> tuple[Call, ResponseBuilder]:
         """Submit the prompts of a completion request. Raises ApiError and TooBusy."""
         self.check_model(body.model)
+        self.check_ranges(body)
         if len(body.prompt) > self.max_prompts:
             message = (
                 f"prompt has {len(body.prompt):,} entries; the maximum is {self.max_prompts:,}"
@@ -159,11 +168,22 @@ class Service:
             else:
                 prompts.append(prompt)
         options = body.sampling_options(DEFAULT_COMPLETION_TOKENS)
-        return self.submit(EncodedBody(body, "prompt", prompts, options), CompletionResponse)
+        only_echo = options["max_new_tokens"] == 0
+        options["max_new_tokens"] = max(1, options["max_new_tokens"])
+        encoded = EncodedBody(body, "prompt", prompts, options)
+        requests, echoes = self.generation_requests(encoded), []
+        for prompt, request in zip(body.prompt, requests, strict=True):
+            if body.echo:
+                text = prompt if isinstance(prompt, str) else None
+                echoes.append(await self.encode("prompt", Echo.of, tokenizer, request, text))
+        call, builder = self.submit(encoded, requests, CompletionResponse)
+        builder.echoes, builder.only_echo = echoes, only_echo
+        return call, builder
 
     async def start_chat(self, body: ChatBody) -> tuple[Call, ResponseBuilder]:
         """Submit the conversation of a chat request. Raises ApiError and TooBusy."""
         self.check_model(body.model)
+        self.check_ranges(body)
         check_characters("messages", sum(len(message.content) for message in body.messages))
         self.batcher.check_capacity(1)
         messages = []
@@ -177,31 +197,35 @@ class Service:
         stop_ids = options.get("stop_ids", defaults.stop_ids)
         options["stop"] = (*stop, *self.conversation.stop)
         options["stop_ids"] = (*stop_ids, *self.chat_stop_ids)
-        return self.submit(EncodedBody(body, "messages", [ids], options), ChatResponse)
+        encoded = EncodedBody(body, "messages", [ids], options)
+        return self.submit(encoded, self.generation_requests(encoded), ChatResponse)
 
     def submit(
-        self, encoded: EncodedBody, builder: type[ResponseBuilder]
-    ) -> tuple[Call, ResponseBuilder]:
-        """Check an encoded request and submit it to the batcher. Raises ApiError and TooBusy."""
+        self, encoded: EncodedBody, requests: list[GenerationRequest], builder: type[BuilderT]
+    ) -> tuple[Call, BuilderT]:
+        """Submit the requests of a body to the batcher. Raises TooBusy."""
         body = encoded.body
-        requests = self.generation_requests(encoded)
-        self.check_limits(encoded, requests[0].params)
         call = self.batcher.submit(requests, self.limits.deadline_seconds, bool(body.stream))
         return call, builder(
             model=self.model["id"],
             formatter=self.formatter,
             n_prompt_tokens=sum(map(len, encoded.prompts)),
+            n_samples=requests[0].params.num_samples,
             with_logprobs=body.requested_logprobs is not None,
             include_usage=body.include_usage,
         )
 
     def generation_requests(self, encoded: EncodedBody) -> list[GenerationRequest]:
         """Return the engine's requests, one per prompt. Raises ApiError for invalid values."""
-        eos_id, top_logprobs = self.checkpoint.tokenizer.eos_id, encoded.body.requested_logprobs
+        body, eos_id = encoded.body, self.checkpoint.tokenizer.eos_id
+        top_logprobs = body.requested_logprobs
+        score_prompt = body.repeats_prompt and top_logprobs is not None
         try:
             params = merge_sampling_params(encoded.sampling_options, self.checkpoint)
+            params = end_at_all(params, self.checkpoint.tokenizer)
             requests = [
-                GenerationRequest(ids, params, eos_id, top_logprobs) for ids in encoded.prompts
+                GenerationRequest(ids, params, eos_id, top_logprobs, score_prompt)
+                for ids in encoded.prompts
             ]
             for request in requests:
                 validate_request(request, self.vocab_size)
@@ -210,20 +234,24 @@ class Service:
             raise invalid(name, f"{name} {error.message}") from None
         except ValueError as error:
             raise invalid(encoded.param, str(error)) from None
+        self.check_size(encoded, params)
         return requests
 
-    def check_limits(self, encoded: EncodedBody, params: SamplingParams) -> None:
-        """Raise ApiError for a value that is valid, but above this server's limits."""
-        body = encoded.body
-        for name, value, maximum in (
-            ("max_tokens", params.max_new_tokens, MAX_COMPLETION_TOKENS),
-            ("n", params.num_samples, self.limits.max_slots),
-            (body.logprobs_field, body.requested_logprobs or 0, self.max_logprobs),
+    def check_ranges(self, body: RequestBody) -> None:
+        """Raise ApiError for a number that is out of this server's range."""
+        fewest = 0 if body.repeats_prompt else 1  # tokens after an echo may be none
+        for name, value, smallest, largest in (
+            ("max_tokens", body.requested_max_tokens, fewest, MAX_COMPLETION_TOKENS),
+            ("n", body.n, 1, self.limits.max_slots),
+            (body.logprobs_field, body.requested_logprobs, 0, self.max_logprobs),
         ):
-            if value > maximum:
-                raise invalid(
-                    name, f"{name} is {value:,}; the maximum of this server is {maximum:,}"
-                )
+            if value is not None and not smallest <= value <= largest:
+                limits = f"{value:,}; it must be from {smallest} to {largest:,}"
+                raise invalid(name, f"{name} is {limits} on this server")
+
+    def check_size(self, encoded: EncodedBody, params: SamplingParams) -> None:
+        """Raise ApiError for a prompt beyond the context, or too many log-probabilities."""
+        body = encoded.body
         longest = max(map(len, encoded.prompts))
         if longest > self.context:
             raise invalid(
@@ -231,6 +259,17 @@ class Service:
                 f"the prompt has {longest:,} tokens, more than the model's context of "
                 f"{self.context:,}; shorten it",
                 "context_length_exceeded",
+            )
+        if body.requested_logprobs is None:
+            return
+        echoed = longest if body.repeats_prompt else 0
+        n_texts = len(encoded.prompts) * params.num_samples
+        n_entries = n_texts * (params.max_new_tokens + echoed) * (body.requested_logprobs + 1)
+        if n_entries > MAX_LOGPROB_ENTRIES:
+            raise invalid(
+                body.logprobs_field,
+                f"{body.logprobs_field} may fill the response with {n_entries:,} log-probabilities;"
+                f" the maximum is {MAX_LOGPROB_ENTRIES:,}: ask for fewer of them, tokens or texts",
             )
 
 

@@ -18,6 +18,7 @@ the end of the corpus, `corpus_suffix`. With bos and eos, or only one of them, a
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -37,6 +38,11 @@ class Tokenizer(ABC):
     bos_id: int | None = None
     eos_id: int | None = None
     unk_id: int | None = None
+    adds_bos = True  # False: documents and prompts have no bos in front, though there is one
+    separator_id: int | None = None  # between documents without a bos in front, if it is not eos
+    # tokens that end a text besides eos, such as the end of a turn; generation stops at each
+    end_ids: tuple[int, ...] = ()
+    utf8_errors = "replace"  # how broken UTF-8 is decoded
     note = ""  # a remark for the user on its training, for example about dropped characters
 
     @abstractmethod
@@ -52,12 +58,27 @@ class Tokenizer(ABC):
         """Return plain values for `from_state`: `kind`, `name`, `note` if any, and others."""
 
     def token_bytes(self, i: int) -> bytes:
-        """Return the UTF-8 of one token, which may end inside a character; none for bos and eos."""
+        """Return the UTF-8 of one token within a text; none for bos and eos.
+
+        It may begin or end inside a character.
+        """
         return self.decode([i]).encode()
+
+    def has_text(self, i: int) -> bool:
+        """Return False for a token that no text contains, such as bos and eos."""
+        return i not in (self.bos_id, self.eos_id)
+
+    def spelling(self, i: int, previous: int | None) -> bytes:
+        """Return the UTF-8 that a token adds to a text after the token `previous`; None: first."""
+        return self.token_bytes(i)
 
     def encode_arrays(self, texts: list[str]) -> list[NDArray[Any]]:
         """Return the ids of each text as an array of `dtype`; the fast way to encode a corpus."""
         return [np.array(self.encode(text), self.dtype) for text in texts]
+
+    def left_out_characters(self, text: str, ids: NDArray[Any]) -> Counter[str]:
+        """Return the characters of the text that no token of `ids`, its encoding, stands for."""
+        return Counter()
 
     def last_token_boundary(self, text: str) -> int:
         """Return the last position at which `text` can be split without changing its ids.
@@ -74,22 +95,30 @@ class Tokenizer(ABC):
     @property
     def document_prefix(self) -> list[int]:
         """Ids before a document in training, and so before every prompt: bos, or else eos."""
-        if self.bos_id is not None:
+        if self.bos_id is not None and self.adds_bos:
             return [self.bos_id]
-        return [] if self.eos_id is None else [self.eos_id]
+        return self._separator
 
     @property
     def document_suffix(self) -> list[int]:
         """Ids after a document: eos, unless the next document's prefix is that eos."""
-        return [] if self.bos_id is None or self.eos_id is None else [self.eos_id]
+        with_bos = self.bos_id is not None and self.adds_bos
+        return [self.eos_id] if with_bos and self.eos_id is not None else []
 
     @property
     def corpus_suffix(self) -> list[int]:
         """Ids after the last document: the eos that no document's prefix supplies."""
-        return [self.eos_id] if self.bos_id is None and self.eos_id is not None else []
+        return [] if self.bos_id is not None and self.adds_bos else self._separator
+
+    @property
+    def _separator(self) -> list[int]:
+        """The token between documents without bos: eos, unless the model has learned another."""
+        separator_id = self.eos_id if self.separator_id is None else self.separator_id
+        return [] if separator_id is None else [separator_id]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that determines the ids; the name and the note do not."""
-        state = {key: value for key, value in self.state().items() if key not in ("name", "note")}
+        """SHA-256 of everything that determines the ids of a corpus."""
+        others = ("name", "note", "end_ids", "special_tokens")
+        state = {key: value for key, value in self.state().items() if key not in others}
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

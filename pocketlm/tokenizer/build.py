@@ -1,10 +1,12 @@
 """Tokenizers by their name in a config, and from the state in a checkpoint."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import UserError
+from pocketlm.hub.special_tokens import SpecialTokens, post_processor_adds
 from pocketlm.hub.tokenizers import hub_tokenizer
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import GPT2_SIZE, JsonTokenizer
@@ -29,7 +31,15 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
             return CharTokenizer(state["symbols"], bos, eos, state["name"], note)
         case "json":
             bos_id, eos_id = state["bos_id"], state["eos_id"]
-            return JsonTokenizer(state["json"], state["name"], bos_id, eos_id, note)
+            special = SpecialTokens(
+                bos_id,
+                eos_id,
+                adds_bos=not state.get("no_bos_in_front", False),
+                separator_id=state.get("separator_id"),
+                end_ids=tuple(state.get("end_ids", ())),
+                names=state.get("special_tokens", {}),
+            )
+            return JsonTokenizer(state["json"], state["name"], bos_id, eos_id, note, special)
     raise UserError(f"unknown kind of tokenizer {state['kind']!r}; was it made by a newer version?")
 
 
@@ -101,6 +111,8 @@ def from_hub(name: str) -> JsonTokenizer:
             f"{error} (without the hub there are byte, seen-bytes, char, char:SIZE, bpe:SIZE, "
             "gpt2, gpt2:SIZE and the path of a tokenizer)"
         ) from error.__cause__
-    return JsonTokenizer(
-        tokenizer.backend_tokenizer.to_str(), name, tokenizer.bos_token_id, tokenizer.eos_token_id
-    )
+    json_text = tokenizer.backend_tokenizer.to_str()
+    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos = "" if bos_id is None else tokenizer.backend_tokenizer.id_to_token(bos_id)
+    adds_bos = post_processor_adds(json.loads(json_text)["post_processor"], bos)
+    return JsonTokenizer(json_text, name, bos_id, eos_id, special=SpecialTokens(adds_bos=adds_bos))

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers as hf
 from numpy.typing import NDArray
 
-from pocketlm.tokenizer.byte_level import letter_bytes
+from pocketlm.tokenizer.streaming import letter_bytes
 
 if TYPE_CHECKING:
     import tiktoken

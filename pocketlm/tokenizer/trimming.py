@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import models
 
-from pocketlm.tokenizer.bpe import JsonTokenizer
-from pocketlm.tokenizer.byte_level import byte_level_backend
+from pocketlm.tokenizer.bpe import JsonTokenizer, byte_level_backend
 from pocketlm.tokenizer.tiktoken_backend import merged_tokens
 
 BATCH_CHARACTERS = 2**20  # of the training text, encoded at once

@@ -13,15 +13,19 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
-from model import Transformer
-from pocketlm.checkpoint.format import checkpoint_metadata, read_checkpoint, save_checkpoint
+from pocketlm.checkpoint.format import (
+    WEIGHT_PREFIX,
+    checkpoint_metadata,
+    read_checkpoint,
+    save_checkpoint,
+)
+from pocketlm.checkpoint.resume import ResumePoint
 from pocketlm.checkpoint.runs import Run
+from pocketlm.checkpoint.validation import non_finite_problem
 from pocketlm.config.sections import Config
 from pocketlm.data.prepare import PreparedData
 from pocketlm.errors import UserError
-from pocketlm.files import link_or_copy
-from pocketlm.training.metrics import non_finite
-from pocketlm.training.module import StepCallback, TrainingProgress
+from pocketlm.training.module import StepCallback, TrainableModule, non_finite
 
 
 class Checkpoints(StepCallback):
@@ -35,19 +39,21 @@ class Checkpoints(StepCallback):
         run: Run,
         config: Config,
         data: PreparedData,
-        model: Transformer,
-        progress: TrainingProgress,
+        module: TrainableModule,
+        hardware: dict[str, Any],
+        start: ResumePoint | None,
     ):
         self.run, self.config, self.training = run, config, config.training
         self.tokenizer_state, self.data_sha256 = data.tokenizer.state(), data.sha256
-        self.model, self.progress = model, progress
-        self.best: float | None = None  # the lowest validation loss
+        self.model, self.progress = module.model, module.progress
+        self.hardware = hardware  # from `describe_hardware`
+        self.history = [*start.history] if start else []
+        # the lowest validation loss: that of best.ckpt, and not that of a file that is lost
+        self.best = start.best if start else None
+        self.restored = start is None  # whether a resumed run has got as far as its first step
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
@@ -60,6 +66,8 @@ class Checkpoints(StepCallback):
             tokens=progress["tokens_seen"] + progress["targets"],
             val_loss=self.progress.validation.get("loss"),
             data_sha256=self.data_sha256,
+            hardware=self.hardware,
+            history=self.history,
         )
         checkpoint["interval"] = progress
 
@@ -67,6 +75,29 @@ class Checkpoints(StepCallback):
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.progress.saved = checkpoint["interval"]
+        # Lightning takes a missing counter for zero, and would accumulate other micro-batches
+        if checkpoint.get("pytorch-lightning_version") == L.__version__:
+            expected = trainer.fit_loop.state_dict()
+            if missing := first_missing_key(expected, checkpoint["loops"]["fit_loop"]):
+                raise ValueError(f"its loops have no {missing}")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        for parameter, state in trainer.optimizers[0].state.items():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"the optimizer's {name} has the shape {tuple(value.shape)}")
+        self.restored = True
+
+    def restore_finished(self, path: Path) -> None:
+        """Restore the weights and results of a run that has taken all steps."""
+        state = read_checkpoint(path)
+        weights = {
+            name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in state["state_dict"].items()
+        }
+        self.model.load_state_dict(weights)
+        self.progress.saved = state["interval"]
+        self.progress.begin(torch.device("cpu"), lambda count: count, first_process=True)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -89,26 +120,45 @@ class Checkpoints(StepCallback):
     def save(self, trainer: L.Trainer, *names: str) -> None:
         """Save this step under its number and under `names`, and delete old numbered ones.
 
-        Raises UserError, and saves nothing, if a parameter is not finite.
+        Raises UserError, and saves nothing, if a parameter or a state of the optimizer is not
+        finite. What a kill leaves undone here is done at the next start: see `SavedRun`.
         """
         path = self.run.checkpoints / f"step-{trainer.global_step:08d}.ckpt"
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise UserError(non_finite(name, trainer.global_step))
+        optimizer = trainer.optimizers[0]
+        states = {"optimizer": [*optimizer.state.values()]}
+        if problem := non_finite_problem(
+            {"state_dict": dict(self.model.named_parameters()), "optimizer_states": states}
+        ):
+            rate = optimizer.param_groups[0]["lr"]
+            raise UserError(non_finite(problem, trainer.global_step, rate, self.training.lr))
+        path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed under the run
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
+            keep = self.training.keep_checkpoints
             for name in names:
-                link_or_copy(path, self.run.checkpoints / name)
-            if self.training.keep_checkpoints:
-                for old in self.run.numbered()[self.training.keep_checkpoints :]:
-                    old.unlink()
+                self.run.give_name(path, name, only=keep == 1)
+            self.run.prune(keep)
+
+
+def first_missing_key(expected: dict[str, Any], actual: Any) -> str | None:
+    """Return the first key of nested dicts that `actual` lacks; None if it has all.
+
+    >>> first_missing_key({"a": {"b": 1}}, {"a": {}, "c": 2}), first_missing_key({}, {"c": 2})
+    ('b', None)
+    """
+    for key, value in expected.items():
+        if not isinstance(actual, dict) or key not in actual:
+            return key
+        if isinstance(value, dict) and (missing := first_missing_key(value, actual[key])):
+            return missing
+    return None
 
 
 class RandomState(L.Callback):
     """Saves and restores the random state, which Lightning does not; dropout draws from it.
 
-    The saved state is the first process's. The other processes must drop other activations, so
-    they are seeded by rank, and by step, so that a resumed run does not repeat its masks.
+    The state of every process is saved. Checkpoints of earlier versions have the first one's only:
+    the others are then seeded by rank, and by step, so that they do not repeat their masks.
     """
 
     def __init__(self, seed: int):
@@ -116,6 +166,15 @@ class RandomState(L.Callback):
         self.restored: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the random states. With several processes, all of them have to call this."""
+        own, ranks = self._own_state(), [self._own_state()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(ranks, own)
+        return own if len(ranks) == 1 else ranks[0] | {"ranks": ranks[1:]}
+
+    @staticmethod
+    def _own_state() -> dict[str, Any]:
         state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
@@ -127,17 +186,21 @@ class RandomState(L.Callback):
         self.restored = state_dict
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_rank > 0:
-            torch.manual_seed(self.seed + 1_000_003 * trainer.global_rank + trainer.global_step)
-            return
-        if not self.restored:
-            return
-        random.setstate(self.restored["python"])
-        torch.set_rng_state(self.restored["torch"])
-        if "cuda" in self.restored and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self.restored["cuda"])
-        if "mps" in self.restored and torch.backends.mps.is_available():
-            torch.mps.set_rng_state(self.restored["mps"])
+        rank = trainer.global_rank
+        states = [self.restored, *self.restored.get("ranks", [])] if self.restored else []
+        if rank < len(states):
+            self._restore(states[rank])
+        elif rank > 0:
+            torch.manual_seed(self.seed + 1_000_003 * rank + trainer.global_step)
+
+    @staticmethod
+    def _restore(state: dict[str, Any]) -> None:
+        random.setstate(state["python"])
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+        if "mps" in state and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(state["mps"])
 
 
 class DurableCheckpointIO(CheckpointIO):

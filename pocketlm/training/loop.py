@@ -2,17 +2,21 @@
 
 import logging
 import math
+import os
 import warnings
 from dataclasses import dataclass
 
 import lightning as L
 import torch
 
-from pocketlm.checkpoint.runs import ResumePoint, Run
+from pocketlm.checkpoint.changes import describe_hardware
+from pocketlm.checkpoint.resume import ResumePoint
+from pocketlm.checkpoint.runs import Run
 from pocketlm.config.sections import Config
 from pocketlm.data.loaders import build_loaders
 from pocketlm.data.prepare import PreparedData
 from pocketlm.data.samplers import DataShard
+from pocketlm.errors import UserError
 from pocketlm.hardware.devices import Hardware
 from pocketlm.training.checkpointing import Checkpoints, DurableCheckpointIO, RandomState
 from pocketlm.training.metrics import MetricsLogger
@@ -52,20 +56,53 @@ def fit(
     metrics = MetricsLogger(run, config, bytes_per_token, first_step, progress, tensorboard)
     samples = Samples(config, data, model, tensorboard)
     probes = [Probes(config, data, model, progress, metrics)] if t.probe_cases else []
-    checkpoints = Checkpoints(run, config, data, model, progress)
-    stop = GracefulStop(checkpoints)
+    resolved = describe_hardware(hardware, config.hardware.devices)
+    checkpoints = Checkpoints(run, config, data, module, resolved, start)
+    # the step is saved before samples and probes look at it: what may fail there costs no step
+    monitors, stop = [samples, *probes], GracefulStop(checkpoints)
     trainer = make_trainer(
-        config, hardware, [RandomState(t.seed), metrics, samples, *probes, checkpoints, stop]
+        config, hardware, [RandomState(t.seed), metrics, checkpoints, *monitors, stop]
     )
+    if start and start.verdict_only:
+        checkpoints.restore_finished(start.path)
+        metrics.open_logs()
+        for monitor in monitors:
+            monitor.look_safely(start.step)
+    else:
+        train_steps(trainer, module, data, hardware, checkpoints, start)
+    best_loss = math.inf if checkpoints.best is None else checkpoints.best
+    return TrainedRun(trainer, progress.validation, best_loss, samples.latest, tensorboard)
+
+
+RESTORE_ERRORS = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError)
+
+
+def train_steps(
+    trainer: L.Trainer,
+    module: TrainableModule,
+    data: PreparedData,
+    hardware: Hardware,
+    checkpoints: Checkpoints,
+    start: ResumePoint | None,
+) -> None:
+    """Train to the last step. Raises UserError if the checkpoint cannot be restored."""
+    config = module.config
     rank = DataShard(trainer.global_rank, trainer.world_size)
     train_loader, val_loader = build_loaders(
         config, data, rank, pin_memory=hardware.accelerator == "cuda"
     )
-    trainer.fit(
-        module, train_loader, val_loader, ckpt_path=start.path if start else None, weights_only=True
-    )
-    best_loss = math.inf if checkpoints.best is None else checkpoints.best
-    return TrainedRun(trainer, progress.validation, best_loss, samples.latest, tensorboard)
+    path = start.path if start else None
+    try:
+        trainer.fit(module, train_loader, val_loader, ckpt_path=path, weights_only=True)
+    except RESTORE_ERRORS as error:
+        # Lightning and torch restore a state that is not theirs with a dozen kinds of exceptions
+        if checkpoints.restored or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{path} has no state of a run that can be restored ({type(error).__name__}: {reason});"
+            " remove it, and the same command goes back to the one before"
+        ) from error
 
 
 def set_torch_options(hardware: Hardware) -> None:
@@ -81,9 +118,10 @@ def set_torch_options(hardware: Hardware) -> None:
 
 
 def make_trainer(config: Config, hardware: Hardware, callbacks: list[L.Callback]) -> L.Trainer:
-    """Return a trainer without Lightning's own logger, progress bar, summary and checkpoints."""
+    """Return a trainer without what Lightning does by itself; docs/reliability.md has the list."""
     t = config.training
-    return L.Trainer(
+    refuse_trainer_variables()
+    trainer = L.Trainer(
         accelerator=hardware.accelerator,
         devices=config.hardware.devices,
         precision=hardware.precision,  # type: ignore[arg-type]  # a str that choose_precision made
@@ -96,11 +134,28 @@ def make_trainer(config: Config, hardware: Hardware, callbacks: list[L.Callback]
         logger=False,
         plugins=[DurableCheckpointIO()],
         use_distributed_sampler=False,
-        callbacks=callbacks,
+        callbacks=[*callbacks],  # Lightning appends to the list
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
+        # Lightning looks there for a file hpc_ckpt_N.ckpt to start from: this is never a folder
+        default_root_dir=os.devnull,
     )
+    # without those that an installed package registers
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
+    # Its handlers of SIGTERM and SIGUSR1 would save, or leave with status 0, within a step
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+def refuse_trainer_variables() -> None:
+    """Raise UserError if the environment has variables that would change Lightning's trainer."""
+    names = sorted(name for name in os.environ if name.startswith("PL_TRAINER_"))
+    if names:
+        raise UserError(
+            f"the environment variable {names[0]} would change Lightning's trainer behind the "
+            f"config; unset it: unset {' '.join(names)}"
+        )
 
 
 def quiet_libraries() -> None:

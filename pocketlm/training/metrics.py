@@ -7,8 +7,11 @@ logged point; validation metrics are logged after each validation.
 import csv
 import math
 import os
+import re
+import statistics
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from pocketlm.checkpoint.runs import Run
 from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
+from pocketlm.files import atomic_write
 from pocketlm.hardware.measure import memory_in_use
-from pocketlm.training.module import StepCallback, TrainingProgress
+from pocketlm.hardware.processes import print_note
+from pocketlm.training.module import StepCallback, TrainingProgress, non_finite
 from pocketlm.training.tensorboard import TensorBoard
 
 CSV_COLUMNS = [
@@ -40,7 +45,10 @@ CSV_COLUMNS = [
 
 
 class MetricsLogger(StepCallback):
-    """Writes scalars to TensorBoard and metrics.csv, and the progress of the run to stderr."""
+    """Writes scalars to TensorBoard and metrics.csv, and the progress of the run to stderr.
+
+    A file that cannot be written is named once, and costs the run no step.
+    """
 
     def __init__(
         self,
@@ -59,6 +67,33 @@ class MetricsLogger(StepCallback):
         self.task = TaskID(0)
         self.paused = 0.0  # seconds since the last logged point that were not training
         self.validation_start: float | None = None
+        self.writing = False
+        self.recent: deque[float] = deque(maxlen=20)  # training losses of the last logged points
+
+    def open_logs(self) -> None:
+        """Open metrics.csv and the event files, at the step from which the run goes on."""
+        self.writing = True
+        try:
+            drop_rows_after(self.run.metrics_file, self.first_step)
+        except (OSError, UserError) as error:
+            self._stop_writing(error)
+        self.tensorboard.open(self.config)
+
+    def _stop_writing(self, error: Exception) -> None:
+        self.writing = False
+        print_note(
+            f"{self.run.metrics_file} gets no more rows: {error}; training goes on without it"
+        )
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the rows before a checkpoint on the disk, so that a power cut keeps them with it."""
+        if self.writing and self.run.metrics_file.exists():
+            try:
+                sync_file(self.run.metrics_file)
+            except OSError as error:
+                self._stop_writing(error)
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -80,8 +115,7 @@ class MetricsLogger(StepCallback):
         super().on_train_start(trainer, module)
         if trainer.is_global_zero:
             # not earlier: until here a resume may be refused, and then no point may be lost
-            drop_rows_after(self.run.metrics_file, self.first_step)
-            self.tensorboard.open(self.config)
+            self.open_logs()
         self.start = self.last = time.perf_counter()
         self.start_step = trainer.global_step
 
@@ -96,19 +130,25 @@ class MetricsLogger(StepCallback):
             return
         loss_sum, targets = self.progress.take_interval()  # waits for the device
         now = time.perf_counter()
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        if not targets:  # every step since the last logged point was left out
+            self.last, self.paused = now, 0.0
+            return
         loss = loss_sum / targets
         if not math.isfinite(loss):
-            raise UserError(non_finite("the training loss", step))
+            problem = "the training loss is not finite"
+            raise UserError(non_finite(problem, step, rate, self.training.lr))
+        self.report_spike(step, loss)
         speed = (targets - self.progress.resumed_targets) / (now - self.last - self.paused)
         metrics = {
             "train/loss": loss,
             "train/bpb": loss / math.log(2) / self.bytes_per_token,
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/lr": rate,
             "train/grad_norm": float(self.progress.grad_norm),
             "perf/tokens_per_second": speed,
             "perf/memory_mb": memory_in_use(module.device.type),
         }
-        self.write(trainer, step, self.progress.tokens_seen, metrics)
+        self.write(step, self.progress.tokens_seen, metrics)
         text = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
         if step > self.start_step + 1:  # the first step includes the warm-up of the device
             done = (step - self.start_step) / (self.training.steps - self.start_step)
@@ -116,13 +156,25 @@ class MetricsLogger(StepCallback):
         self.print_status(step, text)
         self.last, self.progress.resumed_targets, self.paused = now, 0, 0.0
 
+    def report_spike(self, step: int, loss: float) -> None:
+        """Print a line if the training loss is far above those of the last logged points."""
+        usual = loss_before_spike(self.recent, loss)
+        if usual is not None:
+            self.print_status(
+                step,
+                f"the training loss is {loss:.3f}, after {usual:.3f}; if it does not come down "
+                "again, a lower training.lr or training.grad_clip may help",
+                permanent=True,
+            )
+        self.recent.append(loss)
+
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.validation_start = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step, values = trainer.global_step, self.progress.validation
         metrics = {f"val/{name}": value for name, value in values.items()}
-        self.write(trainer, step, self.progress.tokens_so_far(), metrics)
+        self.write(step, self.progress.tokens_so_far(), metrics)
         self.print_status(
             step,
             f"validation loss {values['loss']:.4f}  bits per byte {values['bpb']:.4f}  "
@@ -130,15 +182,16 @@ class MetricsLogger(StepCallback):
             permanent=True,
         )
 
-    def write(self, trainer: L.Trainer, step: int, tokens: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
         """Write a row of metrics.csv and the same points to TensorBoard."""
-        if not trainer.is_global_zero:
-            return
         self.tensorboard.add_columns(metrics, step)
-        row = {"step": step, "tokens": tokens}
-        append_row(
-            self.run.metrics_file, row | {name: f"{value:.6g}" for name, value in metrics.items()}
-        )
+        row: dict[str, int | str] = {"step": step, "tokens": tokens}
+        row |= {name: f"{value:.6g}" for name, value in metrics.items()}
+        if self.writing:
+            try:
+                append_row(self.run.metrics_file, row)
+            except OSError as error:
+                self._stop_writing(error)
 
     def print_status(self, step: int, text: str, permanent: bool = False) -> None:
         """Update the progress bar on a terminal, else print a line; permanent text always."""
@@ -165,27 +218,75 @@ def append_row(path: Path, row: Mapping[str, int | str]) -> None:
         writer.writerow(row)
 
 
+def sync_file(path: Path) -> None:
+    """Put what has been written to a file on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def drop_rows_after(path: Path, step: int) -> None:
-    """Drop the rows of metrics.csv after `step`: a resumed run takes those steps again."""
+    """Drop the rows of metrics.csv after `step`: a resumed run takes those steps again.
+
+    Lines that are damaged are left out with a note; the file as it was is then kept beside it.
+    """
     if not path.exists():
         return
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", newline="") as file:
+    rows, n_damaged = read_rows(path)
+    if n_damaged:
+        damaged = path.with_name(path.name + ".damaged")
+        os.replace(path, damaged)
+        print_note(f"{path} has {n_damaged} damaged lines, which are left out; see {damaged}")
+    with atomic_write(path) as unfinished, unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, CSV_COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
-    os.replace(unfinished, path)
+        writer.writerows(row for row in rows if int(row["step"]) <= step)
 
 
-def non_finite(what: str, step: int) -> str:
-    """Return the message for a value that is not finite."""
-    return (
-        f"{what} is not finite at step {step}; training has stopped and the checkpoints on disk "
-        "are from before. Lower training.lr or raise training.warmup_steps, and begin with "
-        "--fresh or another run.name"
-    )
+def read_rows(path: Path) -> tuple[list[dict[str, str]], int]:
+    """Return the rows of metrics.csv and the number of damaged lines; none if it is no file.
+
+    Its header may be of an earlier version, with fewer columns, or be lost.
+    """
+    if not path.is_file():
+        return [], int(path.exists())
+    text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "\ufffd")
+    lines = text.splitlines()
+    if not lines:
+        return [], 0
+    header = lines[0].split(",")
+    has_header = header[0] == "step" and set(header) <= set(CSV_COLUMNS)
+    columns = header if has_header else CSV_COLUMNS
+    rows = []
+    for line in lines[has_header:]:
+        fields = line.split(",")  # all of them are numbers, which need no quotes
+        is_step = re.fullmatch("[0-9]{1,15}", fields[0])
+        if is_step and len(fields) == len(columns) and all(map(is_number_or_empty, fields)):
+            rows.append(dict(zip(columns, fields, strict=True)))
+    return rows, max(len(lines) - has_header - len(rows), not has_header)
+
+
+def is_number_or_empty(field: str) -> bool:
+    try:
+        float(field or 0)
+    except ValueError:
+        return False
+    return True
+
+
+def loss_before_spike(recent: Sequence[float], loss: float) -> float | None:
+    """Return the usual loss if `loss` is a spike above the recent ones; None if it is none.
+
+    It is one if it is above their median by a fifth of it, and by eight times their median
+    distance from it. Fewer than five losses are not enough to tell.
+
+    >>> loss_before_spike([2.2, 2.0, 2.1, 1.9, 2.0], 2.3), loss_before_spike([2.0] * 5, 2.5)
+    (None, 2.0)
+    """
+    if len(recent) < 5:
+        return None
+    usual = statistics.median(recent)
+    spread = statistics.median(abs(value - usual) for value in recent)
+    return usual if loss > usual + max(usual / 5, 8 * spread) else None
 
 
 def as_clock(seconds: float) -> str:

@@ -62,6 +62,8 @@ class TrainingProgress:
     grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))  # before clipping
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # nats
     targets: Tensor = field(default_factory=zero_count)
+    # of each micro-batch of the current step: summed loss (nats), targets, input ids
+    step: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     resumed_targets: int = 0  # of the current interval, counted before the run was interrupted
     total: Callable[[Tensor], Tensor] = lambda count: count  # sum over all processes
     saved: dict[str, Any] = field(default_factory=dict)  # a checkpoint's state, not yet applied
@@ -80,10 +82,16 @@ class TrainingProgress:
                 self.loss_sum.fill_(self.saved["nats"])
                 self.targets.fill_(self.saved["targets"])
 
-    def add(self, loss_sum: Tensor, targets: Tensor) -> None:
-        """Count a batch: its summed loss in nats and its number of targets."""
-        self.loss_sum += loss_sum
-        self.targets += targets
+    def add(self, loss_sum: Tensor, targets: Tensor, input_ids: Tensor) -> None:
+        """Add a micro-batch to the step: its summed loss in nats, number of targets and ids."""
+        self.step.append((loss_sum, targets, input_ids))
+
+    def end_step(self, *, applied: bool) -> None:
+        """Count the micro-batches of the step, unless the step was left out."""
+        for loss_sum, targets, _ in self.step if applied else ():
+            self.loss_sum += loss_sum
+            self.targets += targets
+        self.step = []
 
     def interval(self) -> tuple[float, int]:
         """Return the summed loss (nats) and the number of targets of the interval so far."""
@@ -123,3 +131,18 @@ class TrainableModule(L.LightningModule):
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the summed cross-entropy of the batch's targets, in nats."""
         raise NotImplementedError
+
+
+def non_finite(problem: str, step: int, rate: float, peak: float, place: str = "") -> str:
+    """Return the message for a value that is not finite.
+
+    rate: learning rate of the step. peak: `training.lr`. place: a sentence on where the step's
+    documents are.
+    """
+    return (
+        f"{problem} at step {step}, with the learning rate {rate:.3g}; training has stopped and "
+        f"the checkpoints on disk are from before. {place}A smaller rate may mend it, from the "
+        f"last checkpoint on: --change training.lr={peak / 2:.2g} (or training.warmup_steps, "
+        "training.grad_clip, training.precision=32-true); training.on_nonfinite=skip leaves such "
+        "steps out"
+    )

@@ -1,5 +1,8 @@
 """The plan of a run, printed before its first step: device, data, model, steps, memory and time."""
 
+import pickle
+from typing import Any
+
 import torch
 from rich.markup import escape
 from rich.table import Table
@@ -17,10 +20,18 @@ from pocketlm.data.prepare import PreparedData
 from pocketlm.data.samplers import MixtureBatchSampler
 from pocketlm.hardware.devices import Hardware
 from pocketlm.hardware.measure import device_name, matmul_rate
+from pocketlm.hardware.memory import (
+    available_memory,
+    gigabytes,
+    memory_advice,
+    optimizer_bytes,
+    run_bytes,
+)
 from pocketlm.model import kernels
 
 # share of the measured matmul rate that a whole training step reaches, roughly
 MATMUL_SHARE = 0.5
+OTHER_STATE = 200_000  # bytes of a checkpoint's config, counters and random state, roughly
 
 
 def training_rate(config: Config, hardware: Hardware) -> float:
@@ -55,21 +66,30 @@ def compilable_seconds(config: Config, hardware: Hardware) -> float:
     return tokens * flops / training_rate(config, hardware)
 
 
-def estimated_memory(config: Config) -> float:
-    """Estimate the megabytes on a device.
+def memory_row(config: Config, hardware: Hardware) -> str:
+    """Return the estimated memory beside what there is."""
+    needed = run_bytes(config, hardware.accelerator, hardware.precision)
+    room = available_memory(hardware.accelerator)
+    text = f"about {gigabytes(needed)}; {room.limited_by} {gigabytes(room.total)}"
+    if needed > room.free:
+        text += f", of which only {gigabytes(room.free)} are free now: {memory_advice(config)}"
+    return text
 
-    They are weights, gradients and two moments in float32, the activations kept for the backward
-    pass, a chunk of logits, and the imported libraries.
+
+def checkpoint_sizes(config: Config, tokenizer_state: dict[str, Any]) -> list[int]:
+    """Return the bytes of the most checkpoint files that a run has at a time.
+
+    They are the numbered ones, an older best one, a copy of the last one, and one being written.
     """
-    model, training = config.model, config.training
-    assert model.vocab_size is not None
-    assert model.d_ff is not None
-    tokens = training.micro_batch_size * training.seq_len
-    # activations kept per layer and token, in multiples of d_model
-    kept = 2 if model.gradient_checkpointing else 16 + 5 * model.d_ff / model.d_model
-    activations = tokens * model.d_model * model.n_layers * kept * 4
-    logits = min(training.loss_chunk or 4 * tokens, 4 * tokens) * model.vocab_size * 6
-    return (model.n_parameters * 22 + activations + logits) / 1e6 + 600
+    training = config.training
+    weights, moments = (
+        4 * config.model.n_parameters,
+        optimizer_bytes(config.model, training.optimizer),
+    )
+    tokenizer = len(pickle.dumps(tokenizer_state))
+    kept = training.keep_checkpoints or -(-training.steps // training.save_every_steps)
+    files = min(kept, training.steps) + 3
+    return [weights + moments + tokenizer + OTHER_STATE] * files
 
 
 def tokens_per_step(config: Config) -> int:
@@ -141,6 +161,7 @@ def data_rows(data: PreparedData) -> list[tuple[str, str]]:
     ]
     if tokenizer.note:
         rows.append(("vocabulary", tokenizer.note))
+    rows += [("note", remark) for remark in data.remarks]
     return rows
 
 
@@ -165,7 +186,7 @@ def cost_rows(config: Config, data: PreparedData, hardware: Hardware) -> list[tu
             f"{config.training.steps:,} of {tokens_per_step(config):,} tokens: "
             f"{passes(config, data)}",
         ),
-        ("memory", f"about {estimated_memory(config) / 1000:.1f} GB"),
+        ("memory", memory_row(config, hardware)),
         ("time", f"about {minutes:.1f} minutes, estimated from the speed of a matmul"),
     ]
 

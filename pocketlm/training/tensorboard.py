@@ -5,6 +5,8 @@ both tagged `loss`, are two curves in the first chart. It groups charts by the p
 before the slash and sorts the groups by name: loss, optimizer, performance, probes, summary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from pocketlm.checkpoint.runs import Run
 from pocketlm.config.loading import to_yaml
 from pocketlm.config.sections import TENSORBOARD_RUNS, Config
 from pocketlm.evaluation.exports import add_picture
+from pocketlm.hardware.processes import print_note
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -40,18 +43,28 @@ class TensorBoard:
 
     def open(self, config: Config) -> None:
         """Begin the event files with the config; drop earlier points beyond the first step."""
-        from torch.utils.tensorboard import SummaryWriter  # 1 s
+        with self.giving_up():
+            from torch.utils.tensorboard import SummaryWriter  # 1 s
 
-        self.writers = {
-            name: SummaryWriter(
-                self.folder / name,
-                purge_step=self.first_step + 1 if self.first_step else None,
-                flush_secs=10,  # the page shows a point after at most this time
-            )
-            for name in TENSORBOARD_RUNS
-        }
-        self.add_text(TRAIN, "config", f"```yaml\n{to_yaml(config)}```", self.first_step)
-        self._add_hparams(config)
+            self.writers = {
+                name: SummaryWriter(
+                    self.folder / name,
+                    purge_step=self.first_step + 1 if self.first_step else None,
+                    flush_secs=10,  # the page shows a point after at most this time
+                )
+                for name in TENSORBOARD_RUNS
+            }
+            self.add_text(TRAIN, "config", f"```yaml\n{to_yaml(config)}```", self.first_step)
+            self._add_hparams(config)
+
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Write no more events after an error of the operating system, which costs no step."""
+        try:
+            yield
+        except OSError as error:
+            self.writers = {}
+            print_note(f"no more TensorBoard files in {self.folder}: {error}; training goes on")
 
     def _add_hparams(self, config: Config) -> None:
         """List the config in the HPARAMS tab, with the validation loss as the runs' result."""
@@ -64,30 +77,38 @@ class TensorBoard:
         }
         metrics = {"loss": None, "loss/bits_per_byte": None}
         summaries = hparams(keys, metrics)  # type: ignore[no-untyped-call]
-        file_writer: Any = self.writers[VALIDATION].file_writer  # torch annotates it as None
-        for summary in summaries:
-            file_writer.add_summary(summary)
+        if VALIDATION in self.writers:
+            file_writer: Any = self.writers[VALIDATION].file_writer  # torch annotates it as None
+            for summary in summaries:
+                file_writer.add_summary(summary)
 
     def add_columns(self, columns: dict[str, float], step: int) -> None:
         """Add a point of each column of metrics.csv."""
         for column, value in columns.items():
             name, tag = TAGS[column]
-            self.writers[name].add_scalar(tag, value, step)
+            self.add_scalars(name, {tag: value}, step)
 
     def add_scalars(self, name: str, scalars: dict[str, float], step: int) -> None:
         """Add a point of each tag to the sub-run `name`."""
-        for tag, value in scalars.items():
-            self.writers[name].add_scalar(tag, value, step)
+        with self.giving_up():
+            for tag, value in scalars.items():
+                if writer := self.writers.get(name):
+                    writer.add_scalar(tag, value, step)
 
     def add_text(self, name: str, tag: str, text: str, step: int) -> None:
-        self.writers[name].add_text(tag, text, step)
+        with self.giving_up():
+            if writer := self.writers.get(name):
+                writer.add_text(tag, text, step)
 
     def add_loss_picture(self, path: Path, step: int) -> None:
         """Add loss.png, which is drawn when training is over."""
-        add_picture(self.writers[VALIDATION], "summary/loss", path, step)
+        with self.giving_up():
+            if writer := self.writers.get(VALIDATION):
+                add_picture(writer, "summary/loss", path, step)
         self.close()
 
     def close(self) -> None:
         """Write what is pending; a later addition begins a new file."""
-        for writer in self.writers.values():
-            writer.close()
+        with self.giving_up():
+            for writer in self.writers.values():
+                writer.close()

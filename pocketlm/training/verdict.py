@@ -1,6 +1,6 @@
 """The verdict after a run: its scores against baselines, the picture of its loss, its samples."""
 
-import csv
+import json
 import math
 import shlex
 from pathlib import Path
@@ -16,7 +16,10 @@ from pocketlm.config.sections import Config
 from pocketlm.data.loaders import build_rows, document_ends, rows_in_run
 from pocketlm.data.prepare import PreparedData, PreparedSplit
 from pocketlm.data.shards import TokenShard
+from pocketlm.export.model_card import SCORES_FILE
+from pocketlm.files import atomic_write
 from pocketlm.training.loop import TrainedRun
+from pocketlm.training.metrics import read_rows
 
 MAX_BASELINE_TOKENS = 20_000_000  # training tokens that the baselines count
 DISCOUNT = 0.75  # taken off each count of a pair by the bigram baseline
@@ -62,13 +65,19 @@ def first_tokens(split: PreparedSplit) -> NDArray[np.int64]:
     return np.concatenate([shard.tokens[:per_shard] for shard in split.shards]).astype(np.int64)
 
 
+def write_baselines(run: Run, data: PreparedData, losses: dict[str, float]) -> None:
+    """Write the baselines, in nats per token, beside the checkpoints: for a model card."""
+    scores = {"tokenizer_sha256": data.tokenizer.fingerprint, "baselines": losses}
+    with atomic_write(run.checkpoints / SCORES_FILE) as unfinished:
+        unfinished.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+
+
 # ---- the loss curve ----
 
 
 def read_metrics(path: Path, column: str) -> tuple[list[int], list[float]]:
     """Return the steps and values of one column of metrics.csv."""
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row[column]]
+    rows = [row for row in read_rows(path)[0] if row.get(column)]
     return [int(row["step"]) for row in rows], [float(row[column]) for row in rows]
 
 
@@ -85,14 +94,15 @@ def draw_loss(run: Run, baseline_loss: dict[str, float]) -> Path:
     axes.plot(steps, losses, color="#9db8d2", linewidth=1.2, label="training")
     steps, losses = read_metrics(run.metrics_file, "val/loss")
     axes.plot(steps, losses, color=blue, marker="o", markersize=3.5, label="validation")
-    axes.annotate(
-        f"{losses[-1]:.3f}",
-        (steps[-1], losses[-1]),
-        textcoords="offset points",
-        xytext=(0, 8),
-        ha="right",
-        color=blue,
-    )
+    if losses:  # metrics.csv may be lost
+        axes.annotate(
+            f"{losses[-1]:.3f}",
+            (steps[-1], losses[-1]),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="right",
+            color=blue,
+        )
     for name, loss in baseline_loss.items():
         axes.axhline(loss, color=gray, linestyle=":", linewidth=1)
         axes.annotate(
@@ -110,7 +120,8 @@ def draw_loss(run: Run, baseline_loss: dict[str, float]) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = run.checkpoints / "loss.png"
-    figure.savefig(path)
+    with atomic_write(path) as unfinished:
+        figure.savefig(unfinished, format="png")
     plt.close(figure)
     return path
 
@@ -136,14 +147,18 @@ def print_verdict(
     better = [name for name, bits in baseline_bits.items() if bits <= validation["bpb"]]
     if better:
         out.print(f"\nCounting ({', '.join(better)}) is still better than this model.")
-    recent = float(np.mean(read_metrics(run.metrics_file, "train/loss")[1][-5:]))
+    recent = read_metrics(run.metrics_file, "train/loss")[1][-5:]
     epochs = None
     if not data.stream:
         epochs = rows_in_run(config) / len(build_rows(config, data, "train"))
-    out.print("\n" + diagnosis(recent, validation["loss"], trained.best_loss, epochs))
-    print_samples(out, config, data, trained.samples)
+    if recent:
+        train_loss = float(np.mean(recent))
+        out.print("\n" + diagnosis(train_loss, validation["loss"], trained.best_loss, epochs))
+    if trained.samples:
+        print_samples(out, config, data, trained.samples)
+    write_baselines(run, data, baseline_loss)
     picture = draw_loss(run, {name: baseline_loss[name] for name in ("unigram", "bigram")})
-    first_prompt = trained.samples[0][0]
+    first_prompt = trained.samples[0][0] if trained.samples else ""
     lines = [f"\nLoss curve: {picture}", "Next:", *next_commands(data, run, first_prompt)]
     out.print("\n".join(lines), markup=False)
     return picture

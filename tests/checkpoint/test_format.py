@@ -91,7 +91,7 @@ def test_a_save_that_is_interrupted_leaves_the_old_file_and_nothing_else(monkeyp
 
 
 def test_a_save_into_a_folder_that_is_not_there_says_so():
-    with pytest.raises(UserError, match="cannot write the checkpoint gone/x.ckpt"):
+    with pytest.raises(UserError, match="cannot write gone/x.ckpt"):
         save_checkpoint({}, Path("gone/x.ckpt"))
 
 

@@ -220,7 +220,7 @@ def test_paths_of_a_config_are_relative_to_the_working_directory(tmp_path, monke
 
 def test_two_paths_to_one_file_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"^data.val_path '{tmp_path}/a' is the path to train on"):
+    with pytest.raises(UserError, match="data.val_path 'a' is the path to train on"):
         load_absolute(CONFIG, ["data.path=a", "data.val_path=./a"])
 
 

@@ -1,8 +1,6 @@
 """The command data.py: its report, its exports, and its errors."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ import data
 from pocketlm.data.report import build_report
 from tests.support.corpora import LINES, LINES_CONFIG, TRAIN, VAL, prepare_config
 
-ROOT = Path(__file__).parents[2]
+COMMAND = ("--config", "config.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -24,21 +22,13 @@ def lines_folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def in_new_process(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "data.py", "--config", "config.yaml", *arguments],
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_the_root_file_offers_both_datasets():
     assert data.PackedLMDataset.__name__ == "PackedLMDataset"
     assert data.StreamingPackedLMDataset.__name__ == "StreamingPackedLMDataset"
 
 
-def test_the_command_prints_the_report_and_as_json_the_same_numbers(capsys):
-    done = in_new_process(*LINES_CONFIG, "--json")
+def test_the_command_prints_the_report_and_as_json_the_same_numbers(capsys, forked_commands):
+    done = forked_commands.run(*COMMAND, *LINES_CONFIG, "--json", program="data.py")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads(json.dumps(build_report(*prepare_config(*LINES_CONFIG)).as_json()))
@@ -77,8 +67,8 @@ def test_an_export_holds_the_tokens_of_both_splits(program, capsys):
     (["data.mixture=[{path: lines.txt}]", "--export", "llmc"],
      "error: a mixture is drawn row by row while training; export its sources"),
 ])  # fmt: skip
-def test_a_mistake_is_one_sentence_and_status_2(tmp_path, arguments, message):
-    done = in_new_process(*arguments)
+def test_a_mistake_is_one_sentence_and_status_2(tmp_path, forked_commands, arguments, message):
+    done = forked_commands.run(*COMMAND, *arguments, program="data.py")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1

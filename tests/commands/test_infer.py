@@ -57,6 +57,10 @@ def test_prompt_file_and_standard_input_give_the_same_completion_alone(folder, c
     assert run(capsys, "--prompt-file", "prompt.txt")[0] == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Où 😀\n".encode())))
     assert run(capsys)[0] == expected
+    # as Notepad and PowerShell save it
+    for raw in (b"\xef\xbb\xbf" + "Où 😀\r\n".encode(), "Où 😀\r\n".encode("utf-16")):
+        Path("prompt.txt").write_bytes(raw)
+        assert run(capsys, "--prompt-file", "prompt.txt")[0] == expected
 
 
 def test_the_options_reach_the_sampling(folder, capsys):
@@ -177,14 +181,17 @@ def python(folder: Path, *args: str, stdin: bytes = b"") -> subprocess.Completed
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--tokenizer", "char"], b"'byte', not 'char'"),
-    (["--temperature", "-1"], b"--temperature is -1.0"),
-    (["--device", "cuda"], b"'cuda'"),
+    (["--tokenizer", "char"], "'byte', not 'char'"),
+    (["--temperature", "-1"], "--temperature is -1.0"),
+    (["--device", "cuda"], "'cuda'"),
 ])  # fmt: skip
-def test_the_program_itself_exits_with_status_2_and_no_traceback(folder, args, message):
-    done = python(folder, str(ROOT / "infer.py"), "--prompt", "a", *args)
-    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
-    assert done.stderr.startswith(b"error: ")
+def test_the_program_exits_with_status_2_and_no_traceback(folder, forked_commands, args, message):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = forked_commands.run(
+        *("--prompt", "a", *args), program="infer.py", environment=environment
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ")
     assert message in done.stderr
 
 

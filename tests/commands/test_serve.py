@@ -53,6 +53,14 @@ def test_a_broken_checkpoint_is_one_line_and_status_2(tmp_path: Path) -> None:
         (["--deadline", "nan"], "--deadline is nan"),
         (["--api-key", ""], "the API key is empty"),
         (["--api-key", "schlüssel"], "not plain ASCII"),
+        (["--model-name", "a", " "], "--model-name ' ' is no name"),
+        (["--model-name", "a" * 201], "use 1 to 200 characters"),
+        (["--allow-host", "http://a"], "--allow-host 'http://a' is not HOST or HOST:PORT"),
+        (["--allow-host", "a:b"], "--allow-host 'a:b' is not HOST or HOST:PORT"),
+        (
+            ["--host", "0.0.0.0", "--api-key", "x", "--allow-host", "a"],
+            "--host 0.0.0.0 accepts every Host header already; leave --allow-host out",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -62,6 +70,13 @@ def test_invalid_options_are_refused(
     monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
     with pytest.raises(UserError, match=re.escape(message)):
         serve.parse_args(options)
+
+
+def test_names_and_hosts_may_be_several() -> None:
+    options = ["--model-name", "gpt-4", "a/b", "--allow-host", "localhost:9000"]
+    args = serve.parse_args([*options, "--model-name", "c", "--allow-host", "[::1]:9000", "a.b"])
+    assert args.model_name == ["gpt-4", "a/b", "c"]
+    assert args.allow_host == ["localhost:9000", "[::1]:9000", "a.b"]
 
 
 def test_other_machines_need_a_key() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from model import ModelConfig
 from pocketlm.config.loading import config_from_dict, load_config, to_yaml
 from pocketlm.config.sections import (
+    OUTPUTS,
     SECTIONS,
     Config,
     DataConfig,
@@ -111,8 +112,9 @@ def test_the_vocabulary_is_the_tokenizers_unless_a_larger_one_is_given():
         padded.with_vocab_size(321)
 
 
-def test_an_override_with_no_value_is_null():
-    assert load("data: {path: b.txt}", "data.path=").data.path is None
+def test_an_override_with_no_value_is_null_or_the_empty_text():
+    assert load("training: {max_epochs: 2}", "training.max_epochs=").training.max_epochs is None
+    assert load("run: {name: a}", "run.name=").run.name == ""
     assert load("run: {name: a}", 'run.name=""').run.name == ""
 
 
@@ -193,7 +195,7 @@ MISTAKES = {
         "training: {max_steps: many}",
         ["c.yaml:1", "training.max_steps", "'many'", "an integer or 'auto'"],
     ),
-    "zero": ("training:\n  max_steps: 0", ["c.yaml:2", "training.max_steps", "0", "1 or more"]),
+    "zero": ("training:\n  max_steps: 0", ["c.yaml:2", "training.max_steps", "0", "from 1 to"]),
     "share of 1": ("data:\n  val_share: 1", ["c.yaml:2", "data.val_share", "1.0", "0.05"]),
     "heads do not divide": (
         "model:\n  d_model: 100\n  n_heads: 8",
@@ -215,7 +217,7 @@ MISTAKES = {
     "set tag": ("training:\n  betas: !!set {0.9, 0.95}", ["c.yaml:2"]),
     "half a character": ('data:\n  path: "\\ud800"', ["c.yaml:2"]),
     "deep list": ("training:\n  betas: " + "[" * 300 + "]" * 300, ["c.yaml:2"]),
-    "very deep list": ("[" * 5000, ["c.yaml"]),
+    "very deep list": ("[" * 1200, ["c.yaml"]),
     "5,000 digits": ("training:\n  seed: " + "9" * 5000, ["c.yaml:2"]),
 }
 
@@ -347,7 +349,7 @@ def test_yaml_and_plain_dicts_lead_back_to_the_same_config(config):
 @settings(max_examples=60, deadline=None)
 @given(
     st.text(alphabet="0123456789eE.xobn_-tru", min_size=1, max_size=6).filter(
-        lambda name: name[0] != "."
+        lambda name: name[0] != "." and not name.lower().endswith(OUTPUTS)
     )
 )
 @example("1e3")

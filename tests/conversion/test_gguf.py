@@ -3,7 +3,9 @@
 The files are written with the `gguf` package's own writer, names and quantisation.
 """
 
+import functools
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -16,10 +18,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import convert
+from pocketlm import wheels
 from pocketlm.checkpoint.format import read_checkpoint
-from pocketlm.checkpoint.loading import Checkpoint, load_checkpoint
+from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.config.sampling import SamplingParams
-from pocketlm.conversion import gguf_tokenizer
+from pocketlm.conversion import gguf_tokenizer, pretrained
 from pocketlm.inference import generate
 from tests.support.pretrained import (
     CORPUS,
@@ -193,11 +196,52 @@ def test_a_sentencepiece_tokenizer_of_gguf_has_transformers_ids(tmp_path: Path) 
     assert (ours.bos_id, ours.eos_id, ours.unk_id) == (1, 2, 0)
 
 
+def first_layers(path: Path, shorter: Path, layers: int) -> None:
+    """Write the first layers of a GGUF file, with all else that is in it."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(shorter, "llama")
+    written_anyway = ("GGUF.", "general.architecture")
+    for name, field in reader.fields.items():
+        if not name.startswith(written_anyway):
+            value = layers if name == "llama.block_count" else field.contents()
+            element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, value, field.types[0], element)
+    for tensor in reader.tensors:
+        block = re.match(r"blk\.(\d+)\.", tensor.name)
+        if block is None or int(block[1]) < layers:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def quick_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse each GGUF file once for all who read it: 49,152 tokens take seconds.
+
+    They take fewer from an array in memory, as a slice of a memmap costs more than one of an array.
+    """
+    reader = functools.cache(gguf.GGUFReader)
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: reader(str(path)))
+    monkeypatch.setattr(np, "memmap", lambda path, **_: np.fromfile(path, np.uint8))
+
+
 @pytest.mark.slow
-def test_smollm2_has_the_logits_that_transformers_reads_from_the_same_file(tmp_path: Path) -> None:
-    checkpoint = converted_name(tmp_path)
-    path = DATA / "wheels" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert path.stat().st_size == 98_362_432
+@pytest.mark.usefixtures("quick_reader")
+def test_smollm2_by_its_name_has_the_logits_that_transformers_reads_from_the_same_file(
+    tmp_path: Path,
+) -> None:
+    """Two of its thirty layers, which are all alike, in a file in place of the whole one."""
+    member = pretrained.NAMED_MODELS["smollm2-135m"]
+    whole = wheels.unpack("smollm2-135m", member, DATA)
+    assert whole.stat().st_size == 98_362_432
+    path = tmp_path / "wheels" / whole.name
+    path.parent.mkdir()
+    first_layers(whole, path, layers=2)
+    command = ["smollm2-135m", "--to", "ckpt", str(tmp_path / "model.ckpt")]
+    assert convert.main([*command, "--data-dir", str(tmp_path)]) == 0
+    checkpoint = load_checkpoint(tmp_path / "model.ckpt")
     theirs = LlamaForCausalLM(LlamaConfig(**load_gguf_checkpoint(path)["config"])).eval()
     theirs.load_state_dict(
         load_gguf_checkpoint(path, return_tensors=True, model_to_load=theirs)["tensors"],
@@ -219,23 +263,13 @@ def test_smollm2_has_the_logits_that_transformers_reads_from_the_same_file(tmp_p
         expected = theirs(torch.tensor([ids])).logits
     assert (
         worst_logit(checkpoint.model, theirs, torch.tensor([ids])) < 1e-4 * expected.std()
-    )  # 6.3; measured: no difference at all
+    )  # measured: no difference at all
     params = SamplingParams(max_new_tokens=4, temperature=0)
-    text = "".join(
-        piece for _, piece in generate.complete(checkpoint, "The capital of France is", params)
-    )
-    assert text.startswith(" Paris")
-
-
-def converted_name(tmp_path: Path) -> Checkpoint:
-    """Convert SmolLM2 by its name, in the folder `tmp_path`."""
-    assert (
-        convert.main(
-            ["smollm2-135m", "--to", "ckpt", str(tmp_path / "model.ckpt"), "--data-dir", str(DATA)]
-        )
-        == 0
-    )
-    return load_checkpoint(tmp_path / "model.ckpt")
+    prompt = "The capital of France is"
+    continuation = "".join(piece for _, piece in generate.complete(checkpoint, prompt, params))
+    ids = checkpoint.tokenizer.document_prefix + checkpoint.tokenizer.encode(prompt)
+    greedy = theirs.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)
+    assert continuation == checkpoint.tokenizer.decode(greedy[0, len(ids) :].tolist())
 
 
 def test_a_truncated_gguf_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -50,6 +50,6 @@ def test_a_target_that_exists_or_has_an_unknown_format_is_refused(
         capsys, "smollm2-135m", "ckpt", str(tmp_path / "old.ckpt")
     )
     assert (
-        refusal(capsys, "smollm2-135m", "onnx", str(tmp_path / "new/x.onnx"))
-        == "--to onnx is not a format; the formats are: ckpt"
+        refusal(capsys, "smollm2-135m", "xml", str(tmp_path / "new/x.xml"))
+        == "--to xml is not a format; the formats are: ckpt, hf, gguf, onnx, safetensors"
     )

@@ -103,7 +103,7 @@ def test_a_path_without_a_file_that_can_be_read_is_refused(tmp_path, monkeypatch
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     for name in ("texts/a.txt", "texts/b.bin", "c.json", "d.JSON.gz", "e.bin.gz", "f.parquet.zst"):
-        (tmp_path / name).write_bytes(b"{}")
+        write_file(tmp_path, name, b"{}")
     assert refusal(path).startswith(message)
     assert kind_of(open_path("texts/*.bin").files[0]) == "tokens"
 

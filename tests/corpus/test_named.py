@@ -3,6 +3,7 @@
 import hashlib
 import re
 import unicodedata
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,34 +15,39 @@ from pocketlm.corpus.named import CORPORA, SHIPPED
 DATA = Path(__file__).parents[2] / "data"
 
 
-@pytest.fixture(scope="module")
+@cache
+def corpus(name: str) -> list[str]:
+    return list(CORPORA[name](str(DATA)))
+
+
+@pytest.fixture
 def wiki() -> list[str]:
-    return list(CORPORA["wiki"](str(DATA)))
+    return corpus("wiki")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def plays() -> list[str]:
-    return list(CORPORA["shakespeare"](str(DATA)))
+    return corpus("shakespeare")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def names() -> list[str]:
-    return list(CORPORA["names"](str(DATA)))
+    return corpus("names")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def korean_names() -> list[str]:
-    return list(CORPORA["korean_names"](str(DATA)))
+    return corpus("korean_names")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def chats() -> list[str]:
-    return list(CORPORA["dialogue"](str(DATA)))
+    return corpus("dialogue")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def messages() -> list[str]:
-    return list(CORPORA["sotu"](str(DATA)))
+    return corpus("sotu")
 
 
 SIZES = {  # documents, bytes, and the SHA-256 of the documents, each ended by a zero byte
@@ -72,7 +78,7 @@ def test_every_named_corpus_is_measured_here():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_corpus_is_the_same_everywhere(name):
-    documents = [document.encode() for document in CORPORA[name](str(DATA))]
+    documents = [document.encode() for document in corpus(name)]
     digest = hashlib.sha256(b"".join(document + b"\0" for document in documents)).hexdigest()
     assert (len(documents), sum(map(len, documents)), digest) == SIZES[name]
     assert len(set(documents)) == len(documents)

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from pocketlm.config.sections import SourceConfig
 from pocketlm.corpus import pieces, readers
+from pocketlm.corpus.input_files import InputFiles
 from pocketlm.corpus.pieces import Source
 from pocketlm.corpus.readers import FileSource
 from pocketlm.corpus.sources import open_source
@@ -186,4 +187,4 @@ def test_the_work_grows_with_the_text_and_not_with_its_square(folder, form, monk
 
 def test_a_file_source_has_pieces_alone():
     with pytest.raises(NotImplementedError):
-        FileSource("none", [], SourceConfig()).documents()
+        FileSource(InputFiles("none"), SourceConfig()).documents()

@@ -265,7 +265,8 @@ def test_wrong_bytes_in_parquet_are_refused_by_their_row_or_replaced(tmp_path):
     path = tmp_path / "x.parquet"
     assert refusal(path) == (
         f"row 250 of {path} is not UTF-8: byte 2 is 0xff; "
-        "data.errors=replace reads such bytes as U+FFFD"
+        "data.errors=replace reads such bytes as U+FFFD, and a text in another encoding is "
+        "converted with iconv -f ENCODING -t UTF-8"
     )
     replaced = ["fine"] * 250 + ["ab\ufffdc", "fine"]
     assert read_path(path, errors="replace") == replaced

@@ -109,10 +109,14 @@ def test_shards_are_what_a_plain_loop_makes(tmp_path_factory, documents, bos, eo
             with pytest.raises(UserError, match=message):
                 prepare(config, settings)
             return
+        ids = (256 if bos else None, 256 + bos if eos else None)
+        expected = [expected_content(part, str.encode, *ids) for part in (train, val)]
+        if min(len(tokens) for tokens, *_ in expected) < 2:
+            with pytest.raises(UserError, match="a single token"):
+                prepare(config, settings)
+            return
         data = prepare(config, settings)
-    ids = (256 if bos else None, 256 + bos if eos else None)
-    assert shard_content(only_shard(data.train)) == expected_content(train, str.encode, *ids)
-    assert shard_content(only_shard(data.val)) == expected_content(val, str.encode, *ids)
+    assert [shard_content(only_shard(part)) for part in (data.train, data.val)] == expected
     assert data.train.n_targets == data.train.n_tokens - 1
 
 

@@ -52,6 +52,8 @@ def expected_split(documents: list[str], tokenizer: Tokenizer, limit: int | None
         facts["nul"] = nul
     if limit is not None:
         facts["cut_off"] = sum(length > limit for length in lengths)
+        if lost := sum(len(tokenizer.decode(document[41:]).encode()) for document in ids):
+            facts["not_predicted"] = lost
     return facts
 
 

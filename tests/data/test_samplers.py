@@ -1,8 +1,6 @@
 """Samplers: the order of rows, of one dataset and of a mixture, and resuming in it."""
 
 import json
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -25,9 +23,6 @@ from pocketlm.data.samplers import (
 from pocketlm.errors import UserError
 from tests.support.loaders import LOADERS, packed_loader, take
 from tests.support.rows import kept_targets
-
-ROOT = Path(__file__).parents[2]
-
 
 # ---- one dataset ----
 
@@ -252,8 +247,9 @@ def test_a_restored_loader_continues_with_the_very_next_batch(num_workers):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_loader_resumes_in_a_new_process():
+def test_a_loader_resumes_in_a_new_process(tmp_path, monkeypatch, forked_commands):
     """It does so after each of several batches, across the ends of epochs and of a block."""
+    monkeypatch.chdir(tmp_path)
     cases, expected = [], []
     for kind in ("packed", "mixture"):
         whole = take(LOADERS[kind](0), 10)
@@ -263,13 +259,8 @@ def test_a_loader_resumes_in_a_new_process():
             for count, _ in enumerate(batches, 1):
                 cases.append([kind, num_workers, loader.state_dict(), 3])
                 expected.append(whole[count : count + 3])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.programs.resume_loaders"],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    Path("cases.json").write_text(json.dumps(cases))
+    done = forked_commands.run("cases.json", program="tests/programs/resume_loaders.py")
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
 

@@ -5,19 +5,16 @@ import signal
 import threading
 import time
 import tracemalloc
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pocketlm.config.sections import DataConfig
-from pocketlm.corpus.chunks import Chunk
-from pocketlm.data import shard_builder
+from pocketlm.data import prepare as prepare_module
 from pocketlm.data.prepare import prepare
-from pocketlm.data.shard_builder import BuildSettings, EncodedSplits, encode_chunks
+from pocketlm.data.shard_builder import BuildSettings, EncodedSplits
 from pocketlm.data.shards import ShardWriter
 from pocketlm.errors import UserError
-from pocketlm.tokenizer.base import Tokenizer
 from tests.support.preparation import byte_config, shard_folders, write_jsonl, write_text
 
 DOCUMENTS = [f"document {i} " * 3 for i in range(40)]
@@ -30,56 +27,37 @@ def corpus(tmp_path) -> str:
     return write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
 
 
-class ObservedPool(ThreadPoolExecutor):
-    """A pool that says when its queue is full, and when what waits in it has been cancelled."""
-
-    def __init__(self, threads: int):
-        super().__init__(threads)
-        self.submitted = 0
-        self.full, self.cancelled = threading.Event(), threading.Event()
-        ObservedPool.last = self
-
-    def submit(self, *arguments: object) -> Future:
-        self.submitted += 1
-        future = super().submit(*arguments)
-        if self.submitted > 2 * THREADS:  # the builder now waits for the first result
-            self.full.set()
-        return future
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        super().shutdown(wait=False, cancel_futures=cancel_futures)
-        self.cancelled.set()
-        super().shutdown(wait=wait)
-
-
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="Ctrl-C is sent as POSIX does")
-def test_ctrl_c_cancels_the_batches_that_wait(tmp_path, corpus, small, monkeypatch):
-    monkeypatch.setattr(shard_builder, "ThreadPoolExecutor", ObservedPool)
-    calls, one_at_a_time = [], threading.Lock()
+@pytest.mark.parametrize("busy", ["tokenising", "training the tokenizer"])
+def test_ctrl_c_waits_for_no_library(tmp_path, corpus, small, monkeypatch, busy):
+    """The encoding of a text without spaces, or training on it, may take many seconds."""
+    calls, main_thread, released = [], threading.main_thread().ident, threading.Event()
 
-    def interrupting_encode(batch: list[Chunk], tokenizer: Tokenizer) -> EncodedSplits:
-        with one_at_a_time:  # so that only one is the third
-            calls.append(1)
-            number = len(calls)
-        pool = ObservedPool.last
-        if number == 3:
-            assert pool.full.wait(WAIT_SECONDS)
+    def blocked(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 1:
             # CPython notices a signal that comes just before a wait only after the wait.
             time.sleep(0.2)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        assert pool.cancelled.wait(WAIT_SECONDS)
-        return encode_chunks(batch, tokenizer)
+            signal.pthread_kill(main_thread, signal.SIGINT)
+        assert released.wait(WAIT_SECONDS)
 
-    settings = dataclasses.replace(small(2**20, 30), threads=THREADS, encode=interrupting_encode)
+    settings = dataclasses.replace(small(2**20, 30), threads=THREADS, encode=blocked)
+    monkeypatch.setattr(prepare_module, "build_tokenizer", blocked)
+    config = byte_config(tmp_path, path=corpus)
+    if busy != "tokenising":
+        config = dataclasses.replace(config, tokenizer="bpe:300")
+    else:
+        monkeypatch.undo()
     # A shell starts a background process with the signal ignored.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            prepare(byte_config(tmp_path, path=corpus), settings)
+            prepare(config, settings)
+        assert not released.is_set()
+        assert len(calls) <= (THREADS if busy == "tokenising" else 1)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert ObservedPool.last.submitted == 2 * THREADS + 1
-    assert len(calls) <= THREADS
+        released.set()
 
 
 def test_an_exception_in_a_thread_is_raised_at_once(tmp_path, corpus, small):

@@ -30,18 +30,18 @@ ROOT = Path(__file__).parents[2]
 # ---- in processes of their own ----
 
 
-def run_in_forks(scenario: str, keys: dict[str, object], folder: Path) -> tuple[dict, str]:
+@pytest.fixture
+def run_in_forks(tmp_path, monkeypatch, forked_commands) -> Callable[..., tuple[dict, str]]:
     """Run tests/programs/prepare_in_forks.py; return its results, and its stderr."""
-    arguments = [scenario, json.dumps(keys), str(folder)]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.programs.prepare_in_forks", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+    monkeypatch.chdir(tmp_path)
+
+    def run_in_forks(scenario: str, keys: dict[str, object]) -> tuple[dict, str]:
+        arguments = [scenario, json.dumps(keys), str(tmp_path)]
+        done = forked_commands.run(*arguments, program="tests/programs/prepare_in_forks.py")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    return run_in_forks
 
 
 def killed_documents(folder: Path, wiki: list[str]) -> dict[str, object]:
@@ -56,12 +56,14 @@ def killed_single_document(folder: Path, wiki: list[str]) -> dict[str, object]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 is POSIX")
 @pytest.mark.parametrize("make_keys", [killed_documents, killed_single_document])
-def test_a_killed_preparation_resumes_and_ends_in_the_same_bytes(tmp_path, wiki, make_keys):
+def test_a_killed_preparation_resumes_and_ends_in_the_same_bytes(
+    tmp_path, wiki, make_keys, run_in_forks
+):
     """Each preparation is a process of its own, so that only the disk remembers."""
-    results, _ = run_in_forks("kill", make_keys(tmp_path, wiki), tmp_path)
+    results, _ = run_in_forks("kill", make_keys(tmp_path, wiki))
     undisturbed, complete = results.pop("undisturbed"), results.pop("nothing")
     assert undisturbed["calls"] >= 20
-    assert set(undisturbed["files"]) == {"train.bin", "val.bin"}
+    assert set(undisturbed["files"]) == {"train.bin", "val.bin", "account.json"}
     assert (complete["status"], complete["calls"]) == (0, 0)
     assert len(results) == 10
     for name, result in results.items():
@@ -75,9 +77,11 @@ def test_a_killed_preparation_resumes_and_ends_in_the_same_bytes(tmp_path, wiki,
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the limit on a file's size is POSIX")
-def test_a_full_disk_is_one_sentence_and_the_same_command_resumes_later(tmp_path, wiki):
+def test_a_full_disk_is_one_sentence_and_the_same_command_resumes_later(
+    tmp_path, wiki, run_in_forks
+):
     path = write_jsonl(tmp_path / "x.jsonl", wiki[:1000])
-    results, stderr = run_in_forks("full", {"path": path, "tokenizer": "byte"}, tmp_path)
+    results, stderr = run_in_forks("full", {"path": path, "tokenizer": "byte"})
     undisturbed, full = results["undisturbed"], results["full"]
     assert full["status"] == 2
     (line,) = stderr.splitlines()

@@ -1,6 +1,7 @@
 """Token shards: what they hold, how a damaged one is refused, and a writer that resumes."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -107,6 +108,54 @@ def test_a_foreign_and_a_missing_shard_are_refused_by_name(tmp_path):
     (tmp_path / "text.bin").write_text("once upon a time " * 100)
     with pytest.raises(UserError, match="text.bin is not a token shard"):
         TokenShard(tmp_path / "text.bin")
+
+
+def resealed(path: Path, **changes: object) -> Path:
+    """Write values into the header of a shard, and the hash that fits its content; return it."""
+    raw = path.read_bytes()
+    fields = json.loads(raw[12 : 12 + int.from_bytes(raw[8:12], "little")])
+    fields |= changes | {"sha256": ""}
+    fields["sha256"] = hashlib.sha256(raw[1024:] + json.dumps(fields).encode()).hexdigest()
+    text = json.dumps(fields).encode()
+    head = (b"TOKSHARD" + len(text).to_bytes(4, "little") + text).ljust(1024, b"\0")
+    path.write_bytes(head + raw[1024:])
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "O"},  # numpy would take the tokens for addresses of objects
+        {"dtype": "<f2"},
+        {"dtype": "<u4"},
+        {"dtype": None},
+        {"tokens": -1},
+        {"tokens": 2**62},
+        {"tokens": 4.0},
+        {"tokens": True},
+        {"documents": 2**40},
+        {"documents": 3},
+        {"bytes": -5},
+        {"tokenizer": 1},
+    ],
+    ids=str,
+)
+def test_a_header_that_no_writer_writes_is_refused_even_with_the_right_hash(tmp_path, changes):
+    path = tmp_path / "x.bin"
+    write_shard(path, ByteTokenizer(), ["abc", "de"])
+    content = read_shard(path)
+    assert read_shard(resealed(path)) == content  # the seal itself is right
+    with pytest.raises(UserError, match="x.bin is damaged"):
+        TokenShard(resealed(path, **changes))
+
+
+@pytest.mark.parametrize("offsets", [[-1, 4], [4, 0], [0, 99]], ids=str)
+def test_documents_that_begin_outside_the_tokens_are_refused(tmp_path, offsets):
+    path = tmp_path / "x.bin"
+    write_shard(path, ByteTokenizer(), ["abc", "de"])
+    path.write_bytes(path.read_bytes()[:-16] + np.array(offsets, "<i8").tobytes())
+    with pytest.raises(UserError, match="x.bin is damaged"):
+        TokenShard(resealed(path))
 
 
 def test_a_shard_of_a_newer_version_is_refused_by_name(tmp_path):

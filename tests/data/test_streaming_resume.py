@@ -1,8 +1,6 @@
 """A stream resumes exactly, in this process and in a new one, with the workers it began with."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,6 @@ import torch
 from pocketlm.data.samplers import DataShard
 from pocketlm.errors import UserError
 from tests.support.loaders import LOADERS, stream_loader, take
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"  # more workers than cores
@@ -34,8 +30,9 @@ def resume_cases(kind: str, num_workers: int, counts: range) -> tuple[list, list
     return cases, expected
 
 
-def test_a_stream_resumes_in_a_new_process():
+def test_a_stream_resumes_in_a_new_process(tmp_path, monkeypatch, forked_commands):
     """It does so inside blocks and across the ends of epochs, with 0, 1 and 3 workers."""
+    monkeypatch.chdir(tmp_path)
     cases, expected = [], []
     for kind, num_workers, counts in (
         ("stream", 0, range(40)),
@@ -51,13 +48,8 @@ def test_a_stream_resumes_in_a_new_process():
     assert max(position["epoch"] for workers in positions for position in workers) >= 1
     inside = [any(0 < position["row"] < 3 for position in workers) for workers in positions]
     assert sum(inside) > 10
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.programs.resume_loaders"],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    Path("cases.json").write_text(json.dumps(cases))
+    done = forked_commands.run("cases.json", program="tests/programs/resume_loaders.py")
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
 

@@ -6,7 +6,9 @@ import json
 import zipfile
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow.parquet import write_table
 
 import evaluate_checkpoints
 from pocketlm.errors import UserError
@@ -82,7 +84,7 @@ def test_blimp_is_read_from_its_folder_and_from_its_zip():
         b"{\n",
         b"[1]\n",
         b"3\n",
-        b"\n",
+        b"[" * 100_000,
         b'{"UID": "\xb0"}\n',
     ],
 )
@@ -91,6 +93,24 @@ def test_a_line_that_is_not_blimp_s_is_refused_with_its_number(wrong):
     fields = "sentence_good, sentence_bad, UID and pairID"
     with pytest.raises(UserError, match=f"x.jsonl:2: not a line of BLiMP: it has {fields}"):
         read_blimp(".")
+
+
+def test_the_hub_s_rows_are_the_authors_own(folder):
+    """The hub calls the field pair_id and has a number there; a blank line is no row."""
+    rows = [line(i, pairID=None, pair_id=i) for i in range(2)]
+    Path("own").mkdir()
+    Path("own/x.jsonl").write_text(line(0) + line(1))
+    Path("lines").mkdir()
+    Path("lines/x.jsonl").write_text("\n" + rows[0] + "\r\n \n" + rows[1] + "\n")
+    table = pyarrow.Table.from_pylist([json.loads(row) for row in rows])
+    Path("table/anaphor_agreement").mkdir(parents=True)
+    write_table(table, "table/anaphor_agreement/train-00000-of-00001.parquet")
+    own, lines, from_table = (read_blimp(name) for name in ("own", "lines", "table"))
+    assert own.cases == lines.cases == from_table.cases
+    assert lines.positions == ("lines/x.jsonl:2", "lines/x.jsonl:5")
+    Path("table/broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="table/broken.parquet is not a parquet file"):
+        read_blimp("table")
 
 
 def test_a_folder_without_blimp_is_refused(folder):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -36,6 +37,8 @@ TEXT = [
 def mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which torch and Lightning find MPS."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 2**34)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 0)
     for package in ("fabric", "pytorch"):
         monkeypatch.setattr(
             f"lightning.{package}.accelerators.MPSAccelerator.is_available",
@@ -57,6 +60,7 @@ class Recorder:
 
     def __init__(self, **arguments: Any):
         self.arguments, self.global_rank, self.world_size = arguments, 0, 1
+        self._signal_connector = SimpleNamespace()
 
     def fit(self, module: L.LightningModule, *loaders: Any, **_: Any) -> None:
         self.module, self.loaders = module, loaders

@@ -3,14 +3,13 @@
 Separate processes send requests to a hub on this machine.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +21,56 @@ from tokenizers.models import WordLevel
 from pocketlm.errors import UserError
 from pocketlm.hub.datasets import is_saved, saved_rows
 from tests.support.fake_hub import TOKEN, FakeHub
+from tests.support.forked_commands import ForkedCommands
 
-RUN = """
-import json, os, socket, sys, time
-
-from pocketlm.errors import UserError
-from pocketlm.hub.datasets import hub_rows
-from pocketlm.hub.messages import translate_errors
-from pocketlm.hub.resource import HubResource
-from pocketlm.hub.tokenizers import hub_tokenizer
-
-slow = {"datasets", "huggingface_hub", "transformers"}
-assert not slow & set(sys.modules), "importing hub is quick"
-if os.environ.get("NO_ANSWER_TO_NAMES"):
-    socket.getaddrinfo = lambda *args, **kwargs: time.sleep(60)
-for call in json.loads(sys.argv[1]):
-    try:
-        if "tokenizer" in call:
-            result = hub_tokenizer(call["tokenizer"]).convert_tokens_to_ids(["world", "hello"])
-        else:
-            settings = {"config_name": None, "split": "train", "revision": None, "streaming": False}
-            rows = hub_rows(**settings | call)
-            with translate_errors(HubResource("dataset", call["name"])):
-                result = [row["text"] for row in rows]
-    except UserError as error:
-        result = str(error)
-    print(json.dumps(result), flush=True)
-"""
+# What datasets, huggingface_hub and transformers import, without these: they read the environment.
+LIBRARIES = (
+    *("aiohttp", "anyio", "filelock", "h11", "httpcore2", "httpx2", "jinja2", "multiprocess"),
+    *("pandas", "PIL.Image", "pyarrow.dataset", "pyarrow.json", "pyarrow.parquet", "regex"),
+    *("tokenizers", "torch", "xxhash"),
+)
+Run = Callable[..., tuple[list[Any], str]]
+Results = Callable[..., list[Any]]
 
 
-def run(home: Path, endpoint: str, *calls: dict[str, Any], **env: str) -> tuple[list[Any], str]:
-    """Make the calls in one process; return their rows, ids or messages, and its stderr.
+@pytest.fixture(scope="module")
+def commands() -> Iterator[ForkedCommands]:
+    """Processes of which each imports the hub's libraries with an environment of its own."""
+    commands = ForkedCommands(threads=1, modules=LIBRARIES)
+    yield commands
+    commands.close()
 
-    The process has five minutes, in which the libraries' own retries would not end.
+
+@pytest.fixture
+def run(commands: ForkedCommands, tmp_path: Path) -> Run:
+    """Make calls in one process; return their rows, ids or messages, and its stderr.
+
+    The libraries' files are in `tmp_path`.
     """
-    keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    keep |= {
-        "HF_HOME": str(home),
-        "HF_ENDPOINT": endpoint,
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        "NO_PROXY": "*",
-    }
-    keep |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUN, json.dumps(calls)]
-    done = subprocess.run(
-        command, env=keep | env, cwd=home, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+    def run(endpoint: str, *calls: dict[str, Any], **env: str) -> tuple[list[Any], str]:
+        environment = {key: value for key, value in os.environ.items() if key[:3] != "HF_"}
+        environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint, "NO_PROXY": "*"}
+        environment |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0"} | env
+        program = "tests/programs/hub_calls.py"
+        with contextlib.chdir(tmp_path):
+            done = commands.run(json.dumps(calls), program=program, environment=environment)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+    return run
 
 
-def results(home: Path, endpoint: str, *calls: dict[str, Any], **env: str) -> list[Any]:
-    """Make the calls in one process; return their results. Assert that stderr is empty."""
-    values, stderr = run(home, endpoint, *calls, **env)
-    assert stderr == ""
-    return values
+@pytest.fixture
+def results(run: Run) -> Results:
+    """Make calls in one process; return their results. Assert that stderr is empty."""
+
+    def results(endpoint: str, *calls: dict[str, Any], **env: str) -> list[Any]:
+        values, stderr = run(endpoint, *calls, **env)
+        assert stderr == ""
+        return values
+
+    return results
 
 
 def texts(*names: str, count: int = 5) -> list[str]:
@@ -161,7 +155,7 @@ def gone() -> str:
         return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_a_dataset_comes_over_the_wire_downloaded_and_streamed_with_the_same_rows(hub, tmp_path):
+def test_a_dataset_comes_over_the_wire_downloaded_and_streamed_with_the_same_rows(hub, results):
     cases = [
         ({"name": "o/rows"}, texts("main", "train")),
         ({"name": "o/rows", "split": "validation"}, texts("main", "validation")),
@@ -174,24 +168,22 @@ def test_a_dataset_comes_over_the_wire_downloaded_and_streamed_with_the_same_row
         ({"name": "o/standard"}, texts("standard", "b")),
     ]
     for streaming in (True, False):
-        got = results(
-            tmp_path, hub.endpoint, *[call | {"streaming": streaming} for call, _ in cases]
-        )
+        got = results(hub.endpoint, *[call | {"streaming": streaming} for call, _ in cases])
         assert got == [rows for _, rows in cases]
 
 
-def test_a_part_of_a_split_is_downloaded(hub, tmp_path):
-    assert results(tmp_path, hub.endpoint, {"name": "o/rows", "split": "train[1:3]"}) == [
+def test_a_part_of_a_split_is_downloaded(hub, results):
+    assert results(hub.endpoint, {"name": "o/rows", "split": "train[1:3]"}) == [
         texts("main", "train")[1:3]
     ]
 
 
-def test_a_stream_keeps_nothing_and_a_download_is_fetched_once(hub, tmp_path):
+def test_a_stream_keeps_nothing_and_a_download_is_fetched_once(hub, results, tmp_path):
     call = {"name": "o/counted"}
-    results(tmp_path, hub.endpoint, call | {"streaming": True})
+    results(hub.endpoint, call | {"streaming": True})
     assert not list((tmp_path / "datasets").rglob("*.arrow"))
     hub.requests.clear()
-    results(tmp_path, hub.endpoint, call, call)
+    results(hub.endpoint, call, call)
     assert (
         sum(
             line.startswith("GET /datasets/o/counted/") and line.endswith(".parquet")
@@ -201,24 +193,22 @@ def test_a_stream_keeps_nothing_and_a_download_is_fetched_once(hub, tmp_path):
     )
 
 
-def test_a_revision_reaches_the_hub(hub, tmp_path):
+def test_a_revision_reaches_the_hub(hub, results):
     hub.requests.clear()
     calls = [
         {"name": "o/versions", "revision": "v1", "streaming": streaming}
         for streaming in (True, False)
     ]
-    assert results(tmp_path, hub.endpoint, *calls) == [texts("v1", "train")] * 2
+    assert results(hub.endpoint, *calls) == [texts("v1", "train")] * 2
     requests = [line for line in hub.requests if "/o/versions/" in line]
     assert any("/resolve/v1/" in line for line in requests) and not any(
         "/main" in line for line in requests
     )
 
 
-def test_a_token_opens_a_private_dataset(hub, tmp_path):
+def test_a_token_opens_a_private_dataset(hub, results):
     calls = [{"name": "o/private", "streaming": streaming} for streaming in (True, False)]
-    assert (
-        results(tmp_path, hub.endpoint, *calls, HF_TOKEN=TOKEN) == [texts("private", "train")] * 2
-    )
+    assert results(hub.endpoint, *calls, HF_TOKEN=TOKEN) == [texts("private", "train")] * 2
 
 
 REACHED = [  # calls that the hub refuses, or that ask for what it lacks; words of the message
@@ -285,8 +275,9 @@ WRONG_TOKEN = [
     ),
     ({"tokenizer": "o/words"}, "does not accept your token for tokenizer 'o/words' (401)"),
 ]
+SHORT = {"HUB_TIMEOUT": "0.5"}  # seconds; where nobody answers, waiting longer changes nothing
 SILENT = (
-    "did not answer within 8 seconds, and no copy of {} is on this machine; "
+    "did not answer within 0.5 seconds, and no copy of {} is on this machine; "
     "check the network, the proxy and HF_ENDPOINT"
 )
 
@@ -308,23 +299,23 @@ FAILURES: dict[
 ] = {  # endpoint, environment, calls and words
     "name server silent": (
         "hub",
-        {"NO_ANSWER_TO_NAMES": "1"},
+        SHORT | {"NO_ANSWER_TO_NAMES": "1"},
         [({"name": "o/rows"}, SILENT.format("dataset 'o/rows'"))],
     ),
-    "hub silent": ("deaf", {}, [({"name": "o/rows"}, SILENT.format("dataset 'o/rows'"))]),
+    "hub silent": ("deaf", SHORT, [({"name": "o/rows"}, SILENT.format("dataset 'o/rows'"))]),
     "hub silent to a stream": (
         "deaf",
-        {},
+        SHORT,
         [({"name": "o/rows", "streaming": True}, SILENT.format("dataset 'o/rows'"))],
     ),
     "hub silent to a tokenizer": (
         "deaf",
-        {},
+        SHORT,
         [({"tokenizer": "o/words"}, SILENT.format("tokenizer 'o/words'"))],
     ),
     "silent after one answer": (
         "hub",
-        {},
+        SHORT,
         [({"name": "o/stalling"}, SILENT.format("dataset 'o/stalling'"))],
     ),
     "said by the hub": ("hub", {}, REACHED),
@@ -347,40 +338,17 @@ FAILURES: dict[
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def failures(hub, deaf, gone, tmp_path_factory) -> Iterator[dict[str, Future]]:
-    """Start all failing calls before the first test, because the slow ones only wait."""
-    addresses = {"hub": hub.endpoint, "deaf": deaf, "gone": gone}
-    with ThreadPoolExecutor(4) as pool:
-        yield {
-            name: pool.submit(
-                run,
-                tmp_path_factory.mktemp("home"),
-                addresses.get(server, server),
-                *[call for call, _ in cases],
-                **env,
-            )
-            for name, (server, env, cases) in FAILURES.items()
-        }
-
-
-def test_what_was_downloaded_keeps_working_without_the_hub(hub, deaf, gone, tmp_path):
+def test_what_was_downloaded_keeps_working_without_the_hub(hub, deaf, gone, run, results):
     calls = [{"name": "o/rows"}, {"name": "o/rows", "streaming": True}, {"tokenizer": "o/words"}]
-    here = results(tmp_path, hub.endpoint, *calls)
+    here = results(hub.endpoint, *calls)
     assert here == [texts("main", "train"), texts("main", "train"), [2, 1]]
     cases = {
         "Connection refused": (gone, calls, {}),
-        "did not answer": (deaf, calls[:1], {}),
-        "not answer": (deaf, calls[2:], {}),
+        "did not answer": (deaf, calls[::2], SHORT),
         "HF_HUB_OFFLINE is set": (hub.endpoint, calls, {"HF_HUB_OFFLINE": "1"}),
     }
-    with ThreadPoolExecutor(4) as pool:
-        without = {
-            why: pool.submit(run, tmp_path, place, *some, **env)
-            for why, (place, some, env) in cases.items()
-        }
-    for why, (_, some, _) in cases.items():
-        values, stderr = without[why].result()
+    for why, (place, some, env) in cases.items():
+        values, stderr = run(place, *some, **env)
         assert values == [here[calls.index(call)] for call in some]
         assert stderr.count("note: ") == len(some) == stderr.count(why) == len(stderr.splitlines())
         assert (
@@ -389,10 +357,10 @@ def test_what_was_downloaded_keeps_working_without_the_hub(hub, deaf, gone, tmp_
         )
 
 
-def test_the_copy_is_of_the_revision_and_config_that_are_asked_for(hub, tmp_path):
+def test_the_copy_is_of_the_revision_and_config_that_are_asked_for(hub, run, results):
     first = [{"name": "o/rows"}, {"name": "o/rows", "revision": "v1"}]
     first += [{"name": "o/standard", "config_name": config} for config in ("b", "a")]
-    results(tmp_path, hub.endpoint, *first)
+    results(hub.endpoint, *first)
     then = [
         *first,
         {"name": "o/standard"},
@@ -400,7 +368,7 @@ def test_the_copy_is_of_the_revision_and_config_that_are_asked_for(hub, tmp_path
         {"name": "o/rows", "split": "test"},
     ]
     then += [{"name": "o/standard", "config_name": "c"}]
-    got, _ = run(tmp_path, hub.endpoint, *then, HF_HUB_OFFLINE="1")
+    got, _ = run(hub.endpoint, *then, HF_HUB_OFFLINE="1")
     assert got[:4] == [
         texts("main", "train"),
         texts("v1", "train"),
@@ -413,19 +381,19 @@ def test_the_copy_is_of_the_revision_and_config_that_are_asked_for(hub, tmp_path
     assert "dataset 'o/standard' on this machine has no config 'c'; it has a, b" in got[7]
 
 
-def test_the_copy_is_of_the_revision_where_the_hub_fails_half_way(hub, tmp_path):
+def test_the_copy_is_of_the_revision_where_the_hub_fails_half_way(hub, run, results):
     calls = [{"name": "o/partial"}, {"name": "o/partial", "revision": "v1"}]
     hub.modes.pop("o/partial", None)
-    results(tmp_path, hub.endpoint, calls[0])
+    results(hub.endpoint, calls[0])
     hub.modes["o/partial"] = "partial"
-    got, _ = run(tmp_path, hub.endpoint, *calls)
+    got, _ = run(hub.endpoint, *calls)
     assert (
         got[0] == texts("main", "train")
         and "no copy of dataset 'o/partial' at revision 'v1' is on this machine" in got[1]
     )
 
 
-def test_a_folder_of_parquet_or_jsonl_goes_through_the_same_call(gone, tmp_path):
+def test_a_folder_of_parquet_or_jsonl_goes_through_the_same_call(gone, results, tmp_path):
     for kind in ("parquet", "jsonl"):
         for split in ("train", "validation"):
             write(tmp_path / f"my {kind}" / f"{split}.{kind}", texts(kind, split))
@@ -435,12 +403,12 @@ def test_a_folder_of_parquet_or_jsonl_goes_through_the_same_call(gone, tmp_path)
         for split in ("train", "validation")
         for s in (0, 1)
     ]
-    assert results(tmp_path, gone, *calls) == [
+    assert results(gone, *calls) == [
         texts(call["name"].split()[1], call["split"]) for call in calls
     ]
     write(tmp_path / "my jsonl/train.jsonl", texts("changed"))
     wrong = {"name": "my jsonl", "split": "test"}, {"name": "my jsonl", "revision": "v1"}
-    rows, split, revision = results(tmp_path, gone, {"name": "my jsonl"}, *wrong)
+    rows, split, revision = results(gone, {"name": "my jsonl"}, *wrong)
     assert rows == texts("changed")
     assert (
         "has no split 'test'; it has train, validation" in split
@@ -472,8 +440,10 @@ def test_a_folder_of_something_else_is_no_saved_dataset(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_is_one_sentence(failures, name):
-    sentences, stderr = failures[name].result()
-    assert stderr == ""
-    for sentence, (_, words) in zip(sentences, FAILURES[name][2], strict=True):
+def test_a_failure_is_one_sentence(hub, deaf, gone, results, name):
+    server, env, cases = FAILURES[name]
+    address = {"hub": hub.endpoint, "deaf": deaf, "gone": gone}.get(server, server)
+    for sentence, (_, words) in zip(
+        results(address, *[call for call, _ in cases], **env), cases, strict=True
+    ):
         assert words in sentence and "\n" not in sentence

@@ -15,8 +15,9 @@ import torch
 from pocketlm.checkpoint.format import read_checkpoint, save_checkpoint
 
 PATH = Path("x.ckpt")
-OLD = {"state_dict": {"w": torch.zeros(3)}, "kit": {"format": 1}}
-NEW = {"state_dict": {"w": torch.ones(3)}, "kit": {"format": 1}}
+KIT = {"format": 1, "config": {}, "tokenizer": {}, "tokens": 0, "val_loss": None}
+OLD = {"state_dict": {"w": torch.zeros(3)}, "global_step": 0, "kit": KIT}
+NEW = {"state_dict": {"w": torch.ones(3)}, "global_step": 0, "kit": KIT}
 torch_save = torch.save
 
 

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,13 +12,18 @@ from pathlib import Path
 import openai
 import pytest
 
-import serve
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.serving import app
 from pocketlm.serving.limits import ServerLimits
-from pocketlm.serving.service import Service
 from pocketlm.tokenizer.bytes import ByteTokenizer
-from tests.support.server import CONTEXT, RunningServer, error_of, until, write_checkpoint
+from tests.support.server import (
+    CONTEXT,
+    RunningServer,
+    error_of,
+    serving_in_thread,
+    until,
+    write_checkpoint,
+)
 
 
 def test_the_model_describes_itself(server: RunningServer) -> None:
@@ -47,6 +51,31 @@ def test_the_model_describes_itself(server: RunningServer) -> None:
 
 def test_health(server: RunningServer) -> None:
     assert server.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/models/small"]
+)
+def test_head_has_the_headers_of_get_and_no_body(server: RunningServer, path: str) -> None:
+    head, get = server.http.head(path), server.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    names = ("content-type", "content-security-policy")
+    assert [head.headers.get(name) for name in names] == [get.headers.get(name) for name in names]
+    error = server.http.head("/v1/completions")
+    assert (error.status_code, error.content) == (405, b"")
+
+
+def test_a_model_answers_to_each_of_its_names(server: RunningServer) -> None:
+    names = ("gpt-4o", "org/my model")
+    with serving_in_thread(server.checkpoint, ServerLimits(), names) as other:
+        assert [model.id for model in other.client.models.list().data] == list(names)
+        for name in names:
+            assert other.client.models.retrieve(name).id == name
+            done = other.client.completions.create(model=name, prompt="hello", max_tokens=1)
+            assert done.model == "gpt-4o"
+        for unknown in ("small", "gpt-4"):
+            with pytest.raises(openai.NotFoundError, match="has 'gpt-4o', 'org/my model'"):
+                other.client.completions.create(model=unknown, prompt="hello")
 
 
 @pytest.mark.parametrize("path", ["/v2", "/docs", "/v1/completions/"])
@@ -113,15 +142,8 @@ def impatient_server(tmp_path: Path) -> Iterator[RunningServer]:
         body_seconds=0.3,
         write_seconds=0.3,
     )
-    checkpoint = load_checkpoint(path)
-    listener = serve.listen("127.0.0.1", 0)
-    service = Service(checkpoint, {}, threads=1, limits=limits)
-    server = app.build_server(service, hosts=None, key=None)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", checkpoint)
-    server.should_exit = True
-    thread.join()
+    with serving_in_thread(load_checkpoint(path), limits) as server:
+        yield server
 
 
 def test_a_client_that_is_slow_to_send_a_request_is_disconnected(

@@ -4,8 +4,9 @@ import httpx
 import openai
 import pytest
 
+from pocketlm.serving.limits import ServerLimits
 from pocketlm.serving.middleware import allowed_hosts
-from tests.support.server import KEY, RunningServer, error_of
+from tests.support.server import KEY, RunningServer, error_of, serving_in_thread
 
 COMPLETION = {"model": "small", "prompt": "hello"}
 CHUNK = b" " * 2**16  # 16 of them are as much as a body may have
@@ -52,6 +53,21 @@ def test_hosts_are_checked_on_loopback_addresses_only() -> None:
     assert allowed_hosts("0.0.0.0", 8000) is None
     assert allowed_hosts("::1", 8000) == {"localhost:8000", "127.0.0.1:8000", "[::1]:8000"}
     assert {"localhost", "localhost:80"} < allowed_hosts("localhost", 80)
+    others = ["localhost:9000", "Tunnel.example"]
+    more = allowed_hosts("127.0.0.1", 8000, others)
+    assert more - allowed_hosts("127.0.0.1", 8000) == {"localhost:9000", "tunnel.example"}
+
+
+def test_a_host_that_is_allowed_and_its_pages_are_let_in(server: RunningServer) -> None:
+    """As through a tunnel from another port."""
+    with serving_in_thread(server.checkpoint, ServerLimits(), host="localhost:9000") as tunnel:
+        headers = {"host": "localhost:9000", "origin": "http://localhost:9000"}
+        response = tunnel.post("/v1/completions", json=COMPLETION, headers=headers)
+        assert response.status_code == 200
+        error = error_of(tunnel.get("/health"), 403)
+        assert "start serve.py with --allow-host" in error["message"]
+        wrong = headers | {"origin": "http://localhost:9001"}
+        error_of(tunnel.post("/v1/completions", json=COMPLETION, headers=wrong), 403)
 
 
 @pytest.mark.parametrize(

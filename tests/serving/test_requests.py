@@ -2,13 +2,17 @@
 
 import doctest
 import json
+from contextlib import suppress
 from typing import Any
 
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pocketlm.serving import requests
-from pocketlm.serving.requests import UNSUPPORTED_FIELDS
+from pocketlm.serving.errors import ApiError
+from pocketlm.serving.requests import UNSUPPORTED_FIELDS, ChatBody, CompletionBody, parse
 from tests.support.server import MESSAGES, RunningServer, error_of
 
 COMPLETION = {"model": "small", "prompt": "hello"}
@@ -48,9 +52,9 @@ WRONG_COMPLETION_FIELDS = [
     *cases("invalid_type", "min_p", *WRONG_TYPES),
     *cases("invalid_value", "min_p", 2),
     *cases("invalid_type", "repetition_penalty", *WRONG_TYPES),
-    *cases("invalid_value", "repetition_penalty", 0),
+    *cases("invalid_value", "repetition_penalty", 0, 1e-30, 1e30),
     *cases("invalid_type", "no_repeat_ngram", *WRONG_TYPES, 1.5),
-    *cases("invalid_value", "no_repeat_ngram", -2),
+    *cases("invalid_value", "no_repeat_ngram", -2, 101, 10**9),
     *cases("invalid_type", "logprobs", *WRONG_TYPES, 1.5),
     *cases("invalid_value", "logprobs", 21, -1),
     *cases("invalid_value", "stop", 5, [5], "", ["a"] * 65, "a" * 1001),
@@ -64,11 +68,15 @@ WRONG_COMPLETION_FIELDS = [
     *cases("invalid_type", "user", 5),
     *cases("unknown_parameter", "colour", 1),
     *cases("unknown_parameter", "max_new_tokens", 5),
-    *cases("unsupported_parameter", "echo", True),
+    *cases("invalid_type", "echo", 1),
     *cases("unsupported_parameter", "suffix", "x"),
     *cases("unsupported_parameter", "best_of", 2),
-    *cases("unsupported_parameter", "presence_penalty", 0.5),
-    *cases("unsupported_parameter", "frequency_penalty", -1),
+    *cases("invalid_type", "presence_penalty", *WRONG_TYPES),
+    *cases("invalid_value", "presence_penalty", 2.5, -2.5),
+    *cases("invalid_type", "frequency_penalty", *WRONG_TYPES),
+    *cases("invalid_value", "frequency_penalty", 2.5, -2.5),
+    *cases("unsupported_parameter", "min_tokens", 5),
+    *cases("unsupported_parameter", "ignore_eos", True, 0),
 ]
 
 
@@ -89,19 +97,25 @@ WRONG_CHAT_FIELDS = {
         "missing_required_parameter",
     ),
     "unknown role": ("messages", [*MESSAGES, TOOL_MESSAGE], "messages[1].role", "invalid_value"),
-    "content is null": (
+    "tool calls": (
         "messages",
-        [user_message(content=None)],
-        "messages[0].content",
+        [{"role": "assistant", "tool_calls": [{"id": "1"}]}],
+        "messages[0].tool_calls",
         "invalid_value",
     ),
+    "refusal": (
+        "messages",
+        [{"role": "assistant", "content": None, "refusal": "no"}],
+        "messages[0].refusal",
+        "invalid_value",
+    ),
+    "echo": ("echo", True, "echo", "unsupported_parameter"),
     "content is not Unicode": (
         "messages",
         [user_message(content="\udfff")],
         "messages[0].content",
         "invalid_value",
     ),
-    "name": ("messages", [user_message(name="y")], "messages[0].name", "invalid_value"),
     "image": ("messages", [user_message(content=[IMAGE])], "messages[0].content", "invalid_value"),
     "too long": (
         "messages",
@@ -166,9 +180,119 @@ def test_unsupported_fields_are_accepted_with_values_that_have_no_effect(
     server: RunningServer,
 ) -> None:
     neutral = {name: values[0] if values else None for name, values in UNSUPPORTED_FIELDS.items()}
-    others = {"user": "me", "stop": None, "n": None, "frequency_penalty": 0.0}
-    response = server.post("/v1/completions", json=COMPLETION | neutral | others)
+    others = {"user": "me", "stop": None, "n": None, "frequency_penalty": 0.0, "min_tokens": 0.0}
+    ignored = {"metadata": {"a": "b"}, "prompt_cache_key": "k", "unknown": None, "logprobs": False}
+    fields = neutral | others | ignored | {"stream_options": {}}
+    response = server.post("/v1/completions", json=COMPLETION | fields)
     assert response.status_code == 200
+    assert response.json()["choices"][0]["logprobs"] is None
+
+
+TOLERATED_MESSAGES = {
+    "no tool calls": {"role": "assistant", "content": "hello", "tool_calls": []},
+    "null": {"role": "assistant", "content": None, "tool_calls": None, "function_call": None},
+    "no content": {"role": "assistant"},
+    "empty content of a user": {"role": "user", "content": None},
+    "annotations": {"role": "assistant", "content": "hello", "annotations": [], "refusal": None},
+    "name": {"role": "user", "content": "hello", "name": "bob"},
+    "unknown keys": {"role": "assistant", "content": "hello", "reasoning_content": "?", "id": 3},
+    "a part with a hint": {
+        "role": "user",
+        "content": [{"type": "text", "text": "hello", "cache_control": {"type": "ephemeral"}}],
+    },
+}
+TOLERATED_FIELDS = {
+    "no top_logprobs": {"logprobs": False, "top_logprobs": 0},
+    "no stream options": {"stream_options": {}},
+    "no usage": {"stream_options": {"include_usage": False}},
+    "one limit twice": {"max_tokens": 4, "max_completion_tokens": 4},
+    "no tools": {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("message", TOLERATED_MESSAGES.values(), ids=TOLERATED_MESSAGES)
+def test_what_asks_for_nothing_in_a_message_changes_nothing(
+    server: RunningServer, message: dict[str, Any], stream: bool
+) -> None:
+    """The answer is that to the same conversation of roles and plain texts."""
+    content = message.get("content")
+    text = content[0]["text"] if isinstance(content, list) else content or ""
+    plain = {"role": message["role"], "content": text}
+    answers = []
+    for second in (message, plain):
+        response = server.chat([*MESSAGES, second], temperature=0, max_tokens=4, stream=stream)
+        if stream:
+            answers.append("".join(chunk.choices[0].delta.content for chunk in response))
+        else:
+            answers.append(response.choices[0].message.content)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("fields", TOLERATED_FIELDS.values(), ids=TOLERATED_FIELDS)
+def test_a_field_that_asks_for_nothing_is_no_error(
+    server: RunningServer, fields: dict[str, Any]
+) -> None:
+    options = {"max_tokens": 4, "temperature": 0} | fields
+    choice = server.chat(**options).choices[0]
+    assert (
+        choice.message.content
+        == server.chat(max_tokens=4, temperature=0).choices[0].message.content
+    )
+    assert choice.logprobs is None
+
+
+@pytest.mark.parametrize(
+    "field, value, limits",
+    [
+        ("max_tokens", -1, "from 1 to 4,096"),
+        ("max_tokens", 10**6, "from 1 to 4,096"),
+        ("n", -1, "from 1 to 16"),
+        ("n", 500, "from 1 to 16"),
+        ("logprobs", 10**6, "from 0 to 20"),
+        ("no_repeat_ngram", 10**9, "from 0 to 100"),
+    ],
+)
+def test_the_limit_told_is_the_limit_that_holds(
+    server: RunningServer, field: str, value: int, limits: str
+) -> None:
+    error = error_of(server.post("/v1/completions", json=COMPLETION | {field: value}))
+    assert limits in error["message"]
+    if field in ("max_tokens", "n"):  # the largest value is accepted
+        largest = int(limits.rpartition(" ")[2].replace(",", ""))
+        body = COMPLETION | {"stop_ids": list(range(64)), "max_tokens": 1} | {field: largest}
+        assert server.post("/v1/completions", json=body).status_code == 200
+
+
+def test_a_response_of_millions_of_log_probabilities_is_refused(server: RunningServer) -> None:
+    body = COMPLETION | {"n": 16, "max_tokens": 4096, "logprobs": 20}
+    error = error_of(server.post("/v1/completions", json=body))
+    assert (error["param"], error["code"]) == ("logprobs", "invalid_value")
+    assert f"{16 * 4096 * 21:,} log-probabilities; the maximum is 500,000" in error["message"]
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(max_size=9), values),
+    max_leaves=12,
+)
+MESSAGE_KEYS = st.sampled_from(["role", "content", "name", "tool_calls", "refusal", "type", "text"])
+FIELD_NAMES = st.sampled_from(
+    [*CompletionBody.model_fields, *ChatBody.model_fields, *UNSUPPORTED_FIELDS, "colour"]
+)
+SENSIBLE = st.sampled_from(["user", "small", "hello", 1, 0.5, [1, 2], {"7": 3}, MESSAGES])
+BODIES = st.dictionaries(
+    FIELD_NAMES,
+    SENSIBLE | JSON_VALUES | st.lists(st.dictionaries(MESSAGE_KEYS, SENSIBLE | JSON_VALUES)),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(BODIES.map(json.dumps).map(str.encode) | st.binary(max_size=60))
+def test_any_body_is_parsed_or_refused(raw: bytes) -> None:
+    for kind in (CompletionBody, ChatBody):
+        with suppress(ApiError):
+            assert isinstance(parse(kind, raw), kind)
 
 
 DEEP = b"[" * 100_000 + b"]" * 100_000

@@ -1,5 +1,6 @@
 """Checkpoints of tiny models whose greedy text does not repeat itself."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,27 @@ def tiny_checkpoint(seed: int = 0, **sizes: Any) -> tuple[Transformer, dict[str,
     metadata = checkpoint_metadata(config, tokenizer.state(), tokens=5, val_loss=1.25)
     weights = {f"model.{name}": p for name, p in model.state_dict().items()}
     return model, {"state_dict": weights, "global_step": 7, "kit": metadata}
+
+
+def resumable_checkpoint(
+    step: int, val_loss: float | None = None, seed: int = 0, **training: Any
+) -> dict[str, Any]:
+    """Return the content of a checkpoint from which a run can resume; `training` are its keys.
+
+    The optimizer state is all that is missing for a real run.
+    """
+    model, state = tiny_checkpoint(seed)
+    settings = TrainingConfig(seq_len=10, **{"max_steps": 12, "val_every_steps": 5} | training)
+    config = Config(model=model.config, training=settings)
+    counters = {"tokens": 5 * step, "val_loss": val_loss, "data_sha256": "0"}
+    state["kit"] = checkpoint_metadata(config, state["kit"]["tokenizer"], **counters)
+    optimizer = {"optimizer": {"step": {"total": {"completed": step}}}}
+    progress = {"epoch_loop.automatic_optimization.optim_progress": optimizer}
+    random_state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    return state | {
+        "global_step": step,
+        "loops": {"fit_loop": progress},
+        "callbacks": {"RandomState": random_state, "Checkpoints": {"best": val_loss}},
+        "optimizer_states": [{"state": {}, "param_groups": []}],
+        "interval": {"nats": 0.0, "targets": 0, "tokens_seen": 5 * step, "validation": {}},
+    }

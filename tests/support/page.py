@@ -18,8 +18,8 @@ from tokenizers import models
 from model import Transformer
 from pocketlm.checkpoint.format import checkpoint_metadata, save_checkpoint
 from pocketlm.config.loading import config_from_dict
-from pocketlm.tokenizer.bpe import JsonTokenizer
-from pocketlm.tokenizer.byte_level import byte_letters, byte_level_backend
+from pocketlm.tokenizer.bpe import JsonTokenizer, byte_level_backend
+from pocketlm.tokenizer.streaming import byte_letters
 from tests.support.server import RunningServer
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

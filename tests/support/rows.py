@@ -72,8 +72,9 @@ def packed_rows(encoded: list[list[int]], tokenizer: Tokenizer, seq_len: int) ->
 
 
 def padded_rows(encoded: list[list[int]], tokenizer: Tokenizer, seq_len: int) -> list[Row]:
-    """Return one row for each document."""
-    return [([*ids, *tokenizer.corpus_suffix][: seq_len + 1], [0] * seq_len) for ids in encoded]
+    """Return one row for each document; one of a single token has no target, and no row."""
+    texts = [[*ids, *tokenizer.corpus_suffix] for ids in encoded]
+    return [(tokens[: seq_len + 1], [0] * seq_len) for tokens in texts if len(tokens) > 1]
 
 
 def rows_of_batch(batch: dict[str, torch.Tensor]) -> list[Row]:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,11 +19,15 @@ from typing import Any
 import httpx
 import openai
 
+import serve
 from pocketlm.checkpoint.format import checkpoint_metadata, save_checkpoint
 from pocketlm.checkpoint.loading import Checkpoint, load_checkpoint
 from pocketlm.config.sampling import SamplingConfig, SamplingParams
 from pocketlm.config.sections import Config, DataConfig, TrainingConfig
 from pocketlm.inference.generate import encode_prompt, generate_texts
+from pocketlm.serving.app import build_server
+from pocketlm.serving.limits import ServerLimits
+from pocketlm.serving.service import Service
 from pocketlm.tokenizer.base import Tokenizer
 from tests.support.checkpoints import confident_model
 
@@ -157,6 +162,23 @@ def serving(path: Path, *options: str, **environment: str) -> Iterator[RunningSe
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+@contextmanager
+def serving_in_thread(
+    checkpoint: Checkpoint, limits: ServerLimits, names: tuple[str, ...] = (), host: str = ""
+) -> Iterator[RunningServer]:
+    """Run the server in a thread of this process; with `host`, only that Host header is let in."""
+    listener = serve.listen("127.0.0.1", 0)
+    service = Service(checkpoint, {}, 1, limits, names)
+    server = build_server(service, hosts={host} if host else None, key=None)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", checkpoint)
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def write_checkpoint(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
 from pocketlm.corpus.named import CORPORA
+from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from tests.support.tokenizer_kinds import DATA, arrays, changed, named, trained
 
@@ -91,11 +92,16 @@ WORDS = st.lists(
 )
 
 
+@cache
+def cut_tokenizer(kind: str) -> Tokenizer:
+    return CUT[kind]()
+
+
 @pytest.mark.parametrize("kind", CUT)
 @settings(max_examples=150, deadline=None)
 @given(text=WORDS.map("".join))
 def test_the_two_sides_of_a_cut_have_the_ids_that_they_have_together(kind, text):
-    tokenizer = CUT[kind]()
+    tokenizer = cut_tokenizer(kind)
     cut = tokenizer.last_token_boundary(text)
     assert 0 <= cut <= len(text)
     assert tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:]) == tokenizer.encode(text)
@@ -108,7 +114,7 @@ def test_the_two_sides_of_a_cut_have_the_ids_that_they_have_together(kind, text)
 ])  # fmt: skip
 def test_the_place_of_a_cut_is_the_last_space_between_words(kind, expected):
     text = "ab ca ab ca cb 1 a.\n b  c 1"
-    assert CUT[kind]().last_token_boundary(text) == {11: text.index(" cb")}.get(
+    assert cut_tokenizer(kind).last_token_boundary(text) == {11: text.index(" cb")}.get(
         expected, expected and len(text)
     )
 

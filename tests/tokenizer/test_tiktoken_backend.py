@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
 from pocketlm.corpus.named import CORPORA
-from pocketlm.tokenizer.bpe import JsonTokenizer
+from pocketlm.tokenizer.bpe import JsonTokenizer, byte_level_backend
 from pocketlm.tokenizer.build import build_tokenizer
-from pocketlm.tokenizer.byte_level import byte_letters, byte_level_backend
+from pocketlm.tokenizer.streaming import byte_letters
 from pocketlm.tokenizer.tiktoken_backend import SEPARATOR, may_have_wide_gap
 from tests.support.tokenizer_kinds import DATA, arrays, backend_ids, changed, named, trained, wiki
 

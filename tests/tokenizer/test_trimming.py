@@ -16,9 +16,9 @@ from tokenizers import models
 from pocketlm.data.prepare import prepare
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.base import END_OF_TEXT
-from pocketlm.tokenizer.bpe import JsonTokenizer
+from pocketlm.tokenizer.bpe import JsonTokenizer, byte_level_backend
 from pocketlm.tokenizer.build import build_tokenizer, from_state
-from pocketlm.tokenizer.byte_level import byte_letters, byte_level_backend
+from pocketlm.tokenizer.streaming import byte_letters
 from pocketlm.tokenizer.tiktoken_backend import GPT2_PATTERN
 from pocketlm.tokenizer.trimming import merge_counts, text_batches, trim_vocabulary
 from tests.support.preparation import byte_config

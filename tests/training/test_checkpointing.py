@@ -1,5 +1,6 @@
 """The files of a run: names, pruning, moving aside; a full disk and a loss that is not finite."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import train
 from pocketlm import files
 from pocketlm.checkpoint.format import read_checkpoint
 from pocketlm.errors import UserError
+from pocketlm.training.checkpointing import Checkpoints
 from tests.support.training import run
 
 
@@ -46,7 +48,7 @@ def test_fresh_moves_only_the_runs_own_files_aside_and_deletes_nothing(folder):
         path: path.read_bytes()
         for folder in ("checkpoints", "logs")
         for path in Path(folder).rglob("*")
-        if path.is_file() and path.name != ".lock" and "other" not in path.parts
+        if path.is_file() and not path.name.startswith(".lock") and "other" not in path.parts
     }
     assert {path.parent for path in own} == {
         Path("checkpoints"), Path("logs"), Path("logs/train"), Path("logs/validation")
@@ -91,14 +93,26 @@ def test_a_full_disk_is_a_sentence_and_the_old_checkpoint_stays(folder, monkeypa
     calls = []
 
     def full(handle):
-        calls.append(handle)
-        if len(calls) > 6:
+        calls.extend(folder.glob("checkpoints/last.ckpt"))
+        if len(calls) > 3:
             raise OSError(28, "No space left on device")
         original(handle)
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot write the checkpoint .*No space left.*untouched"):
+    with pytest.raises(UserError, match=r"cannot write .*No space left.*untouched"):
         run()
     monkeypatch.undo()
     assert read_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] >= 3
     assert not list((folder / "checkpoints").glob(".*.unfinished"))
+
+
+def test_a_folder_that_is_removed_under_a_run_is_made_again(folder, monkeypatch):
+    save = Checkpoints.save
+
+    def remove_and_save(self, *arguments):
+        shutil.rmtree("checkpoints")
+        save(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", remove_and_save)
+    run("training.max_steps=3")
+    assert read_checkpoint("checkpoints/final.ckpt")["global_step"] == 3

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -44,6 +45,7 @@ class IdleTrainer:
 
     def __init__(self, **_: Any):
         self.global_rank, self.world_size = 0, 1
+        self._signal_connector = SimpleNamespace()
 
     def fit(self, *_: Any, **__: Any) -> None:
         pass

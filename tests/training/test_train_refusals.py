@@ -1,5 +1,6 @@
 """Runs that cannot be: each is refused in one sentence, and no file of an earlier run is lost."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from pocketlm.checkpoint.format import read_checkpoint
 from pocketlm.checkpoint.runs import Run
 from pocketlm.errors import UserError
-from tests.support.training import STREAM, TINY, checkpoint_bytes, run, run_stopped_after
+from tests.support.training import (
+    STREAM,
+    TINY,
+    checkpoint_bytes,
+    end_equal,
+    run,
+    run_stopped_after,
+    write_text_and_config,
+)
 
 ROOT = Path(__file__).parents[2]
 CUDA = ["hardware.accelerator=cuda", "data.path=text.txt", "data.tokenizer=byte"]
@@ -126,6 +136,71 @@ def test_probe_cases_that_cannot_be_scored_are_refused_before_the_first_step(fol
 def test_a_second_process_in_the_same_folder_is_refused(folder):
     with (
         Run("").lock(),
-        pytest.raises(UserError, match="another process is training in checkpoints"),
+        pytest.raises(UserError, match="process .* is training in checkpoints"),
     ):
         run()
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("hardware.devices=2", r"another config \(hardware.devices: 1 -> 2\)"),
+        (
+            "hardware.compile=on",
+            r"hardware.compile: False -> True.*--change hardware.compile=VALUE",
+        ),
+        ("training.precision=bf16-mixed", r"training.precision: '32-true' -> 'bf16-mixed'"),
+        ("model.dropout=0.2", r"model.dropout: 0.1 -> 0.2"),
+    ],
+)
+def test_a_run_does_not_resume_as_another(stopped_folder, monkeypatch, option, message):
+    """Each of these ended with status 0 and other weights than the uninterrupted run."""
+    monkeypatch.chdir(stopped_folder)
+    before = checkpoint_bytes()
+    with pytest.raises(UserError, match=message):
+        run(option)
+    assert checkpoint_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def stopped_folder(tmp_path_factory):
+    """The working directory of a run that was stopped at step 4. Tests only read it."""
+    path = tmp_path_factory.mktemp("stopped")
+    write_text_and_config(path)
+    with contextlib.chdir(path):
+        run_stopped_after(4)
+    return path
+
+
+def test_auto_is_what_it_was_however_fast_the_machine_is_now(
+    folder, finished_folder, monkeypatch, capsys
+):
+    """compile=auto depends on a timed matmul, which busy neighbours slow down."""
+    run_stopped_after(4, "training.precision=auto")
+    precision = read_checkpoint("checkpoints/last.ckpt")["kit"]["hardware"]["precision"]
+    other = {"32-true": "bf16-mixed", "bf16-mixed": "32-true"}[precision]
+    monkeypatch.setattr(
+        "pocketlm.hardware.devices.multiplies_bfloat16", lambda _: other != "32-true"
+    )
+    monkeypatch.setattr("pocketlm.checkpoint.changes.multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr("train.compilable_seconds", lambda *_: 1e9)
+    run("training.precision=auto")
+    assert f"{precision}: as when this run began" in capsys.readouterr().err
+    resolved = read_checkpoint("checkpoints/final.ckpt")["kit"]["hardware"]
+    assert (resolved["precision"], resolved["compile"]) == (precision, False)
+    if precision == "32-true":
+        assert end_equal("checkpoints", finished_folder / "checkpoints")
+
+
+def test_the_same_text_by_another_path_is_the_same_run(folder, finished_folder):
+    run_stopped_after(4)
+    Path("elsewhere").mkdir()
+    Path("text.txt").rename("elsewhere/text.txt")
+    run("data.path=./elsewhere/text.txt")
+    assert end_equal("checkpoints", finished_folder / "checkpoints")
+
+
+def test_a_warm_up_that_never_ends_gets_a_sentence(folder, capsys):
+    run("training.max_steps=2", "training.warmup_steps=3")
+    message = "training.warmup_steps is 3 and the run has 2 steps: the learning rate never reaches"
+    assert message in capsys.readouterr().err

@@ -1,0 +1,259 @@
+"""A checkpoint as an ONNX graph with a key/value cache, in float32 or int8.
+
+Inputs and outputs have the names that Hugging Face's optimum and transformers.js use:
+
+    input_ids, position_ids   (batch, sequence)
+    attention_mask            (batch, past + sequence): 0 hides a token, as padding
+    past_key_values.N.key     (batch, K, past, D) of layer N, and .value; past may be 0
+    logits                    (batch, sequence, V)
+    present.N.key             (batch, K, past + sequence, D), and .value: the next past_key_values
+
+The tokenizer.json, the ids that begin and end a text, and the chat template are in its metadata.
+"""
+
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from model import KVCache, ModelConfig, Transformer
+from pocketlm.checkpoint.loading import Checkpoint
+from pocketlm.errors import UserError
+from pocketlm.export.huggingface import generation_values
+from pocketlm.export.proof import (
+    Reference,
+    Step,
+    compare,
+    our_step,
+    require_parity,
+)
+from pocketlm.export.tokenizers import library_tokenizer
+from pocketlm.files import atomic_write
+from pocketlm.tokenizer.base import Tokenizer
+
+DTYPES = ("f32", "int8")
+MAX_BYTES = 2 * 10**9  # of an ONNX file, which is a protobuf message
+EXAMPLE = 2, 3, 4  # batch, sequence and past of the export; any other works
+OTHER_SHAPES = (1, 1, 0), (3, 5, 0), (2, 7, 6)  # with which the graph is checked
+
+
+class GrowingCache(KVCache):
+    """A cache whose arrays grow, for one forward pass: a graph has no memory to write to."""
+
+    def __init__(self, past: list[Tensor], visible: Tensor):
+        self.past, self.visible, self.length = past, visible, 0
+        self.present: list[Tensor] = []
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (
+            torch.cat((old, new), dim=2)
+            for old, new in zip(self.past[2 * layer :], (k, v), strict=False)
+        )
+        self.present += [k, v]
+        return k, v
+
+    def mask(self, T: int) -> Tensor:
+        return self.visible
+
+    def advance(self, T: int) -> None:
+        """Do nothing: the caller has the new arrays."""
+
+
+class Graph(nn.Module):
+    """The forward pass that is exported."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        T, n_past = input_ids.size(1), past[0].size(2)
+        queries, keys = torch.arange(T) + n_past, torch.arange(n_past + T)
+        causal = keys[None, :] <= queries[:, None]  # (T, S)
+        cache = GrowingCache(past, causal & (attention_mask[:, None, None, :] != 0))
+        logits = self.model(input_ids, positions=position_ids, cache=cache)
+        return logits, *cache.present
+
+
+def write_file(
+    checkpoint: Checkpoint, reference: Reference, path: Path, dtype: str, texts: list[str]
+) -> list[str]:
+    """Write a new file and run it; return the lines of its proof. Raises UserError.
+
+    texts: of int8, to measure what it costs.
+    """
+    model = checkpoint.model
+    n_bytes = 4 * sum(p.numel() for p in model.parameters())
+    if n_bytes > MAX_BYTES:
+        raise UserError(
+            f"{checkpoint.path} has {n_bytes / 1e9:.1f} GB of weights, and an ONNX file holds "
+            f"{MAX_BYTES / 1e9:.0f} GB at most; convert it to hf, gguf or safetensors"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as unfinished:
+        export_graph(model, metadata_of(checkpoint), unfinished)
+        step = onnx_step(unfinished, model.config)
+        parity = compare(step, reference)
+        require_parity(parity, reference)
+        lines = [f"onnxruntime: {parity}", check_other_shapes(step, model, reference)]
+        if dtype == "int8":
+            before = bits_per_byte(step, checkpoint, texts)
+            quantize_file(unfinished)
+            after = bits_per_byte(onnx_step(unfinished, model.config), checkpoint, texts)
+            lines.append(
+                f"int8: {after:.4f} bits per byte, float32 {before:.4f} ({after - before:+.4f})"
+            )
+    return lines
+
+
+# ---- the graph ----
+
+
+def cache_names(config: ModelConfig, kind: str) -> list[str]:
+    return [f"{kind}.{n}.{part}" for n in range(config.n_layers) for part in ("key", "value")]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter and the quantiser, which warn of what does not concern a user."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
+    tokenizer = library_tokenizer(checkpoint.tokenizer)
+    template = checkpoint.chat_template
+    return {
+        "tokenizer.json": tokenizer.json_text,
+        "generation_config.json": json.dumps(generation_values(tokenizer)),
+        **({} if template is None else {"chat_template.jinja": template}),
+    }
+
+
+def export_graph(model: Transformer, metadata: dict[str, str], path: Path) -> None:
+    """Write the graph by torch's exporter."""
+    config, (B, T, P) = model.config, EXAMPLE
+    names = cache_names(config, "past_key_values")
+    assert config.n_kv_heads is not None
+    shape = (B, config.n_kv_heads, P, config.head_dim)
+    example = (
+        torch.zeros(B, T, dtype=torch.long),
+        torch.ones(B, P + T, dtype=torch.long),
+        torch.arange(T).repeat(B, 1),
+        [torch.zeros(shape) for _ in names],
+    )
+    new, past = {0: "batch", 1: "sequence"}, {0: "batch", 2: "past"}
+    axes = (new, {0: "batch", 1: "past_and_sequence"}, new, [past for _ in names])
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            Graph(model).eval(),
+            example,
+            dynamo=True,
+            dynamic_shapes=axes,
+            input_names=["input_ids", "attention_mask", "position_ids", *names],
+            output_names=["logits", *cache_names(config, "present")],
+            verbose=False,
+        )
+        assert program is not None
+        program.model.metadata_props.update(metadata)
+        program.save(path, external_data=False)
+
+
+def quantize_file(path: Path) -> None:
+    """Quantise the matrices of a file to 8 bits by onnxruntime, one scale per column.
+
+    Weights are unsigned: with signed ones, sums overflow on x86 CPUs without VNNI.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantized = path.with_name(f"{path.name}.int8")
+    try:
+        with quiet():
+            quantize_dynamic(path, quantized, weight_type=QuantType.QUInt8, per_channel=True)
+        os.replace(quantized, path)
+    finally:
+        quantized.unlink(missing_ok=True)
+
+
+# ---- the proof ----
+
+
+def onnx_step(path: Path, config: ModelConfig) -> Step:
+    """Return the forward pass of a file in onnxruntime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = cache_names(config, "past_key_values")
+
+    def step(ids: Any, cache: list[Any] | None) -> tuple[Any, list[Any]]:
+        B, T = ids.shape
+        empty = np.zeros((B, config.n_kv_heads or 0, 0, config.head_dim), np.float32)
+        past = [empty for _ in names] if cache is None else cache
+        n_past = past[0].shape[2]
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": np.ones((B, n_past + T), np.int64),
+            "position_ids": np.tile(np.arange(n_past, n_past + T), (B, 1)),
+            **dict(zip(names, past, strict=True)),
+        }
+        logits, *present = session.run(None, inputs)
+        return logits, present
+
+    return step
+
+
+def check_other_shapes(step: Step, model: Transformer, reference: Reference) -> str:
+    """Compare at OTHER_SHAPES that the context has room for. Raises UserError if one differs."""
+    shapes = [shape for shape in OTHER_SHAPES if shape[1] + shape[2] <= model.max_seq_len]
+    worst = 0.0
+    for batch, length, n_past in shapes:
+        row = np.resize(reference.ids, (batch, n_past + length))
+        logits = []
+        for each in (step, our_step(model)):
+            _, cache = each(row[:, :n_past], None) if n_past else (None, None)
+            logits.append(each(row[:, n_past:], cache)[0])
+        worst = max(worst, float(np.abs(logits[0] - logits[1]).max()))
+    if not worst <= reference.tolerance:
+        raise UserError(
+            f"the graph differs by {worst:.1e} at lengths other than that of its export; nothing "
+            "was written. Please report this as a bug"
+        )
+    listed = ", ".join(f"{batch}x{length} after {n_past}" for batch, length, n_past in shapes)
+    return f"onnxruntime at other shapes ({listed}): largest logit difference {worst:.1e}"
+
+
+def bits_per_byte(step: Step, checkpoint: Checkpoint, texts: list[str]) -> float:
+    """Return the mean bits per byte of texts, in windows of the model's context."""
+    context = checkpoint.model.max_seq_len
+    nats = sum(text_nats(step, checkpoint.tokenizer, text, context) for text in texts)
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def text_nats(step: Step, tokenizer: Tokenizer, text: str, context: int) -> float:
+    """Return the summed cross-entropy of a text's tokens after the document's prefix."""
+    ids = np.array(tokenizer.document_prefix + tokenizer.encode(text), np.int64)
+    nats = 0.0
+    for start in range(0, len(ids) - 1, context):
+        window = ids[start : start + context + 1]
+        logits = step(window[None, :-1], None)[0][0].astype(np.float64)
+        shifted = logits - logits.max(-1, keepdims=True)
+        targets = shifted[np.arange(len(shifted)), window[1:]]
+        nats += float((np.log(np.exp(shifted).sum(-1)) - targets).sum())
+    return nats

@@ -1,0 +1,238 @@
+"""Which tokens begin and end a text, from everything that a model's files say about it.
+
+The field's tools write it in many places; `read_special_tokens` knows them all, in this order:
+
+    tokenizer_config.json     bos_token, eos_token, ... ; add_bos_token; added_tokens_decoder
+    special_tokens_map.json   the same names, in folders of older tools
+    added_tokens.json         tokens that tokenizer.json may lack, in folders of older tools
+    tokenizer_class           GPT-2's and Llama's classes name tokens by themselves; without a
+                              class, config.json's model_type decides, as in transformers
+    generation_config.json    bos_token_id, and eos_token_id: an id or a list, each of which ends
+    config.json               a text
+    tokenizer.json            whether a template of its post-processor puts bos in front
+
+A tokenizer.json without any of these has bos and eos if its vocabulary has their usual names.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pocketlm.errors import UserError
+
+Values = dict[str, Any]
+
+END_OF_TEXT = "<|endoftext|>"
+
+NAMES = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
+LISTS = ("additional_special_tokens", "extra_special_tokens")  # of names without a role
+
+GPT2_DEFAULTS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+LLAMA_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# by the beginning of a tokenizer_class or of a model_type, in lower case
+CLASS_DEFAULTS = {"gpt2": GPT2_DEFAULTS, "llama": LLAMA_DEFAULTS, "codellama": LLAMA_DEFAULTS}
+USUAL = {"bos_token": ("<s>",), "eos_token": ("</s>", END_OF_TEXT)}
+
+
+@dataclass
+class SpecialTokens:
+    """The tokens that begin and end a text, and their spelling by the names in chat templates."""
+
+    bos_id: int | None = None
+    eos_id: int | None = None
+    adds_bos: bool = True  # the model has learned texts with bos in front
+    separator_id: int | None = None  # between documents, if it is not eos
+    end_ids: tuple[int, ...] = ()  # that end a generated text, besides eos
+    names: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...
+    notes: list[str] = field(default_factory=list)  # for the user
+
+
+def choose_special_tokens(
+    ids: dict[str, int], names: dict[str, str], ends: Iterable[int], adds_bos: bool
+) -> SpecialTokens:
+    """Return the special tokens for ids by spelling, names by role, and ids that end a text.
+
+    The eos of a chat model may end the turns of a conversation. If it puts no bos in front of a
+    text, <|endoftext|> has separated its documents, provided that the vocabulary has it.
+    """
+    bos_id, eos_id = (ids.get(names.get(name, "")) for name in ("bos_token", "eos_token"))
+    ends = list(ends)
+    if eos_id is None and ends:
+        eos_id = ends.pop(0)
+    separator_id = None if adds_bos or eos_id is None else ids.get(END_OF_TEXT)
+    if separator_id == eos_id:
+        separator_id = None
+    if separator_id is not None:
+        ends.insert(0, separator_id)
+    others = tuple(i for i in dict.fromkeys(ends) if i != eos_id)
+    return SpecialTokens(bos_id, eos_id, adds_bos, separator_id, others, names)
+
+
+def read_special_tokens(folder: Path, json_text: str) -> tuple[SpecialTokens, str | None]:
+    """Return the special tokens of a folder with this tokenizer.json, which has every key.
+
+    The other value is a tokenizer.json with the tokens that this one lacks, or None. Raises
+    UserError for a file that is not a JSON object.
+    """
+    config = read_json_object(folder / "tokenizer_config.json")
+    model = read_json_object(folder / "config.json")
+    generation = read_json_object(folder / "generation_config.json")
+    names, extra = read_names(folder, config, model)
+    spec = json.loads(json_text)
+    before = json.dumps(spec["added_tokens"])
+    notes = add_tokens(spec, folder, config, {*names.values(), *extra})
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    if missing := [name for name in names if names[name] not in ids]:
+        listed = ", ".join(f"{name} {names[name]!r}" for name in missing)
+        notes.append(f"the vocabulary of {folder} lacks the {listed}, which is ignored")
+        names = {name: token for name, token in names.items() if name not in missing}
+    spelling = {i: token for token, i in ids.items()}
+    named = {"bos_token", "eos_token"} & names.keys()
+    ends: list[int] = []
+    ordinary: dict[int, None] = {}
+    for name, i in model_ids(generation, model):
+        if i in spelling:
+            if not named:
+                names.setdefault(name, spelling[i])
+            ends += [i] * (name == "eos_token")
+        elif name == "eos_token":
+            ordinary[i] = None
+    if ordinary:
+        notes.append(
+            f"the config files of {folder} end a text at id {', '.join(map(str, ordinary))}, "
+            "which is no special token of tokenizer.json; it ends nothing here"
+        )
+    says_nothing = not names and not any(name in config for name in NAMES)
+    if says_nothing:
+        ids, names = usual_names(spec, ids)
+    adds_bos = config.get("add_bos_token")
+    if adds_bos is None:
+        adds_bos = post_processor_adds(spec["post_processor"], names.get("bos_token", ""))
+    special = choose_special_tokens(ids, names, ends, bool(adds_bos))
+    special.notes = notes
+    if json.dumps(spec["added_tokens"]) == before:
+        return special, None
+    return special, json.dumps(spec, ensure_ascii=False)
+
+
+def read_json_object(path: Path) -> Values:
+    """Return the object in a JSON file; empty if there is no such file. Raises UserError."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return values
+
+
+def read_names(folder: Path, config: Values, model: Values) -> tuple[dict[str, str], list[str]]:
+    """Return the spelling of tokens by their role, and that of others without a role."""
+    older = read_json_object(folder / "special_tokens_map.json")
+    # as in transformers, a tokenizer_config.json without added_tokens_decoder is older than the map
+    merged = older | config if "added_tokens_decoder" in config else config | older
+    names = {name: spelling_of(merged[name]) for name in NAMES if merged.get(name)}
+    extra = [spelling_of(token) for name in LISTS for token in listed(merged.get(name))]
+    kind = str(config.get("tokenizer_class") or model.get("model_type") or "").lower()
+    for beginning, defaults in CLASS_DEFAULTS.items():
+        if kind.startswith(beginning):
+            names = {name: token for name, token in defaults.items() if name not in merged} | names
+    return names, extra
+
+
+def listed(value: Any) -> list[Any]:
+    """Return the tokens of a list, or of an object that names them."""
+    return [*value.values()] if isinstance(value, dict) else [*(value or [])]
+
+
+def spelling_of(token: Any) -> str:
+    """Return the text of a token, which may be an object with the key `content`."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def add_tokens(spec: Values, folder: Path, config: Values, special: set[str]) -> list[str]:
+    """Complete `added_tokens` of a tokenizer.json, as transformers does; return notes.
+
+    Tokens come from tokenizer_config.json or added_tokens.json. Those in `special` are no text.
+    """
+    notes = []
+    added = {token["content"]: token for token in spec["added_tokens"]}
+    vocab = vocabulary(spec)
+    older = read_json_object(folder / "added_tokens.json")
+    wanted = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
+    for token, i in older.items():
+        wanted.setdefault(i, {"content": token, "normalized": token not in special})
+    next_id = max([*vocab.values(), *(token["id"] for token in added.values())], default=-1) + 1
+    for i, token in sorted(wanted.items()):
+        content = spelling_of(token)
+        if content in added:
+            added[content]["special"] |= bool(token.get("special"))
+        elif vocab.get(content, next_id) == i:
+            added[content] = new_token(content, i) | token
+            next_id = max(next_id, i + 1)
+        else:
+            notes.append(f"{folder}: the added token {content!r} cannot have the id {i}; left out")
+    for content in special:
+        if content in added:
+            added[content]["special"] = True
+        elif content in vocab:
+            added[content] = new_token(content, vocab[content], special=True)
+    spec["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
+    return notes
+
+
+def new_token(content: str, i: int, special: bool = False) -> Values:
+    """Return an entry of `added_tokens`."""
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    return {"id": i, "content": content, **flags, "special": special}
+
+
+def vocabulary(spec: Values) -> dict[str, int]:
+    """Return the ids of the vocabulary in a tokenizer.json; Unigram's is a list of pieces."""
+    vocab = spec["model"]["vocab"]
+    if isinstance(vocab, list):
+        return {piece: i for i, (piece, _) in enumerate(vocab)}
+    return dict(vocab)
+
+
+def model_ids(*configs: Values) -> Iterator[tuple[str, int]]:
+    """Yield (name, id) of the ids that generation_config.json and config.json give."""
+    for values in configs:
+        for name in ("bos_token", "eos_token"):
+            ids = values.get(f"{name}_id")
+            for i in ids if isinstance(ids, list) else [ids]:
+                if isinstance(i, int):
+                    yield name, i
+
+
+def usual_names(spec: Values, ids: dict[str, int]) -> tuple[dict[str, int], dict[str, str]]:
+    """Return ids and names of the usual special tokens that a vocabulary has."""
+    ids = vocabulary(spec) | ids
+    names = {}
+    for name, spellings in USUAL.items():
+        if known := [token for token in spellings if token in ids]:
+            names[name] = known[0]
+    return ids, names
+
+
+def post_processor_adds(processor: Values | None, bos: str) -> bool:
+    """Return whether a tokenizer.json puts `bos` in front of a text.
+
+    It does if it says nothing: transformers 5 saves a template without any special token for every
+    tokenizer that has none.
+    """
+    parts = (processor or {}).get("processors", [processor])
+    if processor is None or any(is_empty_template(part) for part in parts):
+        return True
+    first = [part["single"][0] for part in parts if part["type"] == "TemplateProcessing"]
+    return any(piece.get("SpecialToken", {}).get("id") == bos for piece in first)
+
+
+def is_empty_template(part: Values) -> bool:
+    """Return whether a step of a post-processor is a template that adds no token."""
+    pieces = part["single"] if part["type"] == "TemplateProcessing" else [{"SpecialToken": {}}]
+    return not any("SpecialToken" in piece for piece in pieces)
