@@ -8,6 +8,8 @@ from tests.support.forked_commands import ForkedCommands
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on each core
+# torch.compile believes the CPU about its instruction sets, and compiles no trial programs
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # names of tests, or of test files, that may be skipped in CI, each with its reason beside it
 SKIPPABLE: set[str] = {

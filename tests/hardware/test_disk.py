@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,7 +21,11 @@ Usage = namedtuple("Usage", "total used free")
 def test_a_folder_that_cannot_be_written_to_is_named_with_the_reason(tmp_path, monkeypatch, call):
     """A full disk accepts the name of a file, and fails when its content is written."""
 
-    def fail(*_: object, **__: object) -> None:
+    fsync = os.fsync
+
+    def fail(*arguments: object, **__: object) -> None:
+        if call == "fsync" and stat.S_ISDIR(os.fstat(arguments[0]).st_mode):
+            return fsync(arguments[0])  # it is the file's content that finds no room
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path if call == "mkdir" else os, call, fail)
