@@ -26,7 +26,7 @@ with fast_imports():
     from pocketlm.corpus.encodings import decode_text
     from pocketlm.inference.chat import run_chat
     from pocketlm.inference.conversation import MAX_ANSWER_TOKENS
-    from pocketlm.inference.generate import complete, merge_sampling_params
+    from pocketlm.inference.generate import complete, describe_left_out, merge_sampling_params
     from pocketlm.inference.placement import DTYPES, move_to_device
     from pocketlm.model.quantization import QUANTIZED_DTYPES
 
@@ -179,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         raise as_user_error(error) from None
     print(description, file=sys.stderr)
+    if left_out := describe_left_out(checkpoint.tokenizer, prompt):
+        print(f"note: {left_out}", file=sys.stderr)
     print_completions(prompt, completions, numbered=params.num_samples > 1)
     return 0
 

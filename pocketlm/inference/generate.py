@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from model import Transformer
@@ -222,3 +223,13 @@ def merge_sampling_params(options: dict[str, Any], checkpoint: Checkpoint) -> Sa
         if field.name != "num_samples":
             params[field.name] = getattr(checkpoint.config.sampling, field.name)
     return SamplingParams(**params | options)
+
+
+def describe_left_out(tokenizer: Tokenizer, prompt: str) -> str:
+    """Return a sentence on the characters of a prompt for which there is no token; often none."""
+    ids = np.array(tokenizer.encode(prompt), tokenizer.dtype)
+    left_out = [c for c in tokenizer.left_out_characters(prompt, ids) if not c.isspace()]
+    if not left_out:
+        return ""
+    few = ", ".join(map(repr, left_out[:5])) + (" and others" if len(left_out) > 5 else "")
+    return f"the tokenizer {tokenizer.name!r} has no token for {few}: the model does not see them"

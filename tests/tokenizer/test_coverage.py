@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from pocketlm.errors import UserError
+from pocketlm.inference.generate import describe_left_out
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import JsonTokenizer
 
@@ -124,3 +125,9 @@ def test_an_empty_vocabulary_is_refused_by_its_path(tmp_path):
     hf.Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=f"the tokenizer '{tmp_path}' has an empty vocabulary"):
         JsonTokenizer.from_file(Path(tmp_path))
+
+
+def test_the_characters_of_a_prompt_without_a_token_are_named():
+    tokenizer = tokenizer_of(without_unk())
+    assert describe_left_out(tokenizer, "a b") == ""  # a space that is left out separates words
+    assert "'mine' has no token for 'д', '€'" in describe_left_out(tokenizer, "a д€b")
