@@ -58,7 +58,12 @@ def compiled_library(source: Path, compiler: str, isa: InstructionSet | None) ->
 
     Its name has a hash of the source and of whatever else could change the machine code.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketlm"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):
+        raise NativeUnavailable(
+            f"there is no home folder to keep the compiled {source.name} in; set XDG_CACHE_HOME"
+        )
+    folder = Path(cache) / "pocketlm"
     parts = [
         *source_texts(source),
         compiler,

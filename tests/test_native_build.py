@@ -1,12 +1,14 @@
 """C sources as libraries: what they are compiled from, and for which instruction set."""
 
+import pwd
 from pathlib import Path
 
 import pytest
 
 from pocketlm import native_build
 from pocketlm.instruction_sets import VARIABLE, available_sets, instruction_set
-from pocketlm.native_build import load_native
+from pocketlm.model import kernels
+from pocketlm.native_build import NativeUnavailable, load_native
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +45,14 @@ def test_it_is_compiled_for_the_set_that_the_process_is_limited_to(tmp_path, mon
         load_native(tmp_path / "source.c")
     assert compiled_for == [oldest if variable else None]
     instruction_set.cache_clear()
+
+
+def test_a_user_without_a_home_folder_is_told_which_variable_to_set(monkeypatch):
+    def unknown_user(_: int) -> None:
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown_user)
+    with pytest.raises(NativeUnavailable, match="no home folder .* training.c in; set XDG_CACHE"):
+        load_native(kernels.SOURCE)
