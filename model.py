@@ -96,7 +96,7 @@ class ModelConfig:
 
     @property
     def is_llama(self) -> bool:
-        """Whether the blocks have Llama's norm, positions and MLP, without biases."""
+        """Return whether the blocks have Llama's norm, positions and MLP, without biases."""
         kind = self.mlp, self.position, self.norm, self.norm_gain, self.bias
         return kind == ("swiglu", "rope", "rmsnorm", True, False)
 

@@ -1,4 +1,4 @@
-"""What of a run may be another when it resumes, and what was resolved when it began.
+"""Changes of a run between its beginning and a resume: those allowed, refused and recorded.
 
 What is compared is meaning, not spelling: the tokens to train on instead of the path of their text,
 the precision that was chosen instead of `auto`. A key on which the weights depend is refused,
@@ -75,7 +75,7 @@ CHANGEABLE = {  # what `--change` takes: what a run can go on with, and what may
 
 @dataclass(frozen=True)
 class Previous:
-    """What a checkpoint says of the run that it belongs to."""
+    """The run to which a checkpoint belongs, by its metadata."""
 
     config: Config
     hardware: dict[str, Any]  # from `describe_hardware`; empty in checkpoints of earlier versions

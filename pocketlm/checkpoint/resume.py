@@ -1,4 +1,4 @@
-"""Where a run resumes: at its newest whole checkpoint, by what stands inside the files.
+"""Choice of the checkpoint at which a run resumes: the newest whole one, by its content.
 
 A save gives one checkpoint up to four names, one after the other, and a kill between two of them
 leaves some as they were. So neither names nor times of files decide: the step and the validation
@@ -56,7 +56,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Examination:
-    """What reading a whole checkpoint has found: clauses, or None where nothing is wrong."""
+    """The problems of a whole checkpoint: clauses, or None where nothing is wrong."""
 
     damage: str | None = None
     resume_problem: str | None = None

@@ -22,7 +22,7 @@ Piece = tuple[str, bool]
 
 @dataclass
 class ByteAccount:
-    """Where the bytes of a source went: all that are not in its documents, by the reason.
+    """Bytes of a source that are not in its documents, by the reason.
 
     A reason has a negative number if it made the text longer, as the change from UTF-16 may.
     """

@@ -79,7 +79,7 @@ class FileSource(Source):
 
     @property
     def has_text_files(self) -> bool:
-        """Whether a separator can be in the files."""
+        """Return whether a separator can be in the files."""
         return any(self.format_of(file) == "text" for file in self.files)
 
     def pieces(self) -> Iterator[Piece]:

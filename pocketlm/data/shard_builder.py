@@ -158,7 +158,7 @@ def bytes_of(characters: Counter[str]) -> int:
 
 @dataclass(frozen=True)
 class SourceAccount:
-    """Where the bytes of a source went: all that no token of a shard stands for, by the reason."""
+    """Bytes of a source for which no token of a shard stands, by the reason."""
 
     name: str
     bytes: int

@@ -39,7 +39,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model computes, to compare a converted one with."""
+    """Logits, greedy tokens and token ids of a model, to compare a converted one with."""
 
     ids: Array  # (2, T)
     logits: Array  # (2, T, V)

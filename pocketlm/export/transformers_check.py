@@ -19,7 +19,7 @@ from pocketlm.export.proof import Array, Parity, Reference, Step, compare
 
 @dataclass(frozen=True)
 class Check:
-    """What transformers makes of a folder, beside the reference."""
+    """Comparison of what transformers computes from a folder with the reference."""
 
     parity: Parity
     n_texts: int

@@ -1,4 +1,4 @@
-"""Which tokens begin and end a text, from everything that a model's files say about it.
+"""Tokens that begin and end a text, from everything that a model's files say about them.
 
 The field's tools write it in many places; `read_special_tokens` knows them all, in this order:
 

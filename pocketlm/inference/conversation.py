@@ -309,7 +309,7 @@ class Conversation:
 
     @cached_property
     def _after_answer(self) -> list[str]:
-        """What follows an answer that is the last message, and one before another message."""
+        """Return what follows an answer that is the last message, and one before another."""
         answer, question = PRIVATE_USE[0], PRIVATE_USE[1]
         messages = [
             {"role": "user", "content": "?"},

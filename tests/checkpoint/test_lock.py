@@ -52,4 +52,5 @@ def test_a_folder_with_two_paths_has_one_lock(tmp_path, monkeypatch):
 
 def test_runs_of_other_names_do_not_wait_for_each_other():
     with Run("").lock(), Run("a").lock(), Run("b").lock():
-        pass
+        for name in ("", "a", "b"):  # each is held, and by itself
+            assert_refused(name)

@@ -175,6 +175,7 @@ def test_a_signal_after_the_work_is_done_changes_nothing(signals):
     with signals.listening():
         pass
     signals.receive(signal.SIGTERM)
+    assert signals.phase == "finished" and not signals.urgent > 1
 
 
 def test_the_handlers_are_as_before_after_a_run(signals):
