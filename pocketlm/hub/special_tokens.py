@@ -133,8 +133,8 @@ def read_json_object(path: Path) -> Values:
 def read_names(folder: Path, config: Values, model: Values) -> tuple[dict[str, str], list[str]]:
     """Return the spelling of tokens by their role, and that of others without a role."""
     older = read_json_object(folder / "special_tokens_map.json")
-    # as in transformers, a tokenizer_config.json without added_tokens_decoder is older than the map
-    merged = older | config if "added_tokens_decoder" in config else config | older
+    # as in transformers, which reads the map only beside a config of before added_tokens_decoder
+    merged = config if "added_tokens_decoder" in config else config | older
     names = {name: spelling_of(merged[name]) for name in NAMES if merged.get(name)}
     extra = [spelling_of(token) for name in LISTS for token in listed(merged.get(name))]
     kind = str(config.get("tokenizer_class") or model.get("model_type") or "").lower()

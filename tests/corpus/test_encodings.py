@@ -85,3 +85,9 @@ def test_a_prompt_is_the_same_whatever_program_saved_it(raw):
 def test_a_prompt_that_is_no_text_is_refused_by_its_byte():
     with pytest.raises(UserError, match="^the prompt is not UTF-8: byte 3 is 0xe9$"):
         decode_text(b"caf\xe9", "the prompt")
+
+
+@pytest.mark.parametrize("raw", [b"aa\0\0", b"\0\0\0a", b"a\0b", b"one line\0and its end\n"])
+def test_a_few_zero_bytes_are_characters_of_utf_8(raw):
+    assert detect_encoding(raw) == "utf-8"
+    assert decode_text(raw, "x") == raw.decode()

@@ -67,6 +67,14 @@ FOLDERS = {
         tokenizer_config=FAST | {"eos_token": "</s>"},
         special_tokens_map={"eos_token": {"content": "<|im_end|>"}},
     ),
+    "special_tokens_map beside a tokenizer_config with added_tokens_decoder": dict(
+        tokenizer_config=FAST
+        | {
+            "eos_token": "</s>",
+            "added_tokens_decoder": {"2": {"content": "</s>", "special": True}},
+        },
+        special_tokens_map={"bos_token": "<s>", "eos_token": "<|im_end|>"},
+    ),
     "a chat model": dict(tokenizer_config=CHAT),
     "eos alone, null for bos": dict(
         tokenizer_config=FAST | {"bos_token": None, "eos_token": END}, config={"model_type": "gpt2"}
