@@ -61,6 +61,18 @@ def test_a_folder_has_our_logits_and_greedy_text_and_is_the_same_read_again(
     assert architecture(again) == architecture(checkpoint)
 
 
+def test_a_reader_of_before_rope_parameters_finds_the_same_angles(tmp_path: Path) -> None:
+    """transformers 4 reads the key rope_theta, and not the object that version 5 reads."""
+    checkpoint = a_checkpoint(tmp_path, rope_theta=500.0)
+    file = exported(checkpoint, "hf", tmp_path / "hf") / "config.json"
+    values = json.loads(file.read_text())
+    assert values.pop("rope_parameters")["rope_theta"] == values["rope_theta"] == 500.0
+    file.write_text(json.dumps(values))
+    again = tmp_path / "again.ckpt"
+    assert convert.main([str(file.parent), "--to", "ckpt", str(again)]) == 0
+    assert load_checkpoint(again).config.model.rope_theta == 500.0
+
+
 @pytest.mark.slow
 def test_the_proof_of_a_new_process_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
