@@ -2,12 +2,15 @@
 
     python bench.py train --config presets/shakespeare_char_cpu.yaml --peer nanogpt=PATH
     python bench.py train --config presets/gpt2_124m.yaml --peer llmc=PATH --peer transformers
+    python bench.py scale --ranks 1 2                         # training on several CPU processes
     python bench.py prepare --mb 10 100                       # prepare and read text of these sizes
     python bench.py prepare --mb 10 100 --peer nanogpt=PATH   # and nanoGPT's own script on it
     python bench.py loader --config config.yaml               # the loader and the training it feeds
     python bench.py probes --cases cases/grammar.yaml         # probe scoring and a plain loop
     python bench.py generate --ckpt checkpoints/final.ckpt    # generation and transformers'
     python bench.py serve --ckpt checkpoints/final.ckpt       # the server: one client, 16 at once
+    python bench.py memory                                    # what plans tell, and the peaks
+    python bench.py convert --ckpt checkpoints/final.ckpt     # each conversion, proven, and back
     python bench.py generate --ckpt checkpoints/final.ckpt --isa avx2 --isa avx512_bf16
 
 `--isa` makes all contenders keep to an instruction set, as on a CPU that has no more.
@@ -110,6 +113,37 @@ def add_train(commands: "Commands") -> None:
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     add_work(train)
     train.set_defaults(run=lazily("train", "bench_train"))
+
+
+def add_scale(commands: "Commands") -> None:
+    """Add `bench.py scale`."""
+    scale = commands.add_parser(
+        "scale",
+        parents=[isa_parser()],
+        help="training on several processes: efficiency, and the share of communication",
+    )
+    scale.add_argument("--config", default="config.yaml")
+    scale.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        help="numbers of processes, with a thread each, or of GPUs (default: 1 2)",
+    )
+    scale.add_argument(
+        "--strategies",
+        nargs="+",
+        default=["ddp"],
+        choices=["ddp", "fsdp"],
+        help="values of hardware.strategy (default: ddp)",
+    )
+    scale.add_argument(
+        "--steps", type=int, default=50, help="optimizer steps of a run (default: %(default)s)"
+    )
+    add_repeat(scale)
+    scale.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_work(scale)
+    scale.set_defaults(run=lazily("scale", "bench_scale"))
 
 
 def add_prepare(commands: "Commands") -> None:
@@ -229,6 +263,37 @@ def add_serve(commands: "Commands") -> None:
     serve.set_defaults(run=lazily("serve", "bench_serve"))
 
 
+def add_memory(commands: "Commands") -> None:
+    """Add `bench.py memory`."""
+    memory = commands.add_parser(
+        "memory",
+        parents=[isa_parser()],
+        help="the memory that a run's plan tells, compared with the peak of its process",
+    )
+    memory.add_argument(
+        "--random", type=int, default=0, metavar="N", help="draw N configs (default: a fixed list)"
+    )
+    memory.add_argument("--seed", type=int, default=1, help="of --random (default: %(default)s)")
+    memory.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_work(memory)
+    memory.set_defaults(run=lazily("memory", "bench_memory"))
+
+
+def add_convert(commands: "Commands") -> None:
+    """Add `bench.py convert`."""
+    convert = commands.add_parser(
+        "convert",
+        parents=[isa_parser()],
+        help="the proof and the memory of each conversion of a checkpoint, and the way back",
+    )
+    convert.add_argument("--ckpt", required=True)
+    convert.add_argument(
+        "--formats", nargs="+", metavar="NAME", help="hf, gguf, onnx, safetensors (default: all)"
+    )
+    add_work(convert)
+    convert.set_defaults(run=lazily("convert", "bench_convert"))
+
+
 def run_with_sets(names: list[str], arguments: list[str]) -> int:
     """Run the benchmark in a new process for each instruction set. Raises UserError.
 
@@ -251,7 +316,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description="Measure this program and compare it with others.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_train, add_prepare, add_loader, add_probes, add_generate, add_serve):
+    for add in (
+        add_train,
+        add_scale,
+        add_prepare,
+        add_loader,
+        add_probes,
+        add_generate,
+        add_serve,
+        add_memory,
+        add_convert,
+    ):
         add(commands)
     args = parser.parse_args(argv)
     if args.isa:

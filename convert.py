@@ -1,12 +1,14 @@
 """Convert a model: others' to a checkpoint, and a checkpoint to the files of other programs.
 
-    python convert.py FOLDER_OR_GGUF_OR_NAME --to ckpt checkpoints/llama.ckpt
+    python convert.py FOLDER_OR_FILE_OR_NAME --to ckpt checkpoints/llama.ckpt
+    python convert.py checkpoints/last.ckpt --to ckpt FILE       # a sharded one, in one file
     python convert.py checkpoints/final.ckpt --to hf DIR
     python convert.py checkpoints/final.ckpt --to gguf FILE --dtype q8_0
     python convert.py checkpoints/final.ckpt --to onnx FILE --dtype int8
     python convert.py checkpoints/final.ckpt --to safetensors FILE
 
-It reads Llama and GPT-2 in Hugging Face folders and GGUF files, and SmolLM2 by name. Every
+It reads models in Hugging Face folders and GGUF files, checkpoints of nanoGPT and of the Tiny
+Transformer Starter, and SmolLM2 by name, and never runs code that comes with a model. Every
 conversion of a checkpoint is loaded again, by transformers, gguf or onnxruntime, and compared with
 it before it gets its name; the line that says so is printed. Whatever a format cannot express is
 refused by name.
@@ -18,9 +20,11 @@ from pathlib import Path
 
 import torch
 
+from pocketlm.checkpoint.format import sharded_checkpoint, write_whole
 from pocketlm.checkpoint.loading import Checkpoint, load_checkpoint
 from pocketlm.config.sections import DataConfig
 from pocketlm.conversion.pretrained import NAMED_MODELS, convert_pretrained
+from pocketlm.conversion.torch_checkpoints import TokenizerSource
 from pocketlm.errors import UserError, run_main
 from pocketlm.evaluation.quantization_report import validation_texts
 from pocketlm.export import gguf, huggingface, onnx, safetensors
@@ -43,8 +47,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "path",
-        help="checkpoint; or, for --to ckpt, a Hugging Face folder, a GGUF file, or a name: "
-        + ", ".join(NAMED_MODELS),
+        help="checkpoint; or, for --to ckpt, a Hugging Face folder, a GGUF file, a checkpoint of "
+        "nanoGPT or of the Tiny Transformer Starter, or a name: " + ", ".join(NAMED_MODELS),
     )
     add(
         "--to",
@@ -62,8 +66,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--text",
         metavar="FILE",
-        help="text on which the cost of int8 is measured (default: the validation documents)",
+        help="text that a nanoGPT of characters was trained on, or on which the cost of int8 is "
+        "measured (default: the validation documents)",
     )
+    add("--tokenizer", metavar="NAME", help="of a nanoGPT or starter checkpoint: gpt2, a path")
     add("--force", action="store_true", help="replace an output that exists")
     add(
         "--data-dir",
@@ -88,8 +94,10 @@ def check_args(args: argparse.Namespace) -> None:
             f"--dtype {args.dtype} is no data type of {output_format}, which has: "
             + ", ".join(dtypes)
         )
-    if args.text and args.dtype != "int8":
+    if args.text and args.dtype != "int8" and output_format != "ckpt":
         raise UserError("--text measures what --to onnx FILE --dtype int8 costs; leave it out")
+    if args.tokenizer and output_format != "ckpt":
+        raise UserError("--tokenizer is for --to ckpt; a checkpoint has its own: leave it out")
     path = Path(output)
     if path.exists() and not args.force:
         raise UserError(f"{output} exists already; name another, or pass --force to replace it")
@@ -106,7 +114,7 @@ def load_finite(path: str) -> Checkpoint:
         raise UserError(
             f"{path} is not a checkpoint; make one first: python convert.py {path} --to ckpt FILE"
         )
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, mapped=True)
     if checkpoint.quantized:
         raise UserError(
             f"{path} is {checkpoint.quantized} already; use the checkpoint it was made from"
@@ -154,7 +162,13 @@ def main(argv: list[str] | None = None) -> int:
         lines = export(args)
         print("\n".join([f"{output}: {args.path} as {output_format}, {args.dtype}", *lines]))
         return 0
-    pretrained = convert_pretrained(args.path, Path(output), args.data_dir)
+    if sharded := sharded_checkpoint(Path(args.path)):
+        step = write_whole(sharded, Path(output))
+        print(f"{output}: {sharded} at step {step:,}, in one file")
+        return 0
+    text = Path(args.text) if args.text else None
+    source = TokenizerSource(args.data_dir, args.tokenizer, text)
+    pretrained = convert_pretrained(args.path, Path(output), source)
     model = pretrained.config.model
     for note in pretrained.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -28,6 +28,7 @@ from pocketlm.errors import FieldError
 from pocketlm.limits import MODEL_SIZES
 from pocketlm.model.attention import attend, document_mask, positions_in_document
 from pocketlm.model.block import Documents, native_block, native_norm, trains_natively
+from pocketlm.model.rope import RopeScaling, rope_tables
 from pocketlm.model.sizes import check_heads, default_d_ff
 
 # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong.
@@ -47,22 +48,32 @@ class ModelConfig:
     max_seq_len: int | None = None  # tokens of context; None: training.seq_len
     n_layers: int = 4  # number of blocks
     d_model: int = 128  # width of the residual stream
-    n_heads: int = 4  # query heads; head_dim = d_model / n_heads
+    n_heads: int = 4  # query heads
     # key/value heads; fewer than n_heads: grouped-query attention; None: n_heads
     n_kv_heads: int | None = 2
+    head_dim: int | None = None  # width of a head; None: d_model / n_heads
     # hidden width of the MLP; None: 4 d_model, or, for swiglu, 8/3 d_model rounded up to a multiple
     # of 64
     d_ff: int | None = None
-    # swiglu; gelu (tanh approximation): GPT-2; relu: microgpt; relu2 (squared ReLU): randyGPT
-    mlp: Literal["swiglu", "gelu", "relu", "relu2"] = "swiglu"
+    # swiglu; gelu (tanh approximation): GPT-2; gelu_exact: nanoGPT; relu: microgpt;
+    # relu2 (squared ReLU): randyGPT
+    mlp: Literal["swiglu", "gelu", "gelu_exact", "relu", "relu2"] = "swiglu"
     position: Literal["rope", "learned"] = "rope"  # rope; learned: GPT-2, microgpt, randyGPT
     rope_theta: float = 10_000.0  # base of the RoPE wavelengths
+    # RoPE for a context longer than that of pretraining: kind (linear, llama3, yarn), factor,
+    # original_max_seq_len and others (docs/convert.md); None: as it is
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys before RoPE; true: Qwen3
+    # blocks after the first mix its values with their own, by trained weights (ResFormer)
+    value_residual: bool = False
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # rmsnorm; layernorm: GPT-2
     norm_gain: bool = True  # a trained gain in each norm; false: microgpt, randyGPT
     norm_eps: float = 1e-5  # added to the mean square (RMSNorm) or the variance (LayerNorm)
     embed_norm: bool = False  # normalise the embeddings; true: microgpt
     final_norm: bool = True  # normalise before the output head; false: microgpt, randyGPT
     bias: bool = False  # biases in linear layers and LayerNorm; true: GPT-2
+    # biases in attention: none; qkv: queries, keys and values, as in Qwen2; all; None: all if bias
+    attention_bias: Literal["none", "qkv", "all"] | None = None
     tie_embeddings: bool = True  # the output head shares the embedding matrix
     # standard deviation of the initial matrices; 0.08: microgpt; divided by sqrt(2 n_layers) for
     # those that write to the residual stream
@@ -77,7 +88,14 @@ class ModelConfig:
         d_ff = default_d_ff(self.d_model, self.mlp) if self.d_ff is None else self.d_ff
         object.__setattr__(self, "n_kv_heads", n_kv_heads)  # how to set a field of a frozen class
         object.__setattr__(self, "d_ff", d_ff)
-        check_heads(self.d_model, self.n_heads, n_kv_heads, rope=self.position == "rope")
+        if self.attention_bias is None:
+            object.__setattr__(self, "attention_bias", "all" if self.bias else "none")
+        head_dim = check_heads(
+            self.d_model, self.n_heads, n_kv_heads, self.head_dim, rope=self.position == "rope"
+        )
+        object.__setattr__(self, "head_dim", head_dim)
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.position, self.rope_theta)
         if not 0 <= self.dropout < 1:
             raise FieldError("dropout", f"is {self.dropout}; it is a probability from 0 to below 1")
         for name in ("rope_theta", "norm_eps", "init_std"):
@@ -91,14 +109,12 @@ class ModelConfig:
                 raise FieldError(name, f"is {value}; it must be from 1 to {largest:,}")
 
     @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
-
-    @property
     def is_llama(self) -> bool:
-        """Return whether the blocks have Llama's norm, positions and MLP, without biases."""
-        kind = self.mlp, self.position, self.norm, self.norm_gain, self.bias
-        return kind == ("swiglu", "rope", "rmsnorm", True, False)
+        """Return whether the blocks have Llama's norm, positions and MLP, and nothing else."""
+        kind = self.mlp, self.position, self.norm, self.norm_gain
+        plain = not (self.bias or self.qk_norm or self.value_residual)
+        plain = plain and self.attention_bias == "none"
+        return plain and kind == ("swiglu", "rope", "rmsnorm", True)
 
     @property
     def n_parameters(self) -> int:
@@ -110,7 +126,8 @@ class ModelConfig:
 
         They are 6 per weight used in a matmul, and those of causal attention.
         """
-        attention = 6 * self.n_layers * self.d_model * seq_len
+        assert self.head_dim is not None
+        attention = 6 * self.n_layers * self.n_heads * self.head_dim * seq_len
         return 6 * self._count(count_matmul_weights) + attention
 
     def _count(self, count: "Callable[[Transformer], int]") -> int:
@@ -146,7 +163,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        assert config.n_kv_heads is not None
+        assert config.n_kv_heads is not None and config.head_dim is not None
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
         self.keys = self.zeros(shape, dtype, device)
         self.values = self.zeros(shape, dtype, device)
@@ -189,8 +206,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is not None and x.dtype == torch.float32 and trains_natively(self.weight):
-            return native_norm(x, self.weight, self.eps)
+        if self.weight is not None:
+            x = x.to(self.weight.dtype)  # autocast's queries and keys are bfloat16
+            if x.dtype == torch.float32 and trains_natively(self.weight):
+                return native_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (self.dim,), self.weight, self.eps)
 
 
@@ -200,16 +219,12 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return RMSNorm(config.d_model, config.norm_eps, config.norm_gain)
 
 
-def rope_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of every position's angles, each (length, D), in the default dtype.
-
-    RoPE: Su et al. 2021, arXiv 2104.09864. The frequencies are rounded to float32, as in Hugging
-    Face's Llama, whatever the dtype of the angles.
-    """
-    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-    positions = torch.arange(length, dtype=torch.get_default_dtype())
-    angles = torch.outer(positions, frequencies.to(positions.dtype)).repeat(1, 2)
-    return angles.cos(), angles.sin()
+def make_head_norm(config: ModelConfig) -> nn.Module:
+    """Return the norm of each head's queries or keys (..., D); the identity without `qk_norm`."""
+    if not config.qk_norm:
+        return nn.Identity()
+    assert config.head_dim is not None
+    return RMSNorm(config.head_dim, config.norm_eps, config.norm_gain)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -224,28 +239,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads, and with RoPE if `rotary` is given.
 
-    Grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245.
+    Grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245. QK-norm: Henry et al. 2020,
+    arXiv 2010.04245; with a trained gain, Dehghani et al. 2023, arXiv 2302.05442. Value residual:
+    Zhou et al. 2024, arXiv 2410.17897.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        assert config.n_kv_heads is not None
-        C, D, bias = config.d_model, config.head_dim, config.bias
+        assert config.n_kv_heads is not None and config.head_dim is not None
+        C, D, bias = config.d_model, config.head_dim, config.attention_bias != "none"
         self.layer, self.head_dim, self.dropout = layer, D, config.dropout
         self.q_proj = nn.Linear(C, config.n_heads * D, bias=bias)
         self.k_proj = nn.Linear(C, config.n_kv_heads * D, bias=bias)
         self.v_proj = nn.Linear(C, config.n_kv_heads * D, bias=bias)
-        self.o_proj = nn.Linear(config.n_heads * D, C, bias=bias)
+        self.o_proj = nn.Linear(config.n_heads * D, C, bias=config.attention_bias == "all")
+        self.q_norm, self.k_norm = (make_head_norm(config) for _ in "qk")
+        # of the block's own values and of those of the first block
+        mixes = config.value_residual and layer > 0
+        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes else None
+
+    def values(self, x: Tensor) -> Tensor:
+        """Return the block's own values (B, K, T, D)."""
+        values: Tensor = self.v_proj(x).view(*x.shape[:2], -1, self.head_dim)
+        return values.transpose(1, 2)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        first_values: Tensor | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), self.values(x)  # (B, H or K, T, D)
+        if self.value_mix is not None:
+            assert first_values is not None
+            v = self.value_mix[0] * v + self.value_mix[1] * first_values
         if rotary is not None:
-            q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
@@ -256,6 +291,7 @@ class Attention(nn.Module):
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
     "gelu": partial(F.gelu, approximate="tanh"),
+    "gelu_exact": F.gelu,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
 }
@@ -301,10 +337,12 @@ class Block(nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
         documents: Documents | None = None,
+        first_values: Tensor | None = None,
     ) -> Tensor:
         """Return the output (B, T, C); training.c computes it from `documents`, if given.
 
-        There is then neither rotary nor mask nor cache.
+        There is then neither rotary nor mask nor cache. first_values: with `value_residual`, those
+        of the first block.
         """
         if documents is not None:
             modules: tuple[Any, ...] = (
@@ -313,9 +351,14 @@ class Block(nn.Module):
                 *(self.self_attn.o_proj, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj),
             )
             return native_block(x, documents, self.norm_eps, [m.weight for m in modules])
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotary, mask, cache))
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, first_values)
+        x = x + self.dropout(attended)
         output: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return output
+
+    def values(self, x: Tensor) -> Tensor:
+        """Return the attention's values (B, K, T, D) of the block's input (B, T, C)."""
+        return self.self_attn.values(self.input_layernorm(x))
 
 
 class Embedding(nn.Embedding):
@@ -360,7 +403,9 @@ class Transformer(nn.Module):
     def reset_tables(self) -> None:
         """Compute the rotary tables. No checkpoint stores them: call it after `to_empty`."""
         if self.config.position == "rope":
-            cos, sin = rope_tables(self.config.head_dim, self.max_seq_len, self.config.rope_theta)
+            c = self.config
+            assert c.head_dim is not None
+            cos, sin = rope_tables(c.head_dim, self.max_seq_len, c.rope_theta, c.rope_scaling)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
 
@@ -428,11 +473,16 @@ class Transformer(nn.Module):
             if doc_ids is not None:
                 mask = document_mask(doc_ids)  # (B, 1, T, T)
             context = self._rotary(positions, start, T), mask, cache, None
+        first_values: Tensor | None = None
+        if self.config.value_residual:
+            first_block = self.layers[0]
+            assert isinstance(first_block, Block)
+            first_values = first_block.values(x)
         for layer in self.layers:
             if self.config.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, *context, use_reentrant=False)
+                x = checkpoint(layer, x, *context, first_values, use_reentrant=False)
             else:
-                x = layer(x, *context)
+                x = layer(x, *context, first_values)
         if cache is not None:
             cache.advance(T)
         output: Tensor = self.norm(x)

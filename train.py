@@ -18,12 +18,14 @@ with fast_imports():
     import argparse
     import math
     import time
+    from contextlib import ExitStack
     from dataclasses import replace
     from typing import Any
 
     import lightning as L
     import torch
     from rich.console import Console, Group
+    from rich.table import Table
     from torch import Tensor
 
     from model import Transformer
@@ -31,17 +33,26 @@ with fast_imports():
         Previous,
         adopt_choices,
         adopt_threads,
+        adopt_weights,
         adopted_reasons,
         check_change,
         describe_hardware,
     )
+    from pocketlm.checkpoint.initial import load_initial_weights, with_initial_model
     from pocketlm.checkpoint.resume import ResumePoint, find_resume_point, read_previous
     from pocketlm.checkpoint.runs import Run
     from pocketlm.config.loading import load_config, to_yaml
     from pocketlm.config.sections import Config
     from pocketlm.data.loaders import resolve_max_steps, validation_target_bytes
     from pocketlm.data.prepare import PreparedData, prepare
-    from pocketlm.errors import run_main
+    from pocketlm.distributed.agreement import (
+        check_agreement,
+        decided_by_first,
+        first_process_speaks,
+    )
+    from pocketlm.distributed.launch import check_launch, connected
+    from pocketlm.distributed.sharding import ShardedStrategy, drop_whole_parameters
+    from pocketlm.errors import UserError, run_main
     from pocketlm.hardware.devices import (
         Hardware,
         check_matmul_sizes,
@@ -53,13 +64,21 @@ with fast_imports():
     from pocketlm.hardware.measure import keep_freed_memory
     from pocketlm.hardware.memory import check_memory, choose_micro_batch, memory_errors
     from pocketlm.hardware.mps_check import check_mps
-    from pocketlm.hardware.processes import is_first_process, print_note
+    from pocketlm.hardware.processes import print_note
     from pocketlm.model.loss import IGNORE_INDEX, batch_loss
-    from pocketlm.optim import build_optimizer, clip_gradients, lr_at_step
-    from pocketlm.training.loop import fit, quiet_libraries
+    from pocketlm.optim import MuonAdamW, WeightAverage, build_optimizer, clip_gradients, lr_at_step
+    from pocketlm.training.loop import fit, make_trainer, quiet_libraries
     from pocketlm.training.module import TrainableModule, TrainingProgress
     from pocketlm.training.monitors import NonFiniteGuard
-    from pocketlm.training.plan import checkpoint_sizes, compilable_seconds, plan, run_header
+    from pocketlm.training.plan import (
+        card_plan,
+        checkpoint_sizes,
+        compilable_seconds,
+        plan,
+        run_header,
+        scaling_table,
+        this_machine,
+    )
     from pocketlm.training.signals import owned_signals
     from pocketlm.training.verdict import print_verdict
 
@@ -74,6 +93,7 @@ class LitTransformer(TrainableModule):
         self.val_bytes = validation_target_bytes(config, data)
         self.model = Transformer(config.model)
         self.progress = TrainingProgress()
+        self.average = WeightAverage(config.training.ema_decay)
         self.train_loss_fn = self.loss_sum  # `fit` may compile it; validation stays eager
         self.step_targets = torch.zeros((), dtype=torch.long)
         self.non_finite = NonFiniteGuard(config, data.tokenizer)
@@ -82,6 +102,9 @@ class LitTransformer(TrainableModule):
         """Create the counters on the device of the batches."""
         self.progress.begin(self.device, self.total, self.trainer.is_global_zero)
         self.step_targets = torch.zeros((), dtype=torch.long, device=self.device)
+
+    def on_train_start(self) -> None:
+        self.average.restore(self.trainer.optimizers[0])
 
     def total(self, count: Tensor) -> Tensor:
         """Return the sum of a count over all processes."""
@@ -106,31 +129,42 @@ class LitTransformer(TrainableModule):
         return loss_sum / targets.numel()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        t = self.config.training
-        return build_optimizer(
+        t, divided = self.config.training, isinstance(self.trainer.strategy, ShardedStrategy)
+        optimizer = build_optimizer(
             self.model,
             optimizer=t.optimizer,
-            lr=t.lr,
+            lr=t.learning_rates,
             weight_decay=t.weight_decay,
             betas=t.betas,
             eps=t.eps,
-            fused=self.fused,
+            fused=self.fused and not (divided and t.optimizer == "sgd"),  # torch has no such one
         )
+        if isinstance(optimizer, MuonAdamW):
+            # rounded to bfloat16, what several devices add up in another order would drift apart
+            optimizer.in_float32 = self.trainer.precision == "32-true"
+        return optimizer
 
-    def current_lr(self) -> float:
-        """Return the learning rate of the current step, a pure function of its number."""
+    def lr_factor(self) -> float:
+        """Return the factor on the learning rates in the current step, by its number alone."""
         t = self.config.training
-        return t.lr * lr_at_step(
+        return lr_at_step(
             self.trainer.global_step,
             max_steps=t.steps,
             warmup_steps=t.warmup_steps,
             min_lr_ratio=t.min_lr_ratio,
             schedule=t.schedule,
+            decay_share=t.decay_share,
         )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        factor, rates = self.lr_factor(), self.config.training.learning_rates
         for group in optimizer.param_groups:
-            group["lr"] = self.current_lr()
+            group["lr"] = rates[group.get("lr_key", "lr")] * factor
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        step = self.trainer.global_step
+        super().optimizer_step(*args, **kwargs)
+        self.average.update(self.trainer.optimizers[0], step)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any
@@ -138,13 +172,20 @@ class LitTransformer(TrainableModule):
         """Make the gradient the mean over the step's targets in all batches; clip its norm."""
         t = self.config.training
         targets = self.total(self.step_targets)
-        positions = t.grad_accum_steps * t.micro_batch * t.seq_len * self.trainer.world_size
+        positions = t.grad_accum_steps * t.micro_batch * t.seq_len
         norm = clip_gradients(self.model.parameters(), t.grad_clip, positions / targets)
         self.progress.grad_norm = norm
         self.step_targets.zero_()
         self.progress.end_step(applied=self.non_finite.allows_step(self, norm))
 
-    # ---- validation: sums, divided once ----
+    # ---- validation, of the average of the weights if there is one: sums, divided once ----
+
+    def on_validation_start(self) -> None:
+        self.average.place(self.trainer.optimizers[0], in_model=True)
+
+    def on_validation_end(self) -> None:
+        drop_whole_parameters(self.model)
+        self.average.place(self.trainer.optimizers[0], in_model=False)
 
     def on_validation_epoch_start(self) -> None:
         self.val_loss_sum = torch.zeros((), device=self.device)
@@ -190,6 +231,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="print parameters, memory, tokens, steps and time, and stop",
     )
     parser.add_argument(
+        "--card",
+        metavar="NAME",
+        help="with --dry-run: plan for this GPU, such as H100, not for this machine; reads no data",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="TOKENS",
+        help="with --dry-run: tokens/s of one device, as bench.py train prints them "
+        "(default: estimated)",
+    )
+    parser.add_argument(
+        "--price", type=float, help="with --dry-run: price of an hour of one device (default: none)"
+    )
+    parser.add_argument(
         "--print-config", action="store_true", help="print the resolved config as YAML and stop"
     )
     parser.add_argument(
@@ -209,7 +265,9 @@ def prepare_run(
     previous: the run to resume, whose choices are this one's. changes: the keys of `--change`.
     Raises UserError if the device, or the device in this precision, cannot train this config.
     """
+    config = adopt_weights(config, previous) if previous else config
     chosen = adopt_choices(config, previous, changes) if previous else config
+    check_launch(config.hardware)
     hardware = choose_hardware(chosen.hardware, chosen.training.precision)
     device, precision = hardware.accelerator, hardware.precision
     check_memory(config, device, precision)
@@ -220,7 +278,8 @@ def prepare_run(
         rows = previous.config.training.micro_batch if previous else None
         config = choose_micro_batch(config, device, precision, rows)
     check_memory(config, device, precision)
-    check_matmul_sizes(device, config.training.micro_batch * config.training.seq_len)
+    training = config.on_each_device().training
+    check_matmul_sizes(device, training.micro_batch * training.seq_len)
     config = resolve_max_steps(config, data, precision)
     compute = torch.float32 if precision == "32-true" else torch.bfloat16
     check_mps(device, compute, config.model, config.training)
@@ -229,6 +288,22 @@ def prepare_run(
     hardware = with_compile(hardware, compile, seconds)
     reasons = hardware.reasons | adopted_reasons(config, chosen)
     return config, data, replace(hardware, reasons=reasons)
+
+
+def check_planning(args: argparse.Namespace) -> None:
+    """Raise UserError for options of a dry run that have no meaning or a value that cannot be."""
+    for name in ("card", "rate", "price"):
+        value = getattr(args, name)
+        if value is not None and not args.dry_run:
+            raise UserError(f"--{name} is for planning; add --dry-run")
+        if name != "card" and value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} is {value:g}; it must be above 0 and finite")
+
+
+def print_plan(*parts: Group | Table) -> None:
+    """Print the parts of a plan."""
+    for part in parts:
+        Console(highlight=False, soft_wrap=True, emoji=False).print(part)
 
 
 def print_start(run: Run, start: ResumePoint | None, config: Config) -> None:
@@ -247,7 +322,9 @@ def print_start(run: Run, start: ResumePoint | None, config: Config) -> None:
             f"training.warmup_steps is {config.training.warmup_steps} and the run has "
             f"{config.training.steps} steps: the learning rate never reaches training.lr"
         )
-    if not start and is_first_process():  # --fresh, or logs without a checkpoint
+    if config.training.init_from and not start:
+        print_note(f"the model and its tokenizer are those of {config.training.init_from}")
+    if not start:  # --fresh, or logs without a checkpoint
         for folder in run.move_aside():
             print_note(f"moved the old outputs to {folder}")
 
@@ -255,10 +332,13 @@ def print_start(run: Run, start: ResumePoint | None, config: Config) -> None:
 def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     args = parse_args(argv)
-    with owned_signals():
-        config = load_config(args.config, [*args.overrides, *args.change])
+    with owned_signals(), first_process_speaks():
+        config = with_initial_model(load_config(args.config, [*args.overrides, *args.change]))
+        check_planning(args)
         if args.print_config:
             print(to_yaml(config), end="")
+        elif args.card:
+            print_plan(card_plan(config, args.card, args.rate, args.price))
         else:
             train(config, args, begin)
     return 0
@@ -273,26 +353,38 @@ def train(config: Config, args: argparse.Namespace, begin: float) -> None:
     config, data, hardware = prepare_run(config, previous, changes)
     if previous:
         adopt_threads(previous)
-    resolved = describe_hardware(hardware, config.hardware.devices)
     summary = Group(plan(config, data, hardware), run_header(config, data))
     if args.dry_run:
-        Console(highlight=False, soft_wrap=True, emoji=False).print(summary)
+        target = this_machine(config, hardware, args.rate)
+        print_plan(summary, scaling_table(config, target, args.price))
         return
-    with run.lock():
-        start = None
-        if not args.fresh:
-            start = find_resume_point(run, config, data.sha256, resolved, changes)
-        if is_first_process():
+    with ExitStack() as until_the_end:
+        if hardware.strategy != "single":
+            trainer = make_trainer(config, hardware, [])
+            until_the_end.enter_context(connected(trainer, config.hardware.timeout))
+            flags = {"--fresh": args.fresh, "--change": sorted(changes)}
+            check_agreement(config, hardware, {"the data": data.sha256, **flags})
+
+        def begin_or_resume() -> ResumePoint | None:
+            until_the_end.enter_context(run.lock())
+            start = None
+            if not args.fresh:
+                resolved = describe_hardware(hardware, config.hardware.world_size)
+                start = find_resume_point(run, config, data.sha256, resolved, changes)
             stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
             stderr.print(summary)
-        print_start(run, start, config)
-        if is_first_process():
+            print_start(run, start, config)
             sizes = checkpoint_sizes(config, data.tokenizer.state())
             require_room(run.checkpoints, sizes, "the checkpoints of this run")
-        run.mark_running()
+            run.mark_running()
+            return start
+
+        start = decided_by_first(begin_or_resume)
         L.seed_everything(config.training.seed, verbose=False)
         with memory_errors(config):
             module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
+            if config.training.init_from and not start:
+                load_initial_weights(module.model, config.training.init_from)
             trained = fit(module, config, data, hardware, run, start)
         if trained.trainer.is_global_zero:
             picture = print_verdict(config, data, run, trained, time.perf_counter() - begin)

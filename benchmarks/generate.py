@@ -89,8 +89,9 @@ def ours(path: str, dtype: str, in_torch: bool = False) -> Contender:
 def is_llama(config: ModelConfig) -> bool:
     """Return whether transformers' LlamaForCausalLM computes the same model."""
     kind = (config.mlp, config.position, config.norm)
-    flags = (config.norm_gain, config.embed_norm, config.final_norm)
-    return kind == ("swiglu", "rope", "rmsnorm") and flags == (True, False, True)
+    flags = (config.norm_gain, config.embed_norm, config.final_norm, config.qk_norm)
+    plain = config.attention_bias != "qkv" and config.rope_scaling is None
+    return kind == ("swiglu", "rope", "rmsnorm") and flags == (True, False, True, False) and plain
 
 
 def theirs(path: str, dtype: str) -> Contender:
@@ -111,11 +112,12 @@ def theirs(path: str, dtype: str) -> Contender:
         num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads,
         num_key_value_heads=c.n_kv_heads,
+        head_dim=c.head_dim,
+        attention_bias=c.attention_bias == "all",
+        mlp_bias=c.bias,
         max_position_embeddings=c.max_seq_len,
         rms_norm_eps=c.norm_eps,
         tie_word_embeddings=c.tie_embeddings,
-        attention_bias=c.bias,
-        mlp_bias=c.bias,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         bos_token_id=None,
         eos_token_id=None,

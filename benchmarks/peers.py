@@ -19,10 +19,10 @@ import numpy as np
 from benchmarks.measure import Finished, commit_of, run_watched
 from model import ModelConfig
 from pocketlm.config.sections import Config
-from pocketlm.data.bin_files import write_bin
 from pocketlm.data.prepare import PreparedData
 from pocketlm.errors import UserError
 from pocketlm.instruction_sets import limited_set
+from pocketlm.shards.bin_files import write_bin
 
 MILLISECONDS = r"(?:time |took )([\d.]+) ?ms"
 

@@ -4,9 +4,11 @@ import argparse
 import csv
 import json
 import platform
+import re
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +23,10 @@ from pocketlm.data.loaders import resolve_max_steps
 from pocketlm.data.prepare import PreparedData, prepare
 from pocketlm.hardware.devices import Hardware, choose_hardware, with_compile
 from pocketlm.hardware.measure import device_name, matmul_rate
+from pocketlm.hardware.scaling import CARDS
 from pocketlm.instruction_sets import multiplies_bfloat16
 from pocketlm.training.plan import compilable_seconds, tokens_per_step
 
-# FLOP/s in bfloat16, dense, as the makers state them.
-GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
 WARMUP = 2  # intervals, or steps of a peer, that do not count
 
 
@@ -57,7 +58,9 @@ class Task:
         return tokens_per_step(self.config)
 
 
-def our_command(program: Path, task: Task, steps: int, folder: Path) -> list[str]:
+def our_command(
+    program: Path, task: Task, steps: int, folder: Path, overrides: Sequence[str] = ()
+) -> list[str]:
     """Return the command of a run of so many steps, which logs ten times.
 
     It saves only at the end, and compiles if the whole run would.
@@ -71,12 +74,16 @@ def our_command(program: Path, task: Task, steps: int, folder: Path) -> list[str
         f"training.log_every_steps={max(1, steps // 10)}",
         "run.name=bench",
         f"hardware.compile={'on' if task.hardware.compile else 'off'}",
+        *overrides,
     ]
 
 
-def our_run(task: Task, steps: int, folder: Path) -> tuple[list[float], float]:
+def our_run(
+    task: Task, steps: int, folder: Path, overrides: Sequence[str] = ()
+) -> tuple[list[float], float]:
     """Return the seconds per step in each interval that train.py logged, and its memory in MB."""
-    finished = run_watched(our_command(ROOT / "train.py", task, steps, folder), folder)
+    command = our_command(ROOT / "train.py", task, steps, folder, overrides)
+    finished = run_watched(command, folder)
     with (folder / "logs" / "bench" / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["perf/tokens_per_second"]]
     seconds = []
@@ -156,12 +163,10 @@ def print_flops(config: Config, hardware: Hardware, tokens_per_second: float) ->
         peak = matmul_rate(hardware.accelerator, precision)
         shares.append(f"{flops / peak:.0%} of the {peak / 1e9:,.0f} GFLOP/s of a {kind} matmul")
     OUT.print(f"{flops / 1e9:,.0f} GFLOP/s in the model: {', '.join(shares)}, measured now")
-    for card, peak in GPU_PEAKS.items():
-        if hardware.accelerator == "cuda" and card in device_name("cuda"):
-            OUT.print(
-                f"MFU {flops / peak:.1%} of the {peak / 1e12:,.0f} TFLOP/s that its maker states "
-                "for bfloat16"
-            )
+    for name, card in CARDS.items():
+        if hardware.accelerator == "cuda" and re.search(rf"\b{name}\b", device_name("cuda")):
+            stated = f"{card.peak / 1e12:,.0f} TFLOP/s that its maker states for bfloat16"
+            OUT.print(f"MFU {flops / card.peak:.1%} of the {stated}")
 
 
 def print_parts(task: Task, steps: int, work: Path | None) -> None:

@@ -1,11 +1,12 @@
 """Make the pictures of the documentation, into docs/images/.
 
     python docs/make_pictures.py               # all of them, after the default run
-    python docs/make_pictures.py page          # or by name: page, loss, probes, data, tensorboard
+    python docs/make_pictures.py page          # or by name: page, loss, probes, data, sweep,
+                                               # tensorboard
 
 Needs `pip install -r requirements-dev.txt`, Chromium for `page` and `tensorboard`, and the
-checkpoints and logs of the default run in `checkpoints/` and `logs/`; another folder with both is
-`--run FOLDER`.
+checkpoints and logs of the default run in `checkpoints/` and `logs/`, and the sweep of
+docs/sweep.md in `sweeps/`; another folder with all of them is `--run FOLDER`.
 """
 
 import argparse
@@ -112,6 +113,11 @@ def make_loss(run: Path) -> Path:
     return save_small(run / "checkpoints" / "loss.png", "loss")
 
 
+def make_sweep(run: Path) -> Path:
+    """Copy the picture of the sweep of docs/sweep.md."""
+    return save_small(run / "sweeps" / "microgpt" / "loss.png", "sweep")
+
+
 def make_probes(run: Path) -> Path:
     """Score the run's checkpoints on all suites and plot accuracy against steps."""
     shot = IMAGES / "probes.full.png"
@@ -175,6 +181,7 @@ PICTURES = {
     "probes": make_probes,
     "data": make_data,
     "tensorboard": make_tensorboard,
+    "sweep": make_sweep,
 }
 
 

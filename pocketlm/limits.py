@@ -12,6 +12,7 @@ MODEL_SIZES = {
     "d_model": 2**17,
     "n_heads": 2**17,
     "n_kv_heads": 2**17,
+    "head_dim": 2**17,
     "d_ff": 2**20,
 }
 
@@ -26,8 +27,10 @@ TRAINING_SIZES = {
 }
 
 MAX_DEVICES = 2**16
+MAX_TIMEOUT = 2**31 // 1000  # seconds; torch counts milliseconds in 32 bits
 MAX_WORKERS = 256  # processes that prepare batches
 MAX_SHUFFLE_BUFFER = 2**24  # rows
+MAX_PARTS = 10_000  # of a corpus that several processes prepare
 MAX_EPOCHS = 1_000_000
 MAX_NAME_CHARACTERS = 100  # of a run
 

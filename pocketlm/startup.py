@@ -32,6 +32,17 @@ def fast_imports() -> Iterator[None]:
             gc.enable()
 
 
+# Lightning and Slurm set some of these in each process of a run; unset means a single process.
+RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+
+
+def is_first_process() -> bool:
+    """Return True in the only process of a run, or in the first of several."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun may number machines unlike Slurm
+        return os.environ.get("RANK", "0") == "0"
+    return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
+
+
 # Ctrl-C, kill, a closed terminal, the warnings of batch systems, and the limit of processor time;
 # Windows has two of them. SIGQUIT (Ctrl-\) and SIGKILL end the process at once, as everywhere.
 STOP_SIGNALS = [
@@ -121,9 +132,13 @@ def _name(number: int) -> str:
 
 
 def _write_line(text: str) -> None:
-    """Write to stderr from a signal handler, where sys.stderr may be in use."""
-    with suppress(OSError):
-        os.write(2, text.encode() + b"\n")
+    """Write to stderr from a signal handler, where sys.stderr may be in use.
+
+    A launcher sends a signal to every process of a run, of which the first one speaks.
+    """
+    if is_first_process():
+        with suppress(OSError):
+            os.write(2, text.encode() + b"\n")
 
 
 def open_closed_streams() -> None:

@@ -107,6 +107,21 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay(
     )
 
 
+@optimizers
+def test_each_learning_rate_is_that_of_its_key_and_of_lr_without_one(optimizer: str) -> None:
+    rates = {"lr": 1.0, "head_lr": 2.0, "vector_lr": 3.0}
+    model = tiny_model()
+    groups = build_optimizer(
+        model, optimizer=optimizer, fused=False, **SETTINGS | {"lr": rates}
+    ).param_groups
+    found = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert {name: found[id(p)] for name, p in model.named_parameters()} == {
+        name: 3.0 if p.dim() == 1 else 2.0 if name == "lm_head.weight" else 1.0
+        for name, p in model.named_parameters()
+    }
+    assert all(rates[group["lr_key"]] == group["lr"] for group in groups)
+
+
 # ---- steps ----
 
 
@@ -354,20 +369,18 @@ def test_a_gradient_that_is_not_finite_is_not_hidden(max_norm: float) -> None:
 
 # ---- schedule ----
 
-schedules = pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-falling = pytest.mark.parametrize("schedule", ["cosine", "linear"])
+schedules = pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+falling = pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 ratios = st.floats(0, 1)
 lengths = st.tuples(st.integers(1, 300), st.integers(0, 299)).map(
     lambda t: dict(max_steps=t[0] + t[1], warmup_steps=t[1])
 )
 
 
-def factors(
-    schedule: str, *, max_steps: int, warmup_steps: int, min_lr_ratio: float
-) -> list[float]:
+def factors(schedule: str, *, max_steps: int, **settings: float) -> list[float]:
     """Return the factor of every step of a run, and of the one after its last."""
-    run = dict(max_steps=max_steps, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
-    return [lr_at_step(step, **run, schedule=schedule) for step in range(max_steps + 1)]
+    run = dict(max_steps=max_steps, **settings, schedule=schedule)
+    return [lr_at_step(step, **run) for step in range(max_steps + 1)]
 
 
 @pytest.mark.parametrize(
@@ -384,6 +397,19 @@ def test_factors_of_a_worked_example(schedule: str, expected: list[float]) -> No
     assert factors(schedule, max_steps=12, warmup_steps=4, min_lr_ratio=0.1) == pytest.approx(
         expected
     )
+
+
+@given(length=lengths, ratio=ratios, share=st.floats(0, 0.9))
+def test_wsd_stays_at_one_and_then_falls_as_linear_does(
+    length: dict[str, int], ratio: float, share: float
+) -> None:
+    """The fall is that of a linear schedule whose warm-up ends where the fall begins."""
+    steps, warmup = length["max_steps"], length["warmup_steps"]
+    start = max(warmup, steps - round(share * steps))
+    values = factors("wsd", **length, min_lr_ratio=ratio, decay_share=share)
+    assert values[warmup:start] == [1.0] * (start - warmup)
+    fall = factors("linear", max_steps=steps, warmup_steps=start, min_lr_ratio=ratio)
+    assert values[start:] == fall[start:]
 
 
 def test_cosine_is_at_its_middle_half_way() -> None:
@@ -415,7 +441,7 @@ def test_the_factor_is_the_smallest_from_the_last_step_on(
     assert lr_at_step(step, **length, min_lr_ratio=ratio, schedule=schedule) == pytest.approx(ratio)
 
 
-@falling
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @given(length=lengths, ratio=ratios)
 def test_the_fall_equals_torchs_scheduler(
     schedule: str, length: dict[str, int], ratio: float

@@ -20,11 +20,13 @@ LAYERS = [  # from the ground up; a module imports from its own package and from
     {"corpus", "hardware"},
     {"checkpoint"},
     {"conversion"},
+    {"shards"},
     {"data"},
     {"inference"},
     {"evaluation", "serving"},
-    {"export"},
+    {"export", "distributed"},
     {"training"},
+    {"sweeps"},
 ]
 COMMAND = len(LAYERS)
 FILES = [*ROOT.glob("*.py"), *(ROOT / "pocketlm").rglob("*.py")]

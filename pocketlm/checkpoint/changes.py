@@ -5,6 +5,7 @@ the precision that was chosen instead of `auto`. A key on which the weights depe
 unless it was named with `--change`; the change is then kept in the history of the run.
 """
 
+import math
 import os
 import platform
 from collections.abc import Iterable, Set
@@ -35,6 +36,10 @@ FREE = {
     "training.save_every_steps",
     "training.keep_checkpoints",
     "training.on_nonfinite",
+    "hardware.devices",
+    "hardware.num_nodes",
+    "hardware.strategy",
+    "hardware.timeout",
     "hardware.num_workers",
 }
 FREE_SECTIONS = ("sampling",)  # the same for all keys of these sections
@@ -64,6 +69,7 @@ CHANGEABLE = {  # what `--change` takes: what a run can go on with, and what may
     "training.lr",
     "training.min_lr_ratio",
     "training.schedule",
+    "training.decay_share",
     "training.warmup_steps",
     "training.grad_clip",
     "training.loss_chunk",
@@ -85,9 +91,15 @@ class Previous:
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any], origin: str) -> "Previous":
         """Return it from the `kit` entry of the checkpoint `origin`."""
+        hardware = metadata.get("hardware") or {}
+        config = config_from_dict(metadata["config"], origin=origin)
+        if "strategy" not in hardware:  # earlier versions gave each device the rows of a step
+            rows = config.training.grad_accum_steps * config.hardware.devices
+            training = replace(config.training, grad_accum_steps=rows)
+            config = replace(config, training=training)
         return cls(
-            config_from_dict(metadata["config"], origin=origin),
-            metadata.get("hardware") or {},
+            config,
+            hardware,
             metadata.get("data_sha256"),
             tuple(metadata.get("history", ())),
         )
@@ -102,6 +114,7 @@ def describe_hardware(hardware: Hardware, devices: int) -> dict[str, Any]:
         "accelerator": hardware.accelerator,
         "precision": hardware.precision,
         "compile": hardware.compile,
+        "strategy": hardware.strategy,
         "devices": devices,
         "threads": torch.get_num_threads(),
         "instruction set": instruction_set().name if on_cpu else "",
@@ -135,6 +148,20 @@ def adopt_choices(config: Config, previous: Previous, changes: Set[str]) -> Conf
         values = replace(getattr(adopted, section), **{key: value})
         adopted = replace(adopted, **{section: values})
     return adopted
+
+
+def adopt_weights(config: Config, previous: Previous) -> Config:
+    """Return the config with the weights of the run's mixture, where the shares are the same.
+
+    Weights of 4 and 2 then are those of 2 and 1, of which the hash of the data was made.
+    """
+    then, now = previous.config.data.mixture, config.data.mixture
+    old, new = ([s.weight / sum(s.weight for s in each) for s in each] for each in (then, now))
+    if len(old) != len(new) or not all(map(math.isclose, old, new)):
+        return config
+    pairs = zip(now, then, strict=True)
+    mixture = tuple(replace(source, weight=before.weight) for source, before in pairs)
+    return replace(config, data=replace(config.data, mixture=mixture))
 
 
 def adopted_reasons(config: Config, adopted: Config) -> dict[str, str]:
@@ -238,7 +265,7 @@ def check_change(overrides: Iterable[str]) -> frozenset[str]:
 
 def name_rounding_differences(previous: Previous, hardware: dict[str, Any]) -> None:
     """Print what of the machine is another: the numbers then differ in their last digits."""
-    names = ("threads", "instruction set", "kernels", "device", "torch")
+    names = ("strategy", "devices", "threads", "instruction set", "kernels", "device", "torch")
     changes = [
         f"{name} {previous.hardware[name]} -> {hardware[name]}"
         for name in names

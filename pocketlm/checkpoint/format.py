@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pocketlm.checkpoint.sharded import SHARDS, shards_problem, with_whole_tensors
 from pocketlm.checkpoint.validation import content_problem
 from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
@@ -71,10 +72,13 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         torch.save(state, file)
 
 
-def read_checkpoint(path: str | Path, *, metadata_only: bool = False) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, *, metadata_only: bool = False, whole: bool = True
+) -> dict[str, Any]:
     """Return the checked content of a checkpoint, on the CPU.
 
-    With `metadata_only`, the tensors are neither read nor checked, which takes milliseconds.
+    With `metadata_only`, the tensors are neither read nor checked, which takes milliseconds. Those
+    of a sharded checkpoint are put together, unless `whole` is false: they are then left out.
     Raises UserError if the file is missing, cannot be read or is of a later format, and
     DamagedCheckpoint if it is damaged or not a checkpoint.
     """
@@ -97,7 +101,39 @@ def read_checkpoint(path: str | Path, *, metadata_only: bool = False) -> dict[st
     if problem := content_problem(state):
         raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {problem}; use another")
     checkpoint: dict[str, Any] = state
+    if SHARDS in state and not metadata_only:
+        if problem := shards_problem(state, path):
+            raise DamagedCheckpoint(f"the checkpoint {path} is not whole: {problem}; use another")
+        return with_whole_tensors(checkpoint, path) if whole else checkpoint
     return checkpoint
+
+
+def sharded_checkpoint(path: Path) -> Path | None:
+    """Return the file of a sharded checkpoint, of which `path` is the file or the folder.
+
+    None if it is anything else.
+    """
+    candidates = path.parent.glob("*.ckpt") if path.is_dir() else [path] * path.is_file()
+    for candidate in candidates:
+        try:
+            state = read_checkpoint(candidate, metadata_only=True)
+        except UserError:
+            continue
+        if SHARDS in state and (candidate == path or state[SHARDS]["folder"] == path.name):
+            return candidate
+    return None
+
+
+def write_whole(path: Path, output: Path) -> int:
+    """Write a sharded checkpoint as an ordinary one; return its step.
+
+    It has the state of the run, too, which resumes from it.
+    """
+    state = read_checkpoint(path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(state, output)
+    step: int = state["global_step"]
+    return step
 
 
 def load_undamaged(path: Path, *, metadata_only: bool = False) -> Any:

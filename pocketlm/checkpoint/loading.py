@@ -71,10 +71,17 @@ class Checkpoint:
         """SHA-256 that identifies the weights."""
         return hash_weights(self.model.state_dict())
 
+    def free_weights(self) -> None:
+        """Free the memory of the weights; of the model, sizes and config remain."""
+        self.model.to("meta")
 
-def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Checkpoint:
+
+def load_checkpoint(
+    path: str | Path, tokenizer_name: str | None = None, *, mapped: bool = False
+) -> Checkpoint:
     """Load a checkpoint: the model is on the CPU, in float32 or quantised, in evaluation mode.
 
+    mapped: the weights are the file's, which must not change; they take no memory of their own.
     Raises UserError if it cannot be read, or if `tokenizer_name` is not the tokenizer that the
     model was trained with.
     """
@@ -87,7 +94,7 @@ def load_checkpoint(path: str | Path, tokenizer_name: str | None = None) -> Chec
     quantized = metadata.get("quantized")
     return Checkpoint(
         Path(path),
-        load_model(config.model, quantized, state["state_dict"], path),
+        load_model(config.model, quantized, state["state_dict"], path, assign=mapped),
         tokenizer,
         config,
         state["global_step"],
@@ -118,9 +125,17 @@ def load_tokenizer(state: dict[str, Any], config: ModelConfig, path: str | Path)
 
 
 def load_model(
-    config: ModelConfig, quantized: str | None, weights: dict[str, Tensor], path: str | Path
+    config: ModelConfig,
+    quantized: str | None,
+    weights: dict[str, Tensor],
+    path: str | Path,
+    *,
+    assign: bool = False,
 ) -> Transformer:
-    """Return the model with these weights. Raises UserError if they do not fit the config."""
+    """Return the model with these weights, or, with `assign`, of these tensors themselves.
+
+    Raises UserError if they do not fit the config.
+    """
     if problem := sizes_problem(config, weights):
         raise DamagedCheckpoint(f"the weights of {path} do not fit its config: {problem}")
     with SkipInitialization():
@@ -128,7 +143,8 @@ def load_model(
     if quantized:
         model = quantize(model, quantized)
     try:
-        model.load_state_dict({k.removeprefix(WEIGHT_PREFIX): v for k, v in weights.items()})
+        named = {k.removeprefix(WEIGHT_PREFIX): v for k, v in weights.items()}
+        model.load_state_dict(named, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the weights of {path} do not fit its config: {reason}") from None

@@ -64,7 +64,7 @@ class Examination:
     @classmethod
     def of(cls, path: Path) -> "Examination":
         try:
-            state = read_checkpoint(path)
+            state = read_checkpoint(path, whole=False)  # of a model too large for one machine
         except DamagedCheckpoint as error:
             return cls(damage=str(error))
         if problem := non_finite_problem(state):

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from pocketlm.checkpoint.format import read_checkpoint
 from pocketlm.checkpoint.lock import run_lock
+from pocketlm.checkpoint.sharded import SHARDS
 from pocketlm.config.sections import TENSORBOARD_RUNS
-from pocketlm.files import atomic_write, link_or_copy
+from pocketlm.files import atomic_write, link_or_copy, remove
 from pocketlm.hardware.disk import require_writable
 from pocketlm.hardware.processes import is_first_process
 
@@ -60,7 +62,7 @@ class Run:
         require_writable(self.logs, "logs")
         with run_lock(self.checkpoints):
             for leftover in self.checkpoints.glob(".*.unfinished"):
-                leftover.unlink()
+                remove(leftover)
             yield
 
     # ---- one move of many files ----
@@ -96,7 +98,7 @@ class Run:
     def _outputs(self, folder: Path) -> list[Path]:
         """Return this run's files, and folders of event files, in one of its folders."""
         outputs = [p for p in folder.glob("*") if p.is_file() and not p.name.startswith(".")]
-        return outputs + self.tensorboard_folders() if folder == self.logs else outputs
+        return outputs + (self.tensorboard_folders() if folder == self.logs else self._shards())
 
     def _unused_folder(self) -> str:
         """Return a name old-<time> that neither folder has."""
@@ -136,6 +138,20 @@ class Run:
         if keep:
             for old in self.numbered()[keep:]:
                 old.unlink()
+        folders = self._shards()
+        if folders:
+            checkpoints = [read_checkpoint(p, metadata_only=True) for p in self._checkpoint_files()]
+            used = {state[SHARDS]["folder"] for state in checkpoints if SHARDS in state}
+            for folder in folders:
+                if folder.name not in used:
+                    remove(folder)
+
+    def _shards(self) -> list[Path]:
+        """Return the folders with the tensors of sharded checkpoints."""
+        return [path for path in self.checkpoints.glob("*.shards") if path.is_dir()]
+
+    def _checkpoint_files(self) -> list[Path]:
+        return [path for path in self.checkpoints.glob("*.ckpt") if path.is_file()]
 
     def tensorboard_folders(self) -> list[Path]:
         """Return the folders of this run's event files.

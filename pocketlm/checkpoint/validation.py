@@ -244,7 +244,13 @@ def sizes_problem(config: ModelConfig, weights: dict[str, Tensor]) -> str | None
     # an int4 weight has four values in a word
     if rows != config.vocab_size or config.d_model not in (width, 4 * width):
         return f"its embeddings are not {config.vocab_size} of {config.d_model} values"
-    assert config.d_ff is not None
-    if config.d_ff * config.d_model > 4 * max(tensor.numel() for tensor in weights.values()):
+    assert config.d_ff is not None and config.head_dim is not None
+    largest = 4 * max(tensor.numel() for tensor in weights.values())
+    if config.d_ff * config.d_model > largest:
         return f"its weights are smaller than d_ff {config.d_ff} says"
+    if config.n_heads * config.head_dim * config.d_model > largest:
+        return (
+            f"its weights are smaller than n_heads {config.n_heads} of head_dim "
+            f"{config.head_dim} say"
+        )
     return None

@@ -37,6 +37,7 @@ from pocketlm.config.strict_yaml import (
     parse_yaml,
 )
 from pocketlm.errors import UserError
+from pocketlm.model.rope import RopeScaling
 
 COMMAND_LINE = "on the command line"
 
@@ -166,8 +167,13 @@ def config_from_dict(
 
 
 def build_section(section: str, values: Any, positions: Positions, origin: str) -> Any:
-    """Return the dataclass of a section. The sources of a mixture are dataclasses themselves."""
-    built = {}
+    """Return the dataclass of a section; a mixture's sources and a scaling are dataclasses too."""
+    built: dict[str, Any] = {}
+    if section == "model" and isinstance(values, dict) and values.get("rope_scaling") is not None:
+        path = ("model", "rope_scaling")
+        scaling = values["rope_scaling"]
+        values = {key: value for key, value in values.items() if key != "rope_scaling"}
+        built["rope_scaling"] = build_dataclass(RopeScaling, scaling, path, positions, origin)
     if section == "data" and isinstance(values, dict) and "mixture" in values:
         sources = values["mixture"]
         values = {key: value for key, value in values.items() if key != "mixture"}

@@ -20,6 +20,7 @@ from pocketlm.limits import (
     MAX_EPOCHS,
     MAX_NAME_CHARACTERS,
     MAX_SHUFFLE_BUFFER,
+    MAX_TIMEOUT,
     MAX_WORKERS,
     TRAINING_SIZES,
 )
@@ -169,6 +170,7 @@ class DataConfig(SourceConfig):
 AUTO_STEPS = {"32-true": 1_200, "bf16-mixed": 2_200, "16-mixed": 2_200}
 
 
+LR_KEYS = ("matrix_lr", "embed_lr", "head_lr", "vector_lr")  # see `lr_key` of pocketlm/optim.py
 DEFAULT_ROWS = 8  # in a forward pass; `micro_batch_size: auto` counts the rows of a step in them
 
 
@@ -177,10 +179,14 @@ class TrainingConfig:
     """Batches, length of the run, optimizer and checkpoints."""
 
     seq_len: int = 256  # tokens in a row
-    # rows in a forward pass, on each device; auto: as many of the 8 x grad_accum_steps rows of a
-    # step as fit in memory
+    # rows in a forward pass; auto: as many of the 8 x grad_accum_steps rows of a step as fit in
+    # memory
     micro_batch_size: int | Literal["auto"] = 8
-    grad_accum_steps: int = 1  # forward passes in an optimizer step
+    # forward passes in an optimizer step, on one device; several share the micro_batch_size x
+    # grad_accum_steps rows of a step
+    grad_accum_steps: int = 1
+    # checkpoint whose model and tokenizer a new run begins with; None: random weights
+    init_from: str | None = None
     # optimizer steps; auto: what the default model does in less than six minutes on two cores,
     # 1,200 in float32 and 2,200 in bfloat16 or float16
     max_steps: int | Literal["auto"] = "auto"
@@ -189,15 +195,23 @@ class TrainingConfig:
     # muon: Muon for the blocks' matrices, AdamW for the rest; adamw; sgd
     optimizer: Literal["adamw", "muon", "sgd"] = "muon"
     lr: float = 6e-3  # peak learning rate
+    matrix_lr: float | None = None  # peak learning rate of the blocks' matrices; None: lr
+    embed_lr: float | None = None  # peak learning rate of the embeddings; None: lr
+    head_lr: float | None = None  # peak learning rate of an output head of its own; None: lr
+    vector_lr: float | None = None  # peak learning rate of norm gains and biases; None: lr
     min_lr_ratio: float = 0.0  # final learning rate as a share of the peak
-    # learning rate from the peak to the end: linear, cosine, constant
-    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    # learning rate from the peak to the end: linear, cosine, constant; wsd: constant, then linear
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "linear"
+    decay_share: float = 0.4  # wsd: share of the steps in which the learning rate falls
     warmup_steps: int = 30  # optimizer steps in which the learning rate rises from 0 to the peak
     # of matrices, per step, as a share of the learning rate; none on norm gains
     weight_decay: float = 0.5
     # AdamW: decay per step of its two moments; SGD: the first is the momentum
     betas: tuple[float, float] = (0.9, 0.998)
     eps: float = 1e-8  # AdamW: added to the root of the second moment
+    # decay per step of a moving average of the weights, which validations and checkpoints then use;
+    # 0: no average
+    ema_decay: float = 0.0
     grad_clip: float = 1.0  # maximum global gradient norm; 0: no clipping
     loss_chunk: int = 1024  # tokens whose logits are in memory at a time; 0: all
     # auto, 32-true, bf16-mixed, 16-mixed; auto prints its choice and why
@@ -230,7 +244,11 @@ class TrainingConfig:
             value = getattr(self, name)
             if not 0 <= value < 2**32:
                 raise FieldError(name, f"is {value}; it must be 0 or more, and below 2^32")
-        require_positive(self, "lr", "eps")
+        own_rates = [name for name in LR_KEYS if getattr(self, name) is not None]
+        require_positive(self, "lr", "eps", *own_rates)
+        for name in ("decay_share", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise FieldError(name, f"is {getattr(self, name)}; it must be from 0 to below 1")
         object.__setattr__(self, "probe_cases", tuple(map(os.path.expanduser, self.probe_cases)))
         if self.max_epochs is not None and not 0 < self.max_epochs <= MAX_EPOCHS:
             raise FieldError(
@@ -239,6 +257,12 @@ class TrainingConfig:
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise FieldError("betas", f"are {list(self.betas)}; each must be from 0 to below 1")
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The peak learning rate, and those that are set for some of the parameters."""
+        own = {name: getattr(self, name) for name in LR_KEYS}
+        return {"lr": self.lr} | {name: lr for name, lr in own.items() if lr is not None}
 
     @property
     def steps(self) -> int:
@@ -263,15 +287,27 @@ class HardwareConfig:
 
     # auto: mps, else cuda, else cpu; or cpu, mps, cuda; gpu means cuda
     accelerator: Literal["auto", "cpu", "mps", "cuda", "gpu"] = "auto"
-    devices: int = 1  # number of devices
+    devices: int = 1  # number of devices, on each machine
+    num_nodes: int = 1  # number of machines
+    # with several devices: ddp: each has the whole model; fsdp: each has a part of every parameter,
+    # gradient and optimizer state; auto: ddp
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    timeout: int = 1800  # seconds that a device waits for the others before the run ends
     num_workers: int = 0  # processes that prepare batches; 0: the training process itself
     # torch.compile: auto, on, off; auto: on CUDA, and on a CPU in a run of many minutes whose
     # blocks training.c does not compute
     compile: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        require_between(1, MAX_DEVICES, self, "devices")
+        for name in ("devices", "num_nodes"):
+            require_between(1, MAX_DEVICES, self, name)
+        require_between(1, MAX_TIMEOUT, self, "timeout")
         require_between(0, MAX_WORKERS, self, "num_workers")
+
+    @property
+    def world_size(self) -> int:
+        """Number of devices on all machines: each has a process, called a rank."""
+        return self.devices * self.num_nodes
 
 
 def normalize_path(config: object, name: str) -> None:
@@ -364,6 +400,34 @@ class Config:
             self.training, micro_batch_size=rows, grad_accum_steps=accumulation
         )
         return dataclasses.replace(self, training=training)
+
+    def on_each_device(self) -> "Config":
+        """Return this config for one device and its share of the rows of a step.
+
+        The micro-batch is the largest that divides the share and is not above the configured one.
+        Raises UserError if the devices cannot share the rows equally.
+
+        >>> training = TrainingConfig(micro_batch_size=8, grad_accum_steps=3)
+        >>> share = Config(training=training, hardware=HardwareConfig(devices=4)).on_each_device()
+        >>> share.training.micro_batch_size, share.training.grad_accum_steps
+        (6, 1)
+        """
+        training, count = self.training, self.hardware.world_size
+        if count == 1:
+            return self
+        rows, rest = divmod(training.micro_batch * training.grad_accum_steps, count)
+        if rest:
+            raise UserError(
+                f"a step has {training.micro_batch * training.grad_accum_steps} rows "
+                f"(training.micro_batch_size x training.grad_accum_steps), which {count} devices "
+                "(hardware.devices x hardware.num_nodes) cannot share equally; change one of them"
+            )
+        micro_batch = max(n for n in range(1, training.micro_batch + 1) if rows % n == 0)
+        share = dataclasses.replace(
+            training, micro_batch_size=micro_batch, grad_accum_steps=rows // micro_batch
+        )
+        hardware = dataclasses.replace(self.hardware, devices=1, num_nodes=1)
+        return dataclasses.replace(self, training=share, hardware=hardware)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return the settings as nested dicts, lists, numbers and strings, for checkpoints."""

@@ -4,6 +4,8 @@ The tensors may be quantised; they become float32.
 """
 
 import contextlib
+import functools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +14,13 @@ import gguf
 import numpy as np
 import torch
 
+from pocketlm.config.strict_yaml import build_dataclass
 from pocketlm.conversion.gguf_tokenizer import KEY_PREFIX, TOKENIZER_KEYS, read_tokenizer
 from pocketlm.conversion.layout import (
     GPT2_SETTINGS,
     Layout,
     Pretrained,
     Source,
-    Tensors,
     Values,
     assemble,
     choose_template,
@@ -28,7 +30,9 @@ from pocketlm.conversion.layout import (
     resolve_tied_head,
     unread_note,
 )
+from pocketlm.conversion.stored import StoredTensors
 from pocketlm.errors import UserError
+from pocketlm.model.rope import RopeScaling, rope_frequencies
 
 GGUF_NAMES = {
     "layers": "blk",
@@ -42,14 +46,28 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 FUSED_NAMES = {f"self_attn.{part}_proj": "attn_qkv" for part in "qkv"}
 
+# llama.cpp's tensor of what the frequencies of RoPE are divided by. In files of this program, the
+# key has the options that it follows from.
+ROPE_FACTORS, ROPE_SCALING_KEY = "rope_freqs.weight", "pocketlm.rope_scaling"
+LLAMA3 = {  # of all Llamas from 3.1 on, which have different factors
+    "kind": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_seq_len": 8192,
+}
+
 LAYOUTS = {
-    "llama": Layout(GGUF_NAMES, interleaved=True),
+    "llama": Layout(GGUF_NAMES, interleaved=True, buffers=re.escape(ROPE_FACTORS)),
+    "qwen2": Layout(GGUF_NAMES),
+    "qwen3": Layout(GGUF_NAMES),
     "gpt2": Layout(GGUF_NAMES | FUSED_NAMES, fused=True),
 }
 
@@ -75,25 +93,38 @@ OTHER_KEYS = (
     "rope.dimension_count",
     "rope.freq_base",
     "rope.scale_linear",
-    "rope.scaling.type",
+    *(
+        f"rope.scaling.{name}"
+        for name in ("type", "factor", "original_context_length", "finetuned")
+    ),
 )
+# keys of YaRN with the only value that is read
+YARN_DEFAULTS = {
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # the name of one file of several
 
 
 def read_gguf(path: Path, name: str) -> Pretrained:
-    """Read a Llama or GPT-2; `name` becomes the tokenizer's name. Raises UserError.
+    """Read a model of one of LAYOUTS; `name` becomes the tokenizer's name. Raises UserError.
 
     `path` may be any file of a model that is split; the others are beside it.
     """
     parts = all_parts(path)
-    values, tensors = read_part(parts[0])
-    for part in parts[1:]:
-        tensors |= read_part(part)[1]
+    tensors = StoredTensors()
+    values, *_ = [read_part(part, tensors) for part in parts]
     kind = values.get("general.architecture")
     if kind not in LAYOUTS:
-        supported = " and ".join(LAYOUTS)
-        raise UserError(f"{path} is of a model of type {kind!r}; only {supported} can be converted")
+        raise UserError(
+            f"{path} is of a model of type {kind!r}; those that can be converted are "
+            f"{', '.join(LAYOUTS)}"
+        )
     if len(parts) == 1 and values.get("split.count", 1) > 1:
         raise UserError(
             f"{path} is one of {values['split.count']} files of a model, and is not called "
@@ -102,10 +133,12 @@ def read_gguf(path: Path, name: str) -> Pretrained:
     layout, origin = LAYOUTS[kind], str(path)
     with damage_named(path):
         settings = read_model_settings(kind, values, origin)
+        if kind != "gpt2":
+            settings |= read_scaling(kind, values, tensors, settings, origin)
         tokenizer = read_tokenizer(values, name, origin)
     embedding = layout.foreign_name("embed_tokens.weight")
     settings["tie_embeddings"], notes = resolve_tied_head(tensors, layout, None, origin)
-    settings["bias"] = layout.foreign_name("layers.0.self_attn.q_proj.bias") in tensors
+    settings |= read_biases(tensors, layout)
     if embedding in tensors:
         settings["vocab_size"] = len(tensors[embedding])
     else:  # the missing tensor is reported later
@@ -114,6 +147,15 @@ def read_gguf(path: Path, name: str) -> Pretrained:
     template, template_notes = read_chat_template(values, origin)
     source = Source(origin, settings, tokenizer, template, (*notes, *template_notes))
     return assemble(source, tensors, layout)
+
+
+def read_biases(tensors: StoredTensors, layout: Layout) -> Values:
+    """Return which biases a model has, by those of its first block."""
+    q, o, up = (
+        layout.foreign_name(f"layers.0.{part}_proj.bias") in tensors
+        for part in ("self_attn.q", "self_attn.o", "mlp.up")
+    )
+    return {"bias": up, "attention_bias": "all" if o else "qkv" if q else "none"}
 
 
 def all_parts(path: Path) -> list[Path]:
@@ -131,12 +173,14 @@ def all_parts(path: Path) -> list[Path]:
     return parts
 
 
-def read_part(path: Path) -> tuple[Values, Tensors]:
-    """Return the keys and tensors of a file. Raises UserError."""
+def read_part(path: Path, tensors: StoredTensors) -> Values:
+    """Return the keys of a file, and add its tensors. Raises UserError."""
     with damage_named(path):
         reader = gguf.GGUFReader(path)
-        values = {key: entry.contents() for key, entry in reader.fields.items()}
-        return values, dequantize_tensors(reader, path)
+        for entry in reader.tensors:
+            require_dequantizable(entry, path)
+            tensors.add(entry.name, str(path), functools.partial(dequantize, path, entry))
+        return {key: entry.contents() for key, entry in reader.fields.items()}
 
 
 @contextlib.contextmanager
@@ -160,48 +204,107 @@ def read_chat_template(values: Values, origin: str) -> tuple[str | None, list[st
     return choose_template(named | ({"default": values[key]} if key in values else {}), origin)
 
 
-def dequantize_tensors(reader: gguf.GGUFReader, path: Path) -> Tensors:
-    """Return all tensors in float32. Raises UserError for an unsupported quantisation."""
-    tensors = {}
-    for entry in reader.tensors:
-        try:
-            array = gguf.dequantize(entry.data, entry.tensor_type)
-        except NotImplementedError:
-            raise UserError(
-                f"{path}: {entry.name} is stored as {entry.tensor_type.name}, "
-                "which is not supported; use another quantisation"
-            ) from None
-        tensors[entry.name] = torch.from_numpy(np.array(array, np.float32))
-    return tensors
+def require_dequantizable(entry: gguf.ReaderTensor, path: Path) -> None:
+    """Raise UserError if the gguf package does not dequantise the type of a tensor."""
+    block, n_bytes = gguf.GGML_QUANT_SIZES[entry.tensor_type]
+    try:
+        gguf.dequantize(np.zeros(n_bytes, np.uint8), entry.tensor_type)
+    except NotImplementedError:
+        raise UserError(
+            f"{path}: {entry.name} is stored as {entry.tensor_type.name}, "
+            "which is not supported; use another quantisation"
+        ) from None
+
+
+def dequantize(path: Path, entry: gguf.ReaderTensor) -> torch.Tensor:
+    """Return a tensor in float32. The file is read, as the memory of one that is mapped counts."""
+    stored = np.fromfile(path, np.uint8, entry.n_bytes, offset=entry.data_offset)
+    data = stored.view(entry.data.dtype).reshape(entry.data.shape)
+    return torch.from_numpy(gguf.dequantize(data, entry.tensor_type).astype(np.float32, copy=False))
 
 
 def read_model_settings(kind: str, values: Values, origin: str) -> Values:
     """Return our model section for the keys that begin with the architecture's name."""
     keys = {ours: f"{kind}.{key}" for ours, key in SIZE_KEYS.items()}
     settings: Values = {**require_keys(values, keys, origin)}
-    norm = "layer_norm_rms_epsilon" if kind == "llama" else "layer_norm_epsilon"
+    norm = "layer_norm_epsilon" if kind == "gpt2" else "layer_norm_rms_epsilon"
     norm_eps = require_key(values, f"{kind}.attention.{norm}", float, origin)
     settings["norm_eps"] = shortest_decimal(norm_eps)
     if kind == "gpt2":
         return GPT2_SETTINGS | settings
-    settings["n_kv_heads"] = values.get("llama.attention.head_count_kv")
-    settings["rope_theta"] = shortest_decimal(values.get("llama.rope.freq_base", 10_000.0))
-    head_dim = settings["d_model"] // settings["n_heads"]
+    settings["n_kv_heads"] = values.get(f"{kind}.attention.head_count_kv")
+    settings["rope_theta"] = shortest_decimal(values.get(f"{kind}.rope.freq_base", 10_000.0))
+    settings["qk_norm"] = kind == "qwen3"
+    head_dim = values.get(
+        f"{kind}.attention.key_length", settings["d_model"] // settings["n_heads"]
+    )
+    settings["head_dim"] = head_dim
     supported = {
-        "llama.rope.dimension_count": (head_dim,),
-        "llama.attention.key_length": (head_dim,),
-        "llama.attention.value_length": (head_dim,),
-        "llama.rope.scaling.type": ("none",),
-        "llama.rope.scale_linear": (1.0,),
-        "llama.expert_count": (0,),
+        f"{kind}.rope.dimension_count": (head_dim,),
+        f"{kind}.attention.value_length": (head_dim,),
+        f"{kind}.expert_count": (0,),
     }
     require_supported(values, supported, origin)
     return settings
 
 
+def read_scaling(
+    kind: str, values: Values, tensors: StoredTensors, settings: Values, origin: str
+) -> Values:
+    """Return our settings of the scaling of RoPE. Raises UserError if it cannot be expressed.
+
+    As in llama.cpp, a factor without a type is linear.
+    """
+    prefix = f"{kind}.rope.scaling"
+    require_supported(values, {f"{prefix}.type": ("linear", "none", "yarn")}, origin)
+    scaling_type = values.get(f"{prefix}.type", "linear")
+    factor = values.get(f"{prefix}.factor") or values.get(f"{kind}.rope.scale_linear") or 1.0
+    if ROPE_FACTORS in tensors:
+        require_supported(values, {f"{prefix}.factor": (1.0,)}, f"{origin}, with {ROPE_FACTORS}")
+        return {"rope_scaling": scaling_of_factors(tensors[ROPE_FACTORS], values, settings, origin)}
+    if scaling_type == "none" or factor == 1.0:
+        return {}
+    scaling = {"kind": scaling_type, "factor": shortest_decimal(factor)}
+    if scaling_type == "yarn":
+        defaults = {f"{kind}.{key}": (value,) for key, value in YARN_DEFAULTS.items()}
+        require_supported(values, defaults, origin)
+        original = values.get(f"{prefix}.original_context_length") or settings["max_seq_len"]
+        scaling["original_max_seq_len"] = original
+    return {"rope_scaling": scaling}
+
+
+def scaling_of_factors(
+    factors: torch.Tensor, values: Values, settings: Values, origin: str
+) -> Values | None:
+    """Return the scaling that makes these factors: that of this program's file, or Llama 3's.
+
+    None if they change nothing. Raises UserError for others.
+    """
+    if (factors == 1).all():
+        return None
+    found: Values = json.loads(values.get(ROPE_SCALING_KEY, "null"))
+    found = found or LLAMA3 | {"factor": factors.max().item()}
+    scaling = build_dataclass(RopeScaling, found, ("rope_scaling",), {}, origin)
+    head_dim, theta = settings["head_dim"], settings["rope_theta"]
+    expected = rope_factors(scaling, head_dim, theta)
+    if expected.shape != factors.shape or not torch.allclose(factors, expected, rtol=1e-5):
+        raise UserError(
+            f"{origin}: {ROPE_FACTORS} has other factors on the frequencies of RoPE than Llama 3, "
+            "which this model cannot express"
+        )
+    return found
+
+
+def rope_factors(scaling: RopeScaling, head_dim: int, theta: float) -> torch.Tensor:
+    """Return what a scaling divides each frequency by (D / 2), as llama.cpp stores it."""
+    frequencies = rope_frequencies(head_dim, theta)
+    return frequencies / scaling.scaled(frequencies, theta)
+
+
 def unread_keys(kind: str, values: Values) -> set[str]:
     """Return the keys of the architecture and of its tokenizer that nothing here reads."""
-    read = {f"{kind}.{key}" for key in (*SIZE_KEYS.values(), *OTHER_KEYS)} | TOKENIZER_KEYS
+    keys = (*SIZE_KEYS.values(), *OTHER_KEYS, *YARN_DEFAULTS)
+    read = {f"{kind}.{key}" for key in keys} | TOKENIZER_KEYS
     return {key for key in values if key.startswith((f"{kind}.", KEY_PREFIX))} - read
 
 

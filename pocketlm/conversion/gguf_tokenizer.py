@@ -52,6 +52,8 @@ LLAMA3_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
+
 # llama.cpp's name -> the splitting of a text before the merges
 SPLITTERS: dict[str, list[Any]] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
@@ -63,7 +65,13 @@ SPLITTERS: dict[str, list[Any]] = {
         pre_tokenizers.Split(hf.Regex(LLAMA3_PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
+    "qwen2": [
+        pre_tokenizers.Split(hf.Regex(QWEN2_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
 }
+# what these tokenizers normalise first, which llama.cpp does not
+NORMALIZERS: dict[str, Any] = {"qwen2": normalizers.NFC()}
 
 
 def read_tokenizer(values: Values, name: str, origin: str) -> JsonTokenizer:
@@ -149,6 +157,8 @@ def byte_level_bpe(keys: Values, tokens: list[str], origin: str) -> hf.Tokenizer
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=splitter == "llama-bpe")
     backend = byte_level_backend(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(SPLITTERS[splitter])
+    if splitter in NORMALIZERS:
+        backend.normalizer = NORMALIZERS[splitter]
     return backend
 
 

@@ -5,15 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
+from pocketlm.conversion.folder_weights import read_weights
 from pocketlm.conversion.layout import (
     GPT2_SETTINGS,
     Layout,
     Pretrained,
     Source,
-    Tensors,
     Values,
     assemble,
     choose_template,
@@ -25,6 +22,7 @@ from pocketlm.conversion.layout import (
 )
 from pocketlm.errors import UserError
 from pocketlm.hub.special_tokens import read_json_object
+from pocketlm.model.rope import OPTIONS, yarn_attention_factor
 from pocketlm.tokenizer.bpe import JsonTokenizer
 
 GPT2_NAMES = {
@@ -42,8 +40,9 @@ GPT2_NAMES = {
     "mlp.down_proj": "mlp.c_proj",
 }
 
+LLAMA_LAYOUT = Layout({}, "model.", buffers=r".*\brotary_emb\.inv_freq")
 LAYOUTS = {
-    "llama": Layout({}, "model.", buffers=r".*\brotary_emb\.inv_freq"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA_LAYOUT),
     "gpt2": Layout(
         GPT2_NAMES,
         "transformer.",
@@ -70,14 +69,32 @@ GPT2_KEYS = {
     "vocab_size": "vocab_size",
 }
 
-# defaults of LlamaConfig and GPT2Config in transformers
+# keys that the configs of Llama and of its relatives have, with the defaults of transformers
 LLAMA_DEFAULTS = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
+    "llama": {
+        "max_position_embeddings": 2048,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "mistral": {
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "max_position_embeddings": 32_768,
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
+    },
 }
+LLAMA_DEFAULTS["qwen3"] = LLAMA_DEFAULTS["qwen2"] | {"head_dim": 128, "attention_bias": False}
 GPT2_DEFAULTS = {
     "n_positions": 1024,
     "n_inner": None,
@@ -103,6 +120,7 @@ NEUTRAL_KEYS = frozenset(
         "id2label",
         "initializer_range",
         "is_encoder_decoder",
+        "is_llama_config",
         "label2id",
         "model_type",
         "n_ctx",
@@ -120,31 +138,46 @@ NEUTRAL_KEYS = frozenset(
         "summary_use_proj",
         "task_specific_params",
         "torch_dtype",
+        "transformers.js_config",
         "transformers_version",
         "use_cache",
     )
 )
-LLAMA_READ = (
-    frozenset(LLAMA_KEYS.values())
-    | LLAMA_DEFAULTS.keys()
-    | {
-        "head_dim",
-        "hidden_act",
-        "num_key_value_heads",
-        "quantization_config",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-    }
-)
+# what only one value of can be expressed; the first is the default
+LLAMA_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "rope_interleaved": (False,),
+    "use_mrope": (False,),
+    "partial_rotary_factor": (None, 1.0),
+}
+LLAMA_READ = {
+    *LLAMA_KEYS.values(),
+    *LLAMA_SUPPORTED,
+    "quantization_config",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+}
 
-ROPE_SUPPORTED = {
-    "rope_type": ("default",),
-    "type": ("default",),
-    "partial_rotary_factor": (1.0,),
+# options of each kind of RoPE, which RopeScaling has by the same names
+ROPE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    **{
+        kind: ("factor", *(name for name in names if name != "original_max_seq_len"))
+        for kind, names in OPTIONS.items()
+    },
+}
+ROPE_REQUIRED = ROPE_OPTIONS | {"yarn": ()}
+ORIGINAL_KEY = "original_max_position_embeddings"
+ROPE_READ = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+    *(ORIGINAL_KEY, "mscale", "mscale_all_dim"),
+    *(option for options in ROPE_OPTIONS.values() for option in options),
 }
 GPT2_SUPPORTED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),  # the last is exact
     "scale_attn_weights": (True,),
     "add_cross_attention": (False,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -153,37 +186,104 @@ GPT2_SUPPORTED = {
 
 
 def llama_settings(values: Values, origin: str) -> Values:
-    """Return our model section for the values of a LlamaConfig."""
-    values = LLAMA_DEFAULTS | values
+    """Return our model section for the values of the config of Llama or of a relative."""
+    kind = values.get("model_type", "llama")
+    values = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | LLAMA_DEFAULTS[kind] | values
     sizes = require_keys(values, LLAMA_KEYS, origin)
-    rope_key, rope = read_rope(values, origin)
-    head_dim = sizes["d_model"] // sizes["n_heads"]
-    require_supported(values, {"hidden_act": ("silu",), "head_dim": (head_dim, None)}, origin)
-    bias = values["attention_bias"]
-    where = f"{origin}, where attention_bias is {bias}"
-    require_supported(values, {"mlp_bias": (bias,)}, where)
-    require_supported(rope, ROPE_SUPPORTED, f"{origin}: {rope_key}")
-    return sizes | {
-        "n_kv_heads": values.get("num_key_value_heads"),
-        "bias": bias,
-        "rope_theta": rope["rope_theta"],
-        "norm_eps": values["rms_norm_eps"],
-        "tie_embeddings": values["tie_word_embeddings"],
+    require_supported(values, LLAMA_SUPPORTED, origin)
+    if kind != "llama":  # which has no such key
+        require_full_attention(values, origin)
+    in_attention = "all" if values.get("attention_bias") else "none"
+    return (
+        sizes
+        | read_rope(values, origin)
+        | {
+            "n_kv_heads": values["num_key_value_heads"],
+            "head_dim": values["head_dim"] or sizes["d_model"] // sizes["n_heads"],
+            "attention_bias": {"mistral": "none", "qwen2": "qkv"}.get(kind, in_attention),
+            "bias": values.get("mlp_bias", False) if kind == "llama" else False,
+            "qk_norm": kind == "qwen3",
+            "norm_eps": values["rms_norm_eps"],
+            "tie_embeddings": values["tie_word_embeddings"],
+        }
+    )
+
+
+def require_full_attention(values: Values, origin: str) -> None:
+    """Raise UserError if a sliding window hides tokens of the context from some layer.
+
+    A token sees as many tokens as the window has, itself among them.
+    """
+    context, window = values["max_position_embeddings"], values.get("sliding_window")
+    if window is None:
+        return
+    if "layer_types" in values:  # Qwen
+        kinds = dict.fromkeys(values["layer_types"] or ())
+        require_supported(
+            {f"layer type {kind}": kind for kind in kinds},
+            {f"layer type {kind}": ("full_attention", "sliding_attention") for kind in kinds},
+            origin,
+        )
+        below_the_top = values["max_window_layers"] < values["num_hidden_layers"]
+        sliding = values["use_sliding_window"] and below_the_top
+        if not ("sliding_attention" in kinds if kinds else sliding):
+            return
+    if require_key(values, "sliding_window", int, origin) < context:
+        raise UserError(
+            f"{origin}: sliding_window is {window}, and this model's attention covers the whole "
+            f"context; it must be null, or at least max_position_embeddings, {context}"
+        )
+
+
+def read_rope(values: Values, origin: str) -> Values:
+    """Return our settings of RoPE. Raises UserError for a kind that model.py does not have.
+
+    As in transformers, rope_scaling goes before rope_parameters, and what either says before the
+    keys beside it; but for the context of pretraining, which is first read beside them.
+    """
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    options = require_key(values, key, dict, origin) if values.get(key) else {}
+    where = f"{origin}: {key}"
+    type_key = "rope_type" if "rope_type" in options else "type"
+    choices = {type_key: tuple(ROPE_OPTIONS), "partial_rotary_factor": (None, 1.0)}
+    by_layer = {name: (None,) for name, each in options.items() if isinstance(each, dict)}
+    require_supported(options, choices | by_layer, where)
+    kind = options.get(type_key, "default")
+    scaling: Values = {name: options[name] for name in ROPE_OPTIONS[kind] if name in options}
+    if kind in ("llama3", "yarn"):
+        places = (values, options, {ORIGINAL_KEY: values["max_position_embeddings"]})
+        scaling["original_max_seq_len"] = next(
+            place[ORIGINAL_KEY] for place in places if place.get(ORIGINAL_KEY)
+        )
+    if kind == "yarn":
+        scaling = complete_yarn(scaling, options, values["max_position_embeddings"], where)
+    if missing := [name for name in ROPE_REQUIRED[kind] if scaling.get(name) is None]:
+        raise UserError(f"{where} has no {missing[0]}, which {kind!r} needs; download it again")
+    return {
+        "rope_theta": options.get("rope_theta", values.get("rope_theta", 10_000.0)),
+        "rope_scaling": {"kind": kind, **scaling} if scaling else None,
     }
 
 
-def read_rope(values: Values, origin: str) -> tuple[str, Values]:
-    """Return the key of config.json that has the options of RoPE, and the options."""
-    rope: Values = {"rope_theta": values.get("rope_theta", 10_000.0)}
-    for key in ("rope_parameters", "rope_scaling"):
-        if values.get(key):
-            return key, rope | require_key(values, key, dict, origin)
-    return "rope_theta", rope
+def complete_yarn(scaling: Values, options: Values, context: int, where: str) -> Values:
+    """Return the scaling of YaRN with what transformers derives from other options."""
+    scaling = {name: value for name, value in scaling.items() if value is not None}
+    if "factor" not in scaling:
+        scaling["factor"] = context / scaling["original_max_seq_len"]
+    names = ("mscale", "mscale_all_dim")
+    if "attention_factor" not in scaling and all(options.get(name) for name in names):
+        factor = require_key(scaling, "factor", float, where)
+        above, below = (
+            yarn_attention_factor(factor, require_key(options, name, float, where))
+            for name in names
+        )
+        scaling["attention_factor"] = above / below
+    return scaling
 
 
 def gpt2_settings(values: Values, origin: str) -> Values:
     """Return our model section for the values of a GPT2Config."""
-    values = GPT2_DEFAULTS | values
+    values = {**GPT2_DEFAULTS, **values}
     require_supported(values, GPT2_SUPPORTED, origin)
     sizes = require_keys(values, GPT2_KEYS, origin)
     return (
@@ -191,6 +291,8 @@ def gpt2_settings(values: Values, origin: str) -> Values:
         | sizes
         | {
             "d_ff": values["n_inner"],
+            "mlp": "gelu_exact" if values.get("activation_function") == "gelu" else "gelu",
+            "head_dim": sizes["d_model"] // sizes["n_heads"],
             "norm_eps": values["layer_norm_epsilon"],
             "tie_embeddings": values["tie_word_embeddings"],
         }
@@ -198,54 +300,32 @@ def gpt2_settings(values: Values, origin: str) -> Values:
 
 
 READ_KEYS = {
-    "llama": NEUTRAL_KEYS | LLAMA_READ,
+    **{kind: NEUTRAL_KEYS | LLAMA_READ | LLAMA_DEFAULTS[kind].keys() for kind in LLAMA_DEFAULTS},
     "gpt2": NEUTRAL_KEYS | {*GPT2_KEYS.values()} | GPT2_DEFAULTS.keys() | GPT2_SUPPORTED.keys(),
 }
 
 SETTINGS: dict[str, Callable[[Values, str], Values]] = {
-    "llama": llama_settings,
+    **dict.fromkeys(LLAMA_DEFAULTS, llama_settings),
     "gpt2": gpt2_settings,
 }
 
 
-def read_safetensors(folder: Path) -> Tensors:
-    """Return the tensors of model.safetensors, or of the files that its index lists."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        weight_map = require_key(read_json_object(index), "weight_map", dict, str(index))
-        names = sorted({str(name) for name in weight_map.values()}) or names
-    tensors: Tensors = {}
-    for file in (folder / name for name in names):
-        if not file.is_file():
-            hint = ""
-            if any(folder.glob("*.bin")):
-                hint = " (a pytorch_model.bin is not read: save the model again, as safetensors)"
-            raise UserError(f"there is no {file}{hint}; download or save the model again")
-        try:
-            tensors |= load_file(file)
-        except SafetensorError as error:
-            raise UserError(
-                f"{file} is damaged or not a safetensors file ({error}); "
-                "download or save the model again"
-            ) from None
-    return tensors
-
-
 def read_folder(folder: Path) -> Pretrained:
-    """Read a Llama or GPT-2: config.json, safetensors, tokenizer.json. Raises UserError."""
+    """Read a model of one of SETTINGS: config.json, weights, tokenizer.json. Raises UserError."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json; give the folder of a Hugging Face model")
     values, origin = read_json_object(file), str(file)
     kind = values.get("model_type")
     if kind not in SETTINGS:
-        supported = " and ".join(SETTINGS)
-        raise UserError(f"{file} is of a model of type {kind!r}; only {supported} can be converted")
+        raise UserError(
+            f"{file} is of a model of type {kind!r}; those that can be converted are "
+            f"{', '.join(SETTINGS)}"
+        )
     require_supported(values, {"quantization_config": (None,)}, origin)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; save its fast tokenizer in it")
-    settings, tensors = SETTINGS[kind](values, origin), read_safetensors(folder)
+    settings, tensors = SETTINGS[kind](values, origin), read_weights(folder)
     layout = LAYOUTS[kind]
     if not any(name.startswith(layout.prefix) for name in tensors):
         layout = replace(layout, prefix="")
@@ -254,9 +334,17 @@ def read_folder(folder: Path) -> Pretrained:
     )
     tokenizer = JsonTokenizer.from_file(folder)
     template, template_notes = read_chat_template(folder)
-    notes += [*unread_note(values.keys() - READ_KEYS[kind], origin), *template_notes]
+    notes += [*unread_note(unread_keys(kind, values), origin), *template_notes]
     source = Source(str(folder), settings, tokenizer, template, tuple(notes))
     return assemble(source, tensors, layout)
+
+
+def unread_keys(kind: str, values: Values) -> set[str]:
+    """Return the keys of config.json, and those of its options of RoPE, that nothing here reads."""
+    found = values.keys() - READ_KEYS[kind]
+    for key in {"rope_scaling", "rope_parameters"} - found:
+        found |= {f"{key}.{name}" for name in (values.get(key) or {}).keys() - ROPE_READ}
+    return found
 
 
 def read_chat_template(folder: Path) -> tuple[str | None, list[str]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from model import ModelConfig, Transformer
 from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sections import Config, TrainingConfig
+from pocketlm.conversion.stored import StoredTensors, progress_bar
 from pocketlm.errors import UserError
 from pocketlm.hub.special_tokens import vocabulary
 from pocketlm.tokenizer.bpe import JsonTokenizer
@@ -85,9 +86,11 @@ class Layout:
             assert n_heads is not None
             pairs = tensor.reshape(n_heads, -1, 2, *tensor.shape[1:])
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        return tensor.float().contiguous()
+        tensor = tensor.float().contiguous()
+        # a part of a larger tensor, or of a file that is mapped, would keep the memory of all of it
+        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
-    def convert(self, tensors: Tensors, config: ModelConfig, origin: str) -> Tensors:
+    def convert(self, tensors: StoredTensors, config: ModelConfig, origin: str) -> Tensors:
         """Return all our parameters. Raises UserError that names the first tensor that is wrong."""
         with torch.device("meta"):
             shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
@@ -101,23 +104,41 @@ class Layout:
                 "this architecture has no such parameter, so the model cannot be converted"
             )
         weights = {}
-        for name, shape in shapes.items():
-            foreign = self.foreign_name(name)
-            if foreign not in tensors:
-                raise UserError(
-                    f"{origin} has no tensor {foreign}, which its config requires; "
-                    "download or save the model again"
-                )
-            weight = self.convert_checked(name, shape, tensors[foreign], config)
-            if weight is None:
-                tensor = tensors[foreign]
-                raise UserError(
-                    f"{origin}: the tensor {foreign} is {tensor.dtype} of {tuple(tensor.shape)}, "
-                    f"which does not make {name} of {tuple(shape)}; "
-                    "download or save the model again"
-                )
-            weights[name] = weight
+        with progress_bar("reading", shapes.values()) as advance:
+            for name, shape in shapes.items():
+                weights[name] = self.convert_stored(name, shape, tensors, config, origin)
+                advance(weights[name].nbytes)
         return weights
+
+    def convert_stored(
+        self,
+        name: str,
+        shape: torch.Size,
+        tensors: StoredTensors,
+        config: ModelConfig,
+        origin: str,
+    ) -> Tensor:
+        """Return our parameter. Raises UserError if there is none, or if it is no such tensor."""
+        foreign = self.foreign_name(name)
+        if foreign not in tensors:
+            raise UserError(
+                f"{origin} has no tensor {foreign}, which its config requires; "
+                "download or save the model again"
+            )
+        tensor = tensors[foreign]
+        weight = self.convert_checked(name, shape, tensor, config)
+        if weight is None:
+            raise UserError(
+                f"{origin}: the tensor {foreign} is {tensor.dtype} of {tuple(tensor.shape)}, "
+                f"which does not make {name} of {tuple(shape)}; "
+                "download or save the model again"
+            )
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"{origin}: the tensor {foreign} has weights that are not finite; "
+                "use an earlier state of the model"
+            )
+        return weight
 
     def convert_checked(
         self, name: str, shape: torch.Size, tensor: Tensor, config: ModelConfig
@@ -133,7 +154,7 @@ class Layout:
 
 
 def resolve_tied_head(
-    tensors: Tensors, layout: Layout, tied: bool | None, origin: str
+    tensors: StoredTensors, layout: Layout, tied: bool | None, origin: str
 ) -> tuple[bool, list[str]]:
     """Return whether the output head is the embedding, and notes; keep one tensor if it is.
 
@@ -160,7 +181,7 @@ def resolve_tied_head(
     ]
 
 
-def assemble(source: Source, tensors: Tensors, layout: Layout) -> Pretrained:
+def assemble(source: Source, tensors: StoredTensors, layout: Layout) -> Pretrained:
     """Return the model. Raises UserError if its parts do not fit together."""
     settings, origin = source.settings, source.origin
     sections = {
@@ -244,6 +265,8 @@ GPT2_SETTINGS = {
 KIND_NAMES: dict[type, str] = {
     int: "a whole number above 0",
     float: "a number",
+    bool: "true or false",
+    str: "a name",
     list: "a list",
     dict: "an object",
 }
@@ -253,7 +276,7 @@ def require_key(values: Values, key: str, kind: type, origin: str) -> Any:
     """Return the value of a key. Raises UserError if it is missing or of another type."""
     value: Any = values.get(key)
     is_positive = kind is not int or (isinstance(value, int) and value >= 1)
-    if not isinstance(value, kind) or not is_positive:
+    if not isinstance(value, (int, float) if kind is float else kind) or not is_positive:
         raise UserError(
             f"{origin}: {key} is {value!r}, but a model needs {KIND_NAMES[kind]}; "
             "download or save the model again"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pocketlm.corpus.pieces import Piece, Source
+from pocketlm.corpus.pieces import WHOLE, Part, Piece, Source
 from pocketlm.tokenizer.base import Tokenizer
 
 MAX_UNCUT_CHARACTERS = 2**22  # a longer text without a token boundary is cut anyway
@@ -42,16 +42,31 @@ def is_validation(document: str, val_share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < val_share * 2**64
 
 
-def split_source(source: Source, val_share: float) -> Iterator[Chunk]:
-    """Yield the documents of a source with their splits.
+def split_source(source: Source, val_share: float, part: Part = WHOLE) -> Iterator[Chunk]:
+    """Yield the documents of a source, or those that `part_pieces` yields, with their splits.
 
-    If there is only one document, its last `val_share` is the validation split.
+    If there is only one document in the source, its last `val_share` is the validation split.
     """
     single_bytes = single_document_bytes(source.pieces()) if 0 < val_share < 1 else None
+    pieces = source.pieces() if part == WHOLE else source.part_pieces(part)
     if single_bytes is None:
-        yield from split_documents(source.pieces(), val_share)
+        yield from split_documents(pieces, val_share)
     else:
-        yield from split_single_document(source.pieces(), int(single_bytes * (1 - val_share)))
+        yield from split_single_document(pieces, int(single_bytes * (1 - val_share)))
+
+
+def chunks_of_part(chunks: Iterable[Chunk], source: Source, part: Part) -> Iterator[Chunk]:
+    """Yield the chunks that belong to the part; the chunks of `source` come in order of place.
+
+    Whether a chunk belongs to a part depends on the source alone, so all parts together have every
+    chunk once.
+    """
+    for chunk in chunks:
+        owner = part.owner(source.place, source.size or 0)
+        if owner > part.index:
+            return
+        if owner == part.index:
+            yield chunk
 
 
 def single_document_bytes(pieces: Iterable[Piece]) -> int | None:

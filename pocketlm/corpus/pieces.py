@@ -35,17 +35,57 @@ class ByteAccount:
         if size:
             self.left_out[reason] += size
 
+    def add(self, other: "ByteAccount") -> None:
+        """Add another account to this one."""
+        self.bytes += other.bytes
+        self.left_out.update(other.left_out)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part number `index`, from 0, of `count` equal stretches of a source's positions.
+
+    >>> [Part(0, 3).owner(position, 90) for position in (0, 29, 30, 89, 90)]
+    [0, 0, 1, 2, 2]
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}/{self.count}"
+
+    def owner(self, position: int, size: int) -> int:
+        """Return the index of the part that has a position; the end belongs to the last part."""
+        return min(self.count - 1, position * self.count // max(size, 1))
+
+    def positions(self, size: int) -> range:
+        """Return the positions of this part, below `size`.
+
+        >>> [list(Part(index, 3).positions(4)) for index in range(3)]
+        [[0, 1], [2], [3]]
+        """
+        first, end = (-(-index * size // self.count) for index in (self.index, self.index + 1))
+        return range(first, end)
+
+
+WHOLE = Part()
+
 
 class Source:
     """Base class of everything that yields documents.
 
     A source that knows its `size` in bytes updates `position`, the bytes read so far. `account` is
     that of the last complete reading. `remarks` are sentences for the user on what is not read.
+
+    A source that can be read in parts is `divisible`. While it yields a piece, its `place` says to
+    which part that piece belongs; it does not depend on where the reading began.
     """
 
     name: str
     size: int | None = None
     position = 0
+    divisible = False
     account = ByteAccount()
     remarks: tuple[str, ...] = ()
 
@@ -64,6 +104,19 @@ class Source:
         account = self.account = ByteAccount()
         documents = ((document, True) for document in self.documents())
         yield from resize_pieces(counted(documents, account), account)
+
+    @property
+    def place(self) -> int:
+        """The position by which a piece belongs to a part."""
+        return self.position
+
+    def part_pieces(self, part: Part) -> Iterator[Piece]:
+        """Yield whole documents, all that are in the part or begin before and end in it.
+
+        There may be others around them. `account` is that of the part: those of all parts add up
+        to the source's.
+        """
+        raise NotImplementedError
 
     def digest(self) -> str:
         """Return the SHA-256 of everything that decides the documents.

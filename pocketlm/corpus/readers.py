@@ -27,7 +27,9 @@ from pocketlm.corpus.input_files import (
 )
 from pocketlm.corpus.named import format_dialogue
 from pocketlm.corpus.pieces import (
+    WHOLE,
     ByteAccount,
+    Part,
     Piece,
     Source,
     counted,
@@ -71,7 +73,11 @@ class FileSource(Source):
     def __init__(self, found: InputFiles, config: SourceConfig):
         self.name, self.files, self.config = found.path, found.files, config
         self.not_read, self.remarks = found.not_read, found.remarks
-        self.size: int = sum(file.stat().st_size for file in self.files)
+        self.sizes = [file.stat().st_size for file in self.files]
+        self.size: int = sum(self.sizes)
+        self.divisible = all(kind_of(file) != "tokens" for file in self.files)
+        self.file_account = ByteAccount()  # of the file that is read
+        self.fixed_place: int | None = None  # of all of a file that is not divided
         self.text_bytes = 0  # of the file that is read, in UTF-8
         self.dialogues = config.separator is None and have_dialogue_layout(self.name, self.files)
         if self.dialogues:
@@ -82,13 +88,31 @@ class FileSource(Source):
         """Return whether a separator can be in the files."""
         return any(self.format_of(file) == "text" for file in self.files)
 
+    @property
+    def place(self) -> int:
+        return self.position if self.fixed_place is None else self.fixed_place
+
     def pieces(self) -> Iterator[Piece]:
+        return self.part_pieces(WHOLE)
+
+    def part_pieces(self, part: Part) -> Iterator[Piece]:
+        """Yield the documents of the files that are in the part at least in part.
+
+        A compressed or parquet file is not divided: its place is where it begins.
+        """
         account = self.account = ByteAccount()
-        self.position = 0
-        for file in self.files:
-            start = self.position
-            yield from resize_pieces(self.read_and_count(file, account), account)
-            self.position = start + file.stat().st_size
+        start = 0
+        for file, size in zip(self.files, self.sizes, strict=True):
+            end = start + size
+            whole = compression_of(file) is not None or kind_of(file) == "parquet"
+            last_owner = part.owner(start if whole else end, self.size)
+            if part.owner(start, self.size) <= part.index <= last_owner:
+                self.position, self.fixed_place = start, start if whole else None
+                self.file_account = own = ByteAccount()
+                yield from resize_pieces(self.read_and_count(file, own), own)
+                if last_owner == part.index:
+                    account.add(own)
+            self.position = start = end
 
     def read_and_count(self, file: Path, account: ByteAccount) -> Iterator[Piece]:
         """Yield the documents of one file, and count its bytes that are in none of them.
@@ -167,11 +191,11 @@ class FileSource(Source):
 
     def count_text(self, size: int, text_bytes: int, encoding: str) -> None:
         """Count a file of `size` bytes, and the bytes of its text in UTF-8."""
-        self.account.bytes += size
+        self.file_account.bytes += size
         self.text_bytes += text_bytes
         replaced = "bytes that are not UTF-8, read as U+FFFD"
         reason = replaced if encoding == "utf-8" else f"change from {encoding.upper()} to UTF-8"
-        self.account.leave_out(reason, size - text_bytes)
+        self.file_account.leave_out(reason, size - text_bytes)
 
     def lines(self, file: Path) -> Iterator[str]:
         """Yield the file's lines with a line feed each, without a byte order mark.

@@ -14,7 +14,15 @@ from pocketlm.config.sections import SourceConfig
 from pocketlm.config.strict_yaml import check_key
 from pocketlm.corpus.input_files import find_files
 from pocketlm.corpus.named import CORPORA, SHIPPED, VERSIONS
-from pocketlm.corpus.pieces import Source, hash_files
+from pocketlm.corpus.pieces import (
+    ByteAccount,
+    Part,
+    Piece,
+    Source,
+    counted,
+    hash_files,
+    resize_pieces,
+)
 from pocketlm.corpus.readers import (
     READER_VERSION,
     TABLE_ROWS,
@@ -49,12 +57,14 @@ class NamedSource(Source):
 class DatasetSource(Source):
     """A Hugging Face dataset, saved in the folder `path` or on the hub.
 
-    The rows are opened when they are first needed, not when the source is made.
+    The rows are opened when they are first needed, not when the source is made. If they are not
+    streamed, positions are row numbers.
     """
 
     def __init__(self, config: SourceConfig, path: str | None, split: str, streaming: bool):
         self.config, self.path, self.split, self.streaming = config, path, split, streaming
         self.name = f"{path or config.source}, split {split}"
+        self.divisible = not streaming
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "rows"}
@@ -73,8 +83,19 @@ class DatasetSource(Source):
         )
 
     def documents(self) -> Iterator[str]:
-        field, number = self.config.text_field, 0
-        rows = self.rows.with_format(None)  # all columns, as Python values
+        return self.texts_of_rows(self.rows, 0)
+
+    def part_pieces(self, part: Part) -> Iterator[Piece]:
+        self.size = len(self.rows)
+        numbers = part.positions(self.size)
+        texts = self.texts_of_rows(self.rows.select(numbers), numbers.start)
+        account = self.account = ByteAccount()
+        yield from resize_pieces(counted(((text, True) for text in texts), account), account)
+
+    def texts_of_rows(self, rows: Any, number: int) -> Iterator[str]:
+        """Yield the text of each row; `number` is that of the first."""
+        field = self.config.text_field
+        rows = rows.with_format(None)  # all columns, as Python values
         if rows.column_names is not None:  # a stream may not know them
             if field not in rows.column_names:
                 raise missing_field_error(self.name, field, rows.column_names)
@@ -86,6 +107,7 @@ class DatasetSource(Source):
                     raise missing_field_error(self.name, field, batch)
                 for value in batch[field]:
                     location = f"row {number} of {self.name}"
+                    self.position = number
                     yield text_of_value(value, location, field, self.config.errors)
                     number += 1
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pocketlm.data.shards import TokenShard
 from pocketlm.model.loss import IGNORE_INDEX
+from pocketlm.shards.format import Tokens, TokenShard
 
 Batch = dict[str, Tensor]
 Indices = Sequence[int] | np.ndarray
@@ -64,7 +64,7 @@ class PackedLMDataset(Dataset[Batch]):
         self.n_tokens = len(self.tokens)
 
     @property
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> Tokens:
         """Token ids (n_tokens,)."""
         return self.source.tokens if isinstance(self.source, TokenShard) else self.source
 

@@ -23,9 +23,9 @@ from pocketlm.data.samplers import (
     ShuffledBatchSampler,
     ValidationBatchSampler,
 )
-from pocketlm.data.shards import TokenShard
-from pocketlm.data.streaming import StreamingPackedLMDataset, StreamLoader, StreamOptions
+from pocketlm.data.streaming import StepShare, StreamingPackedLMDataset, StreamLoader, StreamOptions
 from pocketlm.errors import UserError
+from pocketlm.shards.format import TokenShard
 from pocketlm.tokenizer.base import Tokenizer
 
 # ---- batches ----
@@ -41,7 +41,8 @@ def build_loaders(
     """Return the endless training loader and the validation loader of one rank."""
     train_loader = build_train_loader(config, data, rank, pin_memory=pin_memory)
     rows = build_rows(config, data, "val")
-    sampler = ValidationBatchSampler(len(rows), config.training.micro_batch, rank)
+    batch_size = config.on_each_device().training.micro_batch
+    sampler = ValidationBatchSampler(len(rows), batch_size, rank)
     return train_loader, ResumableLoader(rows, sampler, 0, pin_memory)
 
 
@@ -69,15 +70,12 @@ def build_train_loader(
         seed=config.training.seed,
         shuffle_buffer=config.data.shuffle_buffer,
     )
+    training, share = config.training, config.on_each_device().training
     dataset = StreamingPackedLMDataset(
-        data.stream,
-        data.tokenizer,
-        row_format(config),
-        config.training.micro_batch,
-        options,
-        rank,
+        data.stream, data.tokenizer, row_format(config), training.micro_batch, options
     )
-    return StreamLoader(dataset, workers, pin_memory)
+    step = StepShare(training.grad_accum_steps, share.micro_batch, rank)
+    return StreamLoader(dataset, workers, pin_memory, step)
 
 
 def row_format(config: Config) -> RowFormat:
@@ -96,7 +94,7 @@ def build_train_sampler(
     config: Config, data: PreparedData, rank: DataShard = ONLY_PROCESS
 ) -> ShuffledBatchSampler:
     """Return the sampler of the rows to train on."""
-    rows, training = build_rows(config, data, "train"), config.training
+    rows, training = build_rows(config, data, "train"), config.on_each_device().training
     batch_size, seed = training.micro_batch, training.seed
     if isinstance(rows, JoinedDataset):
         sizes = list(map(len, rows.datasets))
@@ -109,8 +107,7 @@ def build_train_sampler(
 
 def rows_per_step(config: Config) -> int:
     """Return the rows of one optimizer step, on all devices."""
-    training = config.training
-    return training.micro_batch * training.grad_accum_steps * config.hardware.devices
+    return config.training.micro_batch * config.training.grad_accum_steps
 
 
 def rows_in_run(config: Config) -> int:

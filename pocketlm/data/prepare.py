@@ -18,13 +18,15 @@ from typing import Any
 
 from filelock import FileLock
 
+from pocketlm.checkpoint.initial import checkpoint_tokenizer, is_checkpoint
 from pocketlm.config.sections import DataConfig, SourceConfig
 from pocketlm.corpus.chunks import Split, single_document_bytes, split_source
-from pocketlm.corpus.pieces import FirstDocuments, Source
+from pocketlm.corpus.pieces import FirstDocuments, Part, Source
 from pocketlm.corpus.readers import SEPARATORS, FileSource
 from pocketlm.corpus.sources import open_source
-from pocketlm.data.bin_files import write_bin
-from pocketlm.data.shard_builder import (
+from pocketlm.errors import UserError
+from pocketlm.shards.bin_files import write_bin
+from pocketlm.shards.builder import (
     BuildSettings,
     ShardBuilder,
     SourceAccount,
@@ -34,8 +36,7 @@ from pocketlm.data.shard_builder import (
     holds_tokens,
     most_common,
 )
-from pocketlm.data.shards import TokenShard
-from pocketlm.errors import UserError
+from pocketlm.shards.format import TokenShard
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.build import build_tokenizer, from_state, is_trained
 
@@ -155,6 +156,60 @@ def prepare(data: DataConfig, settings: BuildSettings | None = None) -> Prepared
     )
 
 
+@dataclass(frozen=True)
+class PreparedPart:
+    """A part of one source, prepared."""
+
+    source: str
+    documents: int
+    tokens: int
+    complete: bool  # whether the whole source is prepared: it is small, or its parts are joined
+    missing: tuple[str, ...]  # parts that are not prepared yet
+
+    def __str__(self) -> str:
+        counts = f"{self.documents:,} documents, {self.tokens:,} tokens"
+        if self.complete:
+            return f"{self.source}: {counts}; all of it is prepared"
+        if self.missing:
+            return f"{self.source}: {counts}; not prepared yet: {', '.join(self.missing)}"
+        return f"{self.source}: {counts}; all parts are prepared, and the next command joins them"
+
+
+def prepare_part(
+    data: DataConfig, part: Part, settings: BuildSettings | None = None
+) -> list[PreparedPart]:
+    """Prepare a part of each source, so that several processes share the work.
+
+    `prepare` joins the parts. A source that cannot be divided is prepared whole. Raises UserError
+    for a stream, and as `prepare` does.
+    """
+    if data.streaming:
+        raise UserError("a stream is not prepared, so that it has no parts; leave --part out")
+    plans = [plan_source(config, data, None) for config in data.sources]
+    tokenizer = prepare_tokenizer(data, plans)
+    shards = Path(data.cache_dir) / "shards"
+    prepared = []
+    for plan in plans:
+        for source, val_share in ((plan.source, plan.val_share), (plan.val_source, 1.0)):
+            if source is None:
+                continue
+            builder = ShardBuilder(
+                source, tokenizer, val_share, shards, settings or BuildSettings(), part
+            )
+            made = builder.run().values()
+            complete = builder.folder == builder.whole
+            prepared.append(
+                PreparedPart(
+                    source.name,
+                    sum(shard.header.documents for shard in made),
+                    sum(shard.header.tokens for shard in made),
+                    complete,
+                    () if complete else tuple(map(str, builder.parts.missing())),
+                )
+            )
+    return prepared
+
+
 def check_targets(
     shard: TokenShard, part: str, name: str, data: DataConfig, tokenizer: Tokenizer
 ) -> None:
@@ -242,6 +297,8 @@ def prepare_tokenizer(data: DataConfig, plans: list[SourcePlan]) -> Tokenizer:
 
     `seen-bytes` is trained on all documents, because it has no id for a byte that it has not seen.
     """
+    if is_checkpoint(data.tokenizer):
+        return checkpoint_tokenizer(data)
     if not is_trained(data.tokenizer):
         return build_tokenizer(data.tokenizer, data.cache_dir, bos=data.bos, eos=data.eos)
     val_sources = [plan.val_source for plan in plans if plan.val_source]

@@ -29,10 +29,10 @@ from pocketlm.data.loaders import (
 )
 from pocketlm.data.prepare import PreparedData, PreparedSplit
 from pocketlm.data.samplers import MixtureBatchSampler
-from pocketlm.data.shard_builder import SourceAccount
-from pocketlm.data.shards import TokenShard
 from pocketlm.errors import UserError
 from pocketlm.model.loss import IGNORE_INDEX
+from pocketlm.shards.builder import SourceAccount
+from pocketlm.shards.format import TokenShard
 from pocketlm.tokenizer.base import Tokenizer
 
 BLOCK_TOKENS = 2**22  # tokens counted at a time

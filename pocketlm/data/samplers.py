@@ -19,14 +19,10 @@ MIXTURE_BLOCK = 1000  # rows in which each source of a mixture has its exact pro
 
 @dataclass(frozen=True)
 class DataShard:
-    """One of `count` processes that share the data: a rank, or a worker process of a rank."""
+    """One of `count` processes that share the data: a rank, or a worker process of a stream."""
 
     index: int = 0
     count: int = 1
-
-    def of_worker(self, worker: int, workers: int) -> "DataShard":
-        """Return the share of one of a rank's worker processes."""
-        return DataShard(self.index * workers + worker, self.count * workers)
 
 
 ONLY_PROCESS = DataShard()
@@ -158,7 +154,7 @@ class ValidationBatchSampler:
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A DataLoader whose state is the number of training batches that it has yielded."""
+    """A DataLoader whose state is the number of rows that all ranks have had of it."""
 
     def __init__(
         self,
@@ -186,15 +182,19 @@ class ResumableLoader(DataLoader[Batch]):
             self.batches_yielded += 1
             yield batch
 
-    # "handed_out" is the key in checkpoints.
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows that all ranks have together in a batch each."""
+        assert isinstance(self.batch_sampler, ShuffledBatchSampler | ValidationBatchSampler)
+        return self.batch_sampler.batch_size * self.batch_sampler.shard.count
 
     def state_dict(self) -> dict[str, int]:
-        """Return the state for a checkpoint."""
-        return {"handed_out": self.batches_yielded}
+        """Return the state for a checkpoint, which any number of ranks can resume."""
+        return {"rows": self.batches_yielded * self.rows_per_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume after the batches that were yielded before `state` was taken."""
-        self.batches_yielded = state["handed_out"]
+        """Resume after the rows that were yielded before `state` was taken."""
+        self.batches_yielded = state["rows"] // self.rows_per_batch
 
 
 def set_worker_signals(_: int) -> None:

@@ -59,8 +59,7 @@ StreamItem = tuple[int, StreamPosition, Batch | UserError]
 class StreamingPackedLMDataset(IterableDataset[StreamItem]):
     """The rows of PackedLMDataset, or of PaddedLMDataset, from a source that has no shards.
 
-    Documents are numbered as they come. With W workers on each of R ranks, document n belongs to
-    number n modulo R*W of all workers, where worker w of rank r is number r*W + w. An epoch has
+    Documents are numbered as they come, and document n belongs to worker n modulo W. An epoch has
     each training document once, ends in a short row, and is followed by the next epoch.
 
     Yields (worker, StreamPosition after the batch, batch).
@@ -73,11 +72,10 @@ class StreamingPackedLMDataset(IterableDataset[StreamItem]):
         row_format: RowFormat,
         batch_size: int,
         options: StreamOptions | None = None,
-        rank: DataShard = ONLY_PROCESS,
     ):
         self.source, self.tokenizer = source, tokenizer
         self.row_format, self.batch_size = row_format, batch_size
-        self.options, self.rank = options or StreamOptions(), rank
+        self.options = options or StreamOptions()
         self.positions: list[StreamPosition] = []  # of each worker; empty: start at the beginning
         self.next_worker = 0  # yields the first batch
 
@@ -99,7 +97,7 @@ class StreamingPackedLMDataset(IterableDataset[StreamItem]):
     def batches(self, worker: int, workers: int) -> Iterator[tuple[int, StreamPosition, Batch]]:
         """Yield the batches of one worker."""
         position = self.positions[worker] if self.positions else StreamPosition()
-        rows = self.rows(self.rank.of_worker(worker, workers), position)
+        rows = self.rows(DataShard(worker, workers), position)
         while batch := list(islice(rows, self.batch_size)):
             yield worker, batch[-1][0], self.as_batch([row for _, row in batch])
 
@@ -178,7 +176,7 @@ class StreamingPackedLMDataset(IterableDataset[StreamItem]):
                     yield chunk
 
     def check_documents(self, workers: int) -> None:
-        """Raise UserError unless each of all ranks' workers has a document to train on."""
+        """Raise UserError unless each worker has a document to train on."""
         without = set(range(workers))
         number = -1
         for chunk in split_documents(self.source.pieces(), self.options.val_share):
@@ -192,7 +190,7 @@ class StreamingPackedLMDataset(IterableDataset[StreamItem]):
     def _too_few_documents_error(self, workers: int) -> UserError:
         return UserError(
             f"{self.source.name} has too few documents to train on for {workers} workers; "
-            "lower hardware.num_workers or hardware.devices"
+            "lower hardware.num_workers"
         )
 
 
@@ -228,18 +226,46 @@ def padded_rows(tokens: Iterator[np.ndarray], seq_len: int) -> Iterator[np.ndarr
         yield pending
 
 
-class StreamLoader(DataLoader[Batch]):
-    """A DataLoader over a stream, whose state is the position of each worker of each rank.
+@dataclass(frozen=True)
+class StepShare:
+    """One rank's share of the rows of a step, which has `batches` batches of the stream.
 
-    The state also has the worker whose turn is next, because workers yield batches in turn.
+    The rank trains on `rows` of them at a time, in the places that `ShuffledBatchSampler` gives it.
+    """
+
+    batches: int = 1
+    rows: int = 1
+    rank: DataShard = ONLY_PROCESS
+
+    def of(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield this rank's rows of the batches of all ranks."""
+        if self.rank.count == 1:
+            yield from stream
+        while step := list(islice(stream, self.batches)):
+            joined = {name: torch.cat([batch[name] for batch in step]) for name in step[0]}
+            size, stride = len(joined["targets"]), self.rank.count * self.rows
+            for first in range(self.rank.index * self.rows, size, stride):
+                yield {name: values[first : first + self.rows] for name, values in joined.items()}
+
+
+class StreamLoader(DataLoader[Batch]):
+    """A DataLoader over a stream, whose state is the position of each worker.
+
+    The state also has the worker whose turn is next, because workers yield batches in turn. Every
+    rank reads and tokenises the whole stream and takes its share of each step, so that neither
+    the order nor the state depends on the number of ranks.
     """
 
     def __init__(
-        self, dataset: StreamingPackedLMDataset, num_workers: int = 0, pin_memory: bool = False
+        self,
+        dataset: StreamingPackedLMDataset,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        step: StepShare | None = None,
     ):
         workers = max(1, num_workers)
-        dataset.check_documents(dataset.rank.count * workers)
-        self.stream = dataset
+        dataset.check_documents(workers)
+        self.stream, self.step = dataset, step or StepShare()
         self.positions, self.next_worker = [StreamPosition()] * workers, 0
         super().__init__(
             dataset,  # type: ignore[arg-type]  # items carry a batch: see `__iter__`
@@ -251,6 +277,10 @@ class StreamLoader(DataLoader[Batch]):
 
     # torch's annotation names its private iterator class.
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        return self.step.of(self._all_batches())
+
+    def _all_batches(self) -> Iterator[Batch]:
+        """Yield the batches of all ranks."""
         self.stream.positions, self.stream.next_worker = list(self.positions), self.next_worker
         for worker, position, batch in super().__iter__():
             if isinstance(batch, UserError):
@@ -259,28 +289,27 @@ class StreamLoader(DataLoader[Batch]):
             self.next_worker = (worker + 1) % len(self.positions)
             yield batch
 
-    # "places" and "turn" are keys in checkpoints.
+    # The keys are those of checkpoints; earlier versions had a list with the state of every rank.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of all ranks, because one of them writes the checkpoint."""
+        """Return the state for a checkpoint, which any number of ranks can resume."""
         places = [asdict(position) for position in self.positions]
         own = {"places": places, "turn": self.next_worker}
-        ranks = [own] * self.stream.rank.count
-        if len(ranks) > 1:
-            torch.distributed.all_gather_object(ranks, own)
-        return {"num_workers": self.num_workers, "ranks": ranks}
+        return {"num_workers": self.num_workers, "ranks": [own]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume at a state. Raises UserError if it has other numbers of workers or ranks."""
-        for key, saved, current in (
-            ("hardware.num_workers", state["num_workers"], self.num_workers),
-            ("hardware.devices", len(state["ranks"]), self.stream.rank.count),
-        ):
-            if saved != current:
-                raise UserError(
-                    "a stream resumes only with the workers and devices that it began with: "
-                    f"set {key} to {saved}, not {current}"
-                )
-        own = state["ranks"][self.stream.rank.index]
+        """Resume at a state. Raises UserError if it has another number of workers."""
+        if state["num_workers"] != self.num_workers:
+            raise UserError(
+                "a stream resumes only with the workers that it began with: set "
+                f"hardware.num_workers to {state['num_workers']}, not {self.num_workers}"
+            )
+        if len(state["ranks"]) > 1:
+            raise UserError(
+                "an earlier version dealt the documents of this stream out to "
+                f"{len(state['ranks'])} devices, and only that version can resume it; begin "
+                "another run: run.name=NAME"
+            )
+        [own] = state["ranks"]
         self.positions = [StreamPosition(**position) for position in own["places"]]
         self.next_worker = own["turn"]

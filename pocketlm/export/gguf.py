@@ -1,20 +1,27 @@
 """A checkpoint as a GGUF file, for llama.cpp and what is built on it."""
 
+import json
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType, LlamaFileType, TokenType
 
-from pocketlm.checkpoint.format import WEIGHT_PREFIX
+from model import ModelConfig
+from pocketlm.checkpoint.format import WEIGHT_PREFIX, hash_weights
 from pocketlm.checkpoint.loading import Checkpoint, load_model
-from pocketlm.conversion.gguf import LAYOUTS, read_gguf
-from pocketlm.conversion.layout import Pretrained
+from pocketlm.conversion.gguf import (
+    LAYOUTS,
+    ROPE_FACTORS,
+    ROPE_SCALING_KEY,
+    read_gguf,
+    rope_factors,
+)
 from pocketlm.errors import UserError
 from pocketlm.export.huggingface import suitable_class
 from pocketlm.export.proof import (
-    Parity,
     Reference,
     compare,
     our_step,
@@ -24,6 +31,7 @@ from pocketlm.export.proof import (
 from pocketlm.export.tensors import ForeignTensor, computed, foreign_tensors
 from pocketlm.export.tokenizers import GGUFTokenizer, gguf_tokenizer
 from pocketlm.files import atomic_write
+from pocketlm.model.rope import RopeScaling
 
 F32, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
 DTYPES = {  # of --dtype
@@ -42,10 +50,10 @@ def write_file(checkpoint: Checkpoint, reference: Reference, path: Path, dtype: 
 
     Raises UserError if llama.cpp has no such model or tokenizer, or if what is read back differs.
     """
-    chosen = suitable_class(checkpoint.model.config, str(checkpoint.path))
-    kind = chosen.config["model_type"]
+    kind = architecture(checkpoint)
     tokenizer = gguf_tokenizer(checkpoint)
     tensors = foreign_tensors(checkpoint.model, LAYOUTS[kind])
+    tensors += factor_tensors(checkpoint.model.config)
     types = {tensor.name: stored_type(tensor, dtype) for tensor in tensors}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as unfinished:
@@ -54,18 +62,64 @@ def write_file(checkpoint: Checkpoint, reference: Reference, path: Path, dtype: 
         writer.add_file_type(DTYPES[dtype][1])
         add_tokenizer(writer, tokenizer, checkpoint)
         write_tensors(writer, tensors, types)
+        sha256 = checkpoint.weights_sha256 if dtype == "f32" else None
+        checkpoint.free_weights()
         again = read_gguf(unfinished, checkpoint.tokenizer.name)
+        if sha256 is not None and hash_weights(again.weights) != sha256:
+            raise UserError(
+                "the weights are not read back as they were written; nothing was kept. "
+                "Please report this as a bug"
+            )
         weights = {WEIGHT_PREFIX + name: tensor for name, tensor in again.weights.items()}
-        model = load_model(again.config.model, None, weights, unfinished)
+        model = load_model(again.config.model, None, weights, unfinished, assign=True)
         parity = compare(our_step(model), reference)
         if dtype == "f32":
-            require_same_model(again, checkpoint, parity, reference)
+            require_parity(parity, reference)
         n_texts = require_same_ids(checkpoint.tokenizer, again.tokenizer.encode)
     lines = [f"read back: {parity}", f"read back: the same ids for {n_texts} texts"]
     half = sum(types[tensor.name] == GGMLQuantizationType.F16 for tensor in tensors)
     if dtype.startswith("q") and half:
         lines.append(f"{half} matrices are f16, since blocks of 32 weights do not fit their rows")
     return [*lines, *tokenizer.notes]
+
+
+def architecture(checkpoint: Checkpoint) -> str:
+    """Return llama.cpp's name of the architecture. Raises UserError if it has none for the model.
+
+    It computes Mistral as a Llama; its Qwens have none of Llama's options.
+    """
+    config, path = checkpoint.model.config, str(checkpoint.path)
+    kind: str = suitable_class(config, path).config["model_type"]
+    kind = {"mistral": "llama"}.get(kind, kind)
+    scaling, problems = config.rope_scaling, []
+    if config.mlp == "gelu_exact":
+        problems.append(f"mlp {config.mlp!r}")
+    if kind == "qwen3" and config.attention_bias != "none":
+        problems.append(f"attention_bias {config.attention_bias!r} beside qk_norm")
+    if kind == "qwen2" and config.n_heads * (config.head_dim or 0) != config.d_model:
+        problems.append(f"head_dim {config.head_dim} beside biases as Qwen2's")
+    if scaling is not None and scaling.kind == "llama3" and kind != "llama":
+        problems.append(f"rope_scaling of llama3 in a {kind}")
+    if scaling is not None and scaling.kind == "yarn":
+        usual = RopeScaling("yarn", scaling.factor, scaling.original_max_seq_len)
+        for name in (field.name for field in fields(RopeScaling)):
+            if (value := getattr(scaling, name)) != getattr(usual, name):
+                problems.append(f"rope_scaling.{name} {value!r}")
+    if problems:
+        raise UserError(
+            f"{path} is a model that llama.cpp cannot compute, because of {', '.join(problems)}; "
+            "convert it to hf, onnx or safetensors"
+        )
+    return kind
+
+
+def factor_tensors(config: ModelConfig) -> list[ForeignTensor]:
+    """Return llama.cpp's tensor of the scaling of Llama 3; none if there is another or none."""
+    scaling, head_dim, theta = config.rope_scaling, config.head_dim, config.rope_theta
+    if scaling is None or scaling.kind != "llama3" or head_dim is None:
+        return []
+    compute = partial(rope_factors, scaling, head_dim, theta)
+    return [ForeignTensor(ROPE_FACTORS, (head_dim // 2,), compute)]
 
 
 def stored_type(tensor: ForeignTensor, dtype: str) -> GGMLQuantizationType:
@@ -87,6 +141,7 @@ def add_model(writer: gguf.GGUFWriter, checkpoint: Checkpoint, name: str) -> Non
     """Add the keys of the architecture."""
     model = checkpoint.model.config
     assert model.vocab_size and model.max_seq_len and model.d_ff and model.n_kv_heads
+    assert model.head_dim
     writer.add_name(name)
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_seq_len)
@@ -102,6 +157,21 @@ def add_model(writer: gguf.GGUFWriter, checkpoint: Checkpoint, name: str) -> Non
     if model.position == "rope":
         writer.add_rope_freq_base(model.rope_theta)
         writer.add_rope_dimension_count(model.head_dim)
+        writer.add_key_length(model.head_dim)
+        writer.add_value_length(model.head_dim)
+    if model.rope_scaling is not None:
+        add_scaling(writer, model.rope_scaling)
+
+
+def add_scaling(writer: gguf.GGUFWriter, scaling: RopeScaling) -> None:
+    """Add the keys of the scaling of RoPE; for Llama 3's, llama.cpp has a tensor instead."""
+    if scaling.kind == "llama3":
+        writer.add_string(ROPE_SCALING_KEY, json.dumps(asdict(scaling)))
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.original_max_seq_len is not None:
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_seq_len)
 
 
 def add_tokenizer(
@@ -137,16 +207,3 @@ def write_tensors(
     for tensor, values in computed(tensors):
         writer.write_tensor_data(gguf.quantize(values.numpy(), types[tensor.name]))
     writer.close()
-
-
-def require_same_model(
-    again: Pretrained, checkpoint: Checkpoint, parity: Parity, reference: Reference
-) -> None:
-    """Raise UserError if the weights, in float32, are not the same to the last bit."""
-    require_parity(parity, reference)
-    for name, weight in checkpoint.model.named_parameters():
-        if not torch.equal(weight, again.weights[name]):
-            raise UserError(
-                f"{name} is not read back as it was written; nothing was kept. "
-                "Please report this as a bug"
-            )

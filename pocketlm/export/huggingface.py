@@ -13,7 +13,8 @@ import numpy as np
 
 from model import ModelConfig
 from pocketlm.checkpoint.loading import Checkpoint
-from pocketlm.conversion.huggingface import LAYOUTS, SETTINGS
+from pocketlm.config.loading import build_section
+from pocketlm.conversion.huggingface import LAYOUTS, ORIGINAL_KEY, ROPE_OPTIONS, SETTINGS
 from pocketlm.errors import UserError
 from pocketlm.export.model_card import model_card, picture_of
 from pocketlm.export.proof import Reference, ids_of_texts, refuse_different, require_parity
@@ -44,6 +45,43 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        **llama_keys(config),
+        "attention_bias": config.attention_bias == "all",
+        "mlp_bias": config.bias,
+    }
+
+
+def mistral_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        **llama_keys(config),
+        "sliding_window": None,
+    }
+
+
+def qwen2_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        **llama_keys(config),
+        "use_sliding_window": False,
+    }
+
+
+def qwen3_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **llama_keys(config),
+        "attention_bias": config.attention_bias == "all",
+        "use_sliding_window": False,
+    }
+
+
+def llama_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of config.json that Llama and its relatives share."""
+    return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
@@ -54,13 +92,26 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # of transformers 4, which does not know the next key
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": config.bias,
-        "mlp_bias": config.bias,
+        **rope_keys(config),
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
         "dtype": "float32",
+    }
+
+
+def rope_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of RoPE: rope_parameters, and the two of transformers 4, which lacks it."""
+    scaling = config.rope_scaling
+    options: dict[str, Any] = {"rope_type": scaling.kind if scaling else "default"}
+    if scaling is not None:
+        values = {name: getattr(scaling, name) for name in ROPE_OPTIONS[scaling.kind]}
+        options |= {name: value for name, value in values.items() if value is not True}
+        if scaling.original_max_seq_len is not None:
+            options[ORIGINAL_KEY] = scaling.original_max_seq_len
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": options if scaling else None,
+        "rope_parameters": options | {"rope_theta": config.rope_theta},
     }
 
 
@@ -74,7 +125,7 @@ def gpt2_config(config: ModelConfig) -> dict[str, Any]:
         "n_layer": config.n_layers,
         "n_head": config.n_heads,
         "n_positions": config.max_seq_len,
-        "activation_function": "gelu_new",
+        "activation_function": "gelu" if config.mlp == "gelu_exact" else "gelu_new",
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
@@ -85,7 +136,13 @@ def gpt2_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-CONFIGS = {"llama": llama_config, "gpt2": gpt2_config}
+CONFIGS = {
+    "llama": llama_config,
+    "mistral": mistral_config,
+    "qwen2": qwen2_config,
+    "qwen3": qwen3_config,
+    "gpt2": gpt2_config,
+}
 
 
 def model_classes(config: ModelConfig) -> list[ModelClass]:
@@ -96,30 +153,28 @@ def model_classes(config: ModelConfig) -> list[ModelClass]:
     classes = []
     for kind, make_config in CONFIGS.items():
         values = make_config(config)
-        read = ModelConfig(**SETTINGS[kind](values, kind))
+        read = build_section("model", SETTINGS[kind](values, kind), {}, kind)
         names = [field.name for field in fields(ModelConfig)]
         differing = [
             name
             for name in names
             if name not in TRAINING_FIELDS and getattr(read, name) != getattr(config, name)
         ]
+        if kind in ("llama", "gpt2") and config.d_model % config.n_heads:
+            differing.append("d_model")  # transformers refuses what n_heads does not divide
         classes.append(ModelClass(values["architectures"][0], values, tuple(differing)))
     return sorted(classes, key=lambda each: len(each.differing))
 
 
 def suitable_class(config: ModelConfig, origin: str) -> ModelClass:
     """Return the class that expresses a model. Raises UserError if there is none."""
-    classes = model_classes(config)
-    if not classes[0].differing:
-        return classes[0]
-    reasons = [
-        f"{each.name} by "
-        + ", ".join(f"{name} {getattr(config, name)!r}" for name in each.differing)
-        for each in classes
-    ]
+    nearest = model_classes(config)[0]
+    if not nearest.differing:
+        return nearest
+    listed = ", ".join(f"{name} {getattr(config, name)!r}" for name in nearest.differing)
     raise UserError(
-        f"{origin} is a model that no class of transformers expresses; it differs from "
-        f"{' and from '.join(reasons)}; convert it to onnx or safetensors"
+        f"{origin} is a model that no class of transformers expresses; it differs from the "
+        f"nearest, {nearest.name}, by {listed}; convert it to onnx or safetensors"
     )
 
 
@@ -135,6 +190,7 @@ def write_folder(checkpoint: Checkpoint, reference: Reference, folder: Path) -> 
     with atomic_folder(folder) as unfinished:
         layout = LAYOUTS[chosen.config["model_type"]]
         write_weights(foreign_tensors(checkpoint.model, layout), unfinished)
+        checkpoint.free_weights()
         special = generation_values(tokenizer)
         write_json(chosen.config | special, unfinished / "config.json")
         write_json(special, unfinished / "generation_config.json")
@@ -145,6 +201,12 @@ def write_folder(checkpoint: Checkpoint, reference: Reference, folder: Path) -> 
             (unfinished / "loss.png").write_bytes(picture.read_bytes())
         check = check_in_new_process(unfinished, reference, checkpoint.tokenizer)
         require_parity(check.parity, reference)
+        if check.different_texts and chosen.name == "Qwen2ForCausalLM":
+            raise UserError(
+                f"{origin} has biases as Qwen2's, and AutoTokenizer splits the texts of every "
+                "Qwen2 as Qwen's tokenizer does, which is not this one's way; convert it to onnx "
+                "or safetensors"
+            )
         refuse_different(check.different_texts)
     return [
         f"{chosen.name} in a new process: {check.parity}",

@@ -151,7 +151,7 @@ def export_graph(model: Transformer, metadata: dict[str, str], path: Path) -> No
     """Write the graph by torch's exporter."""
     config, (B, T, P) = model.config, EXAMPLE
     names = cache_names(config, "past_key_values")
-    assert config.n_kv_heads is not None
+    assert config.n_kv_heads is not None and config.head_dim is not None
     shape = (B, config.n_kv_heads, P, config.head_dim)
     example = (
         torch.zeros(B, T, dtype=torch.long),
@@ -204,7 +204,7 @@ def onnx_step(path: Path, config: ModelConfig) -> Step:
 
     def step(ids: Any, cache: list[Any] | None) -> tuple[Any, list[Any]]:
         B, T = ids.shape
-        empty = np.zeros((B, config.n_kv_heads or 0, 0, config.head_dim), np.float32)
+        empty = np.zeros((B, config.n_kv_heads or 0, 0, config.head_dim or 0), np.float32)
         past = [empty for _ in names] if cache is None else cache
         n_past = past[0].shape[2]
         inputs = {

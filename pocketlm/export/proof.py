@@ -20,6 +20,7 @@ Step = Callable[[Array, Any], tuple[Array, Any]]
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 8
 TOKENS = 32  # of the rows whose logits are compared
+CACHE_TOKENS = GREEDY_TOKENS + TOKENS  # all that are in a cache
 # Sums of float32 in another order differ by some 1e-6 of the largest term.
 TOLERANCE = 1e-5
 
@@ -73,7 +74,8 @@ def our_step(model: Transformer) -> Step:
     def step(ids: Array, cache: KVCache | None) -> tuple[Array, KVCache]:
         if cache is None:
             where: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
-            cache = KVCache(model.config, len(ids), model.max_seq_len, **where)
+            length = min(model.max_seq_len, CACHE_TOKENS)
+            cache = KVCache(model.config, len(ids), length, **where)
         logits = model(torch.from_numpy(ids).to(model.device), cache=cache)
         return logits.float().cpu().numpy(), cache
 

@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from model import ModelConfig, Transformer
 from pocketlm.conversion.layout import Layout
-
-MIN_BAR_BYTES = 10**9  # a model of fewer bytes is written without a progress bar
+from pocketlm.conversion.stored import progress_bar
 
 
 @dataclass(frozen=True)
@@ -78,12 +75,10 @@ def interleaved(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 
 def computed(tensors: list[ForeignTensor]) -> Iterator[tuple[ForeignTensor, Tensor]]:
     """Yield each tensor with its values, which the caller drops; show a bar from 1 GB on."""
-    total = sum(tensor.n_bytes for tensor in tensors)
-    with Progress(console=Console(stderr=True), disable=total < MIN_BAR_BYTES) as progress:
-        task = progress.add_task("writing", total=total)
+    with progress_bar("writing", [tensor.shape for tensor in tensors]) as advance:
         for tensor in tensors:
             yield tensor, tensor.compute()
-            progress.advance(task, tensor.n_bytes)
+            advance(tensor.n_bytes)
 
 
 def write_safetensors(path: Path, tensors: list[ForeignTensor], metadata: dict[str, str]) -> None:

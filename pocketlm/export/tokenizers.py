@@ -14,7 +14,7 @@ from gguf import TokenType
 from tokenizers import decoders, models, pre_tokenizers
 
 from pocketlm.checkpoint.loading import Checkpoint
-from pocketlm.conversion.gguf_tokenizer import SPLITTERS
+from pocketlm.conversion.gguf_tokenizer import NORMALIZERS, SPLITTERS
 from pocketlm.errors import UserError
 from pocketlm.hub.special_tokens import new_token, vocabulary
 from pocketlm.tokenizer.base import BEGIN_OF_TEXT, END_OF_TEXT, Tokenizer
@@ -150,6 +150,9 @@ def gguf_tokenizer(checkpoint: Checkpoint) -> GGUFTokenizer:
     kinds = {True: TokenType.CONTROL, False: TokenType.USER_DEFINED, None: TokenType.NORMAL}
     tokens = {i: (token, kinds[special.get(token)]) for token, i in tokenizer.ids.items()}
     ids, notes = special_ids(tokenizer)
+    if splitter in NORMALIZERS:
+        form = spec["normalizer"]["type"]
+        notes += (f"llama.cpp does not normalise a text to {form}, as this tokenizer does",)
     prefix = checkpoint.tokenizer.document_prefix
     adds_bos = checkpoint.tokenizer.adds_bos and prefix == [tokenizer.bos_id]
     return GGUFTokenizer(tokens, merges, splitter, ids, adds_bos, notes)
@@ -157,18 +160,25 @@ def gguf_tokenizer(checkpoint: Checkpoint) -> GGUFTokenizer:
 
 def splitter_of(spec: dict[str, Any], name: str) -> str:
     """Return the name of the splitting of a byte-level BPE. Raises UserError if it is none."""
-    model = spec["model"]
-    if model["type"] == "BPE" and spec["normalizer"] is None and model["merges"]:
+    model, found = spec["model"], spec["pre_tokenizer"] or {}
+    if model["type"] == "BPE" and model["merges"]:
         for splitter, steps in SPLITTERS.items():
             known = json.loads(pre_tokenizers.Sequence(steps).__getstate__())["pretokenizers"]
-            found = spec["pre_tokenizer"] or {}
-            if found.get("pretokenizers", [found]) == known:
+            normalizer = NORMALIZERS.get(splitter)
+            form = None if normalizer is None else json.loads(normalizer.__getstate__())
+            same = without_offsets(found.get("pretokenizers", [found])) == without_offsets(known)
+            if same and spec["normalizer"] == form:
                 return splitter
     raise UserError(
         f"llama.cpp has no tokenizer with the ids of {name!r}; it has those of byte, bpe:SIZE, "
         f"gpt2, gpt2:SIZE, and of byte-level BPEs that split text as {', '.join(SPLITTERS)}; "
         "convert to hf, onnx or safetensors, or train with another data.tokenizer"
     )
+
+
+def without_offsets(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the steps of a splitting without the key that changes no id."""
+    return [{key: each for key, each in step.items() if key != "trim_offsets"} for step in steps]
 
 
 def special_ids(tokenizer: LibraryTokenizer) -> tuple[dict[str, int], tuple[str, ...]]:

@@ -26,7 +26,8 @@ class Hardware:
     accelerator: str  # cpu, mps or cuda
     precision: str  # 32-true, bf16-mixed or 16-mixed
     compile: bool
-    reasons: dict[str, str]  # by choice: accelerator, precision, compile
+    reasons: dict[str, str]  # by choice: accelerator, precision, compile, strategy
+    strategy: str = "single"  # single, ddp or fsdp
 
 
 def available_accelerators() -> list[str]:
@@ -144,21 +145,52 @@ def check_recomputation(accelerator: str, model: ModelConfig) -> None:
         )
 
 
-def choose_hardware(config: HardwareConfig, precision: str) -> Hardware:
-    """Return the device and precision; `with_compile` decides the rest."""
-    accelerator, accelerator_reason = choose_accelerator(config.accelerator)
-    precision, precision_reason = choose_precision(precision, accelerator)
-    counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": os.cpu_count() or 1}
-    count = counts[accelerator]
+def choose_strategy(config: HardwareConfig, accelerator: str) -> tuple[str, str]:
+    """Return single, ddp or fsdp, and the reason.
+
+    Raises UserError for devices that this machine lacks, or a strategy that MPS does not have.
+    """
+    counts = {"cuda": torch.cuda.device_count(), "mps": 1}  # on a CPU, each one is a process
+    count = counts.get(accelerator, config.devices)
     if config.devices > count:
         raise UserError(
             f"hardware.devices is {config.devices}, and this machine has {count} of {accelerator}"
         )
-    reasons = {"accelerator": accelerator_reason, "precision": precision_reason}
-    return Hardware(accelerator, precision, False, reasons)
+    if accelerator == "mps" and (config.strategy != "auto" or config.num_nodes > 1):
+        key = "strategy" if config.strategy != "auto" else "num_nodes"
+        raise UserError(
+            f"hardware.{key} is {getattr(config, key)}, and MPS trains on one device only: "
+            "remove it, or take hardware.accelerator=cpu"
+        )
+    if config.strategy != "auto":
+        return config.strategy, "as configured"
+    if config.world_size == 1:
+        return "single", "one device"
+    return "ddp", "each device has the whole model"
+
+
+def choose_hardware(config: HardwareConfig, precision: str) -> Hardware:
+    """Return the device, precision and strategy; `with_compile` decides the rest."""
+    accelerator, accelerator_reason = choose_accelerator(config.accelerator)
+    precision, precision_reason = choose_precision(precision, accelerator)
+    strategy, strategy_reason = choose_strategy(config, accelerator)
+    if (strategy, precision) == ("fsdp", "16-mixed"):
+        raise UserError(
+            "training.precision 16-mixed scales the loss, which hardware.strategy=fsdp does not do "
+            "here; use 32-true or bf16-mixed, or hardware.strategy=ddp"
+        )
+    reasons = {
+        "accelerator": accelerator_reason,
+        "precision": precision_reason,
+        "strategy": strategy_reason,
+    }
+    return Hardware(accelerator, precision, False, reasons, strategy)
 
 
 def with_compile(hardware: Hardware, requested: str, seconds: float) -> Hardware:
-    """Return the hardware with the choice of `choose_compile`."""
-    compiles, reason = choose_compile(requested, hardware.accelerator, seconds)
+    """Return the hardware with the choice of `choose_compile`; what FSDP puts together is eager."""
+    if hardware.strategy == "fsdp":
+        compiles, reason = False, "the blocks of hardware.strategy=fsdp are not compiled"
+    else:
+        compiles, reason = choose_compile(requested, hardware.accelerator, seconds)
     return replace(hardware, compile=compiles, reasons=hardware.reasons | {"compile": reason})

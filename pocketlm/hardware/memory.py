@@ -1,15 +1,16 @@
 """The memory that a run takes, estimated before anything is allocated, and what there is.
 
-The letters of the comments: B rows, T tokens of a row, N = B T, C d_model, F d_ff, H heads, V
-vocabulary. The factors that are not counted in the code (docs/experiments.md has the measurements)
-are those of the C library's heap, which keeps holes between the tensors of torch's operations.
+The letters of the comments: B rows, T tokens of a row, N = B T, C d_model, F d_ff, H heads, D
+head_dim, A = H D, V vocabulary. The factors that are not counted in the code (docs/experiments.md
+has the measurements) are those of the C library's heap, which keeps holes between the tensors of
+torch's operations.
 """
 
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # ships no types
@@ -30,7 +31,8 @@ OUT_OF_MEMORY = "out of memory|can't allocate memory|not enough memory|failed to
 HOLES = 0.3
 # temporary tensors of a block that torch computes, in multiples of N (C + F) elements and, with
 # dropout, of B H T T
-TORCH_TEMPORARIES, DROPOUT_TEMPORARIES = 4, 4
+TORCH_TEMPORARIES, DROPOUT_TEMPORARIES = 4, 7
+HEAD_HOLES = 2  # holes of the size of the head, which the loss leaves in the heap
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,24 @@ class MemoryEstimate:
     persistent: int  # weights, gradients and the optimizer's state
     activations: int  # kept for the backward pass
     temporary: int  # the largest of the loss, a block's backward pass and the optimizer's step
+    communication: int = 0  # what is collected from the other devices, or sent to them
 
     @property
     def total(self) -> int:
-        return self.persistent + self.activations + self.temporary
+        return self.persistent + self.activations + self.temporary + self.communication
 
 
 def estimate_memory(config: Config, accelerator: str, precision: str) -> MemoryEstimate:
-    """Estimate the memory of a run with a resolved micro-batch and vocabulary."""
+    """Estimate the memory of a run with a resolved micro-batch and vocabulary, on each device."""
+    count, sharded = config.hardware.world_size, config.hardware.strategy == "fsdp"
+    config = config.on_each_device()
     model, training = config.model, config.training
     size = 4 if precision == "32-true" else 2  # bytes of a matmul's operand
     tokens = training.micro_batch * training.seq_len
     n, muon = model.n_parameters, muon_weights(model)
     gradients = 4 * n
-    persistent = 4 * n + gradients + optimizer_bytes(model, training.optimizer)
+    average = training.ema_decay > 0
+    persistent = 4 * n + gradients + optimizer_bytes(model, training.optimizer, average=average)
     native = accelerator == "cpu" and kernels.available(torch.device("cpu"), torch.float32)
     blocks = BlockMemory(config, size, native and model.is_llama and not model.dropout)
     layers = model.n_layers
@@ -64,18 +70,39 @@ def estimate_memory(config: Config, accelerator: str, precision: str) -> MemoryE
     else:
         activations = layers * blocks.kept()
         in_backward = blocks.temporary()
-        if training.grad_accum_steps == 1:
+        if training.grad_accum_steps == 1 and not sharded:
             in_backward -= gradients  # Lightning has freed those of the last step
     holes = 0 if blocks.native else int(HOLES * max(activations, blocks.kept()))
     activations += 2 * inputs
     head = 4 * (model.vocab_size or 0) * model.d_model
     in_forward = head + loss_bytes(config, size, native)
+    holes += HEAD_HOLES * head
     in_step = 0
     if training.optimizer == "muon" and muon:
         in_step = newton_schulz_bytes(model) - activations  # which are freed by then
     libraries = LIBRARIES + (BFLOAT16_LIBRARIES if size == 2 and accelerator == "cpu" else 0)
     temporary = max(in_forward, in_backward + head, in_step) + holes + int(libraries)
-    return MemoryEstimate(persistent, activations, temporary)
+    persistent //= count if sharded else 1
+    communication = communication_buffers(model, count, sharded)
+    if sharded and count > 1 and accelerator == "cpu":
+        communication += 4 * n  # the whole model, before it is divided: the heap keeps its room
+    return MemoryEstimate(persistent, activations, temporary, communication)
+
+
+def communication_buffers(model: ModelConfig, count: int, sharded: bool) -> int:
+    """Return the bytes of the buffers of communication on each of `count` devices.
+
+    DDP has a copy of the gradients. FSDP (`sharded`) has the whole parameters of the embeddings and
+    the head, of a block and of the next one, the gradients of all of these but the last, and those
+    of a block once more, as they are sent.
+    """
+    if count == 1:
+        return 0
+    if not sharded:
+        return 4 * model.n_parameters
+    block = replace(model, n_layers=model.n_layers + 1).n_parameters - model.n_parameters
+    rest = model.n_parameters - model.n_layers * block
+    return 4 * (2 * rest + 4 * block)
 
 
 def muon_weights(model: ModelConfig) -> int:
@@ -85,19 +112,24 @@ def muon_weights(model: ModelConfig) -> int:
 
 def matrix_shapes(model: ModelConfig) -> dict[tuple[int, int], int]:
     """Return how many matrices of each shape the blocks have."""
-    C, F, D = model.d_model, model.d_ff or 0, model.head_dim
-    shapes = [(model.n_heads * D, C), *[((model.n_kv_heads or 0) * D, C)] * 2, (C, C)]
+    C, F, D = model.d_model, model.d_ff or 0, model.head_dim or 0
+    A = model.n_heads * D
+    shapes = [(A, C), *[((model.n_kv_heads or 0) * D, C)] * 2, (C, A)]
     shapes += [(F, C)] * (2 if model.mlp == "swiglu" else 1) + [(C, F)]
     return {shape: shapes.count(shape) * model.n_layers for shape in shapes}
 
 
-def optimizer_bytes(model: ModelConfig, optimizer: str) -> int:
-    """Return the bytes of the optimizer's state: a momentum, or AdamW's two moments."""
+def optimizer_bytes(model: ModelConfig, optimizer: str, *, average: bool = False) -> int:
+    """Return the bytes of the optimizer's state: a momentum, or AdamW's two moments.
+
+    average: whether it has the average of the weights too.
+    """
+    averages = 4 * model.n_parameters if average else 0
     if optimizer == "adamw":
-        return 8 * model.n_parameters
+        return 8 * model.n_parameters + averages
     if optimizer == "sgd":
-        return 4 * model.n_parameters
-    return 8 * model.n_parameters - 4 * muon_weights(model)
+        return 4 * model.n_parameters + averages
+    return 8 * model.n_parameters - 4 * muon_weights(model) + averages
 
 
 def newton_schulz_bytes(model: ModelConfig) -> int:
@@ -139,21 +171,24 @@ class BlockMemory:
     def kept(self) -> int:
         """Return the bytes that a block keeps for its backward pass."""
         model, size = self.model, self.size
-        C, F, D = model.d_model, model.d_ff or 0, model.head_dim
-        key_values = 2 * (model.n_kv_heads or 0) * D
+        C, F, D = model.d_model, model.d_ff or 0, model.head_dim or 0
+        A, key_values = model.n_heads * D, 2 * (model.n_kv_heads or 0) * D
         gated = model.mlp == "swiglu"
         residual = 8 * C  # the inputs of both norms, in float32
         if self.native:
-            per_token = residual + size * (4 * C + key_values + 3 * F)
-            copies = self.weights if size == 2 else self.weights - C * C - C * F
+            per_token = residual + size * (2 * C + 2 * A + key_values + 3 * F)
+            copies = self.weights if size == 2 else self.weights - C * A - C * F
             return self.N * per_token + size * copies
-        casts = 3 + 1 + (2 if gated else 1) if size == 2 else 3  # inputs of matmuls
+        # inputs of matmuls of width C; that of o_proj is A wide
+        casts = 3 + (2 if gated else 1) if size == 2 else 2
         hidden = F * (4 if gated else 1 if model.mlp == "relu" else 2)
-        per_token = residual + size * (casts * C + hidden)
+        per_token = residual + size * (casts * C + A + hidden)
+        if model.qk_norm:  # its inputs, in float32
+            per_token += 4 * A + 2 * key_values
         if model.dropout:
-            per_token += 12 * C + 2 * size * C  # q, k, v of all heads; the masks of two outputs
+            per_token += 12 * A + 2 * size * C  # q, k, v of all heads; the masks of two outputs
         else:
-            per_token += size * (C + key_values)
+            per_token += size * (A + key_values)
         copies = size * self.weights if size == 2 else 0
         return self.N * per_token + self.kept_by_attention() + copies
 
@@ -169,13 +204,14 @@ class BlockMemory:
 
     def temporary(self) -> int:
         """Return the bytes of the temporary tensors of a block's backward pass."""
-        C, F = self.model.d_model, self.model.d_ff or 0
+        model = self.model
+        C, F, A = model.d_model, model.d_ff or 0, model.n_heads * (model.head_dim or 0)
         if self.native:
             return self.N * (8 * C + 3 * self.size * F) + 4 * self.weights
-        scores = 4 * self.rows * self.model.n_heads * self.length**2
-        if self.model.dropout:
+        scores = 4 * self.rows * model.n_heads * self.length**2
+        if model.dropout:
             return DROPOUT_TEMPORARIES * scores
-        return TORCH_TEMPORARIES * self.size * self.N * (C + F)
+        return TORCH_TEMPORARIES * self.size * self.N * (max(A, C) + F)
 
 
 # ---- what there is ----
@@ -303,9 +339,10 @@ def choose_micro_batch(
     previous: the micro-batch of the run that is resumed, which is kept if it divides those rows.
     """
     rows = config.with_micro_batch(1).training.grad_accum_steps
-    divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
-    if previous in divisors:
+    if previous and rows % previous == 0:
         return config.with_micro_batch(previous)
+    rows = config.with_micro_batch(1).on_each_device().training.grad_accum_steps
+    divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
     free = SAFE_SHARE * available_memory(accelerator).free
     for micro_batch in divisors:
         chosen = config.with_micro_batch(micro_batch)

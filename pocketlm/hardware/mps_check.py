@@ -105,7 +105,7 @@ def small_model(config: ModelConfig) -> Transformer:
 
     The weights are large, so that attention has a large effect on the logits.
     """
-    assert config.n_kv_heads is not None
+    assert config.n_kv_heads is not None and config.head_dim is not None
     width = 2 * config.head_dim
     return Transformer(
         dataclasses.replace(
@@ -187,8 +187,9 @@ def inner_dimensions(model: ModelConfig, training: TrainingConfig | None) -> set
     chunk of the loss, and the vocabulary.
     """
     assert model.d_ff is not None
-    assert model.n_kv_heads is not None
-    widths = {model.d_model, model.d_ff, model.head_dim, model.n_kv_heads * model.head_dim}
+    assert model.n_kv_heads is not None and model.head_dim is not None
+    heads = {n * model.head_dim for n in (1, model.n_kv_heads, model.n_heads)}
+    widths = {model.d_model, model.d_ff} | heads
     if training is None:
         return widths
     tokens = training.micro_batch * training.seq_len

@@ -1,15 +1,10 @@
 """The processes of one run: a run on several devices or machines has one process per device."""
 
-import os
 import sys
 
-# Each launcher (torchrun, Lightning, Slurm) sets some of these; unset means a single process.
-RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+from pocketlm.startup import is_first_process
 
-
-def is_first_process() -> bool:
-    """Return True in the only process of a run, or in the first of several."""
-    return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
+__all__ = ["is_first_process", "print_note"]
 
 
 def print_note(text: str) -> None:

@@ -34,7 +34,7 @@
 /* Kinds of numbers, positions and MLPs: the same values as in native_library.py */
 enum { FLOAT, BFLOAT16, INT8, INT4 };
 enum { ROPE, LEARNED };
-enum { SWIGLU, GELU, RELU, RELU2 };
+enum { SWIGLU, GELU, RELU, RELU2, GELU_EXACT };
 
 /* BYTES of a vector; ROWS x OUTS sums, and what they are made of, fit the registers; TILE outputs
    are what a thread computes at a time. */
@@ -83,19 +83,20 @@ typedef struct {
 
 typedef struct {
     int64_t present;                             /* 0: the identity */
+    int64_t centred;                             /* 1: LayerNorm; 0: RMSNorm */
     const float *weight, *bias;                  /* weight 0: no gain; bias 0: no bias */
 } Norm;
 
 typedef struct {
     Norm norm1;
     Linear q, k, v, o;
-    Norm norm2;
+    Norm q_norm, k_norm, norm2;                  /* those of q and k: of each head */
     Linear gate, up, down;
 } Layer;
 
 typedef struct {
     int64_t n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size;
-    int64_t mlp, position, layernorm, cache_kind, weights_kind;
+    int64_t mlp, position, cache_kind, weights_kind;
     double norm_eps;
     Linear embed, embed_positions, head;
     Norm embed_norm, norm;
@@ -484,14 +485,13 @@ static void prepare(const Model *m, const Input *in, int64_t b) {
     }
 }
 
-static void normalise(const Model *m, const Norm *norm, const float *x, float *y) {
+static void normalise(const Model *m, const Norm *norm, int64_t C, const float *x, float *y) {
     float mean = 0, square = 0;
-    int64_t C = m->d_model;
     if (!norm->present) {
         memmove(y, x, C * sizeof *x);
         return;
     }
-    if (m->layernorm) {
+    if (norm->centred) {
         #pragma omp simd reduction(+ : mean)
         for (int64_t i = 0; i < C; i++) mean += x[i];
         mean /= C;
@@ -587,13 +587,15 @@ INLINE void attend(int64_t kind, const void *keys, const void *values, int64_t a
     }
 }
 
-/* The MLP's activation of n hidden units, into `gate`; GELU is x (1 + tanh(...)) / 2. */
+/* The MLP's activation of n hidden units, into `gate`; GELU is x (1 + tanh(...)) / 2, and exactly
+   x (1 + erf(x / sqrt 2)) / 2. */
 INLINE void activate(int64_t kind, int64_t n, float *gate, const float *up) {
     for (int64_t i = 0; i < n; i++) {
         float x = kind == SWIGLU ? gate[i] : up[i];
         if (kind == SWIGLU) gate[i] = x / (1 + exponential(-x)) * up[i];
         else if (kind == GELU)
             gate[i] = x - x / (1 + exponential(2 * 0.7978845608f * (x + 0.044715f * x * x * x)));
+        else if (kind == GELU_EXACT) gate[i] = x * 0.5f * (1 + erff(x * 0.7071067812f));
         else gate[i] = kind == RELU ? larger(x, 0) : larger(x, 0) * larger(x, 0);
     }
 }
@@ -634,7 +636,7 @@ static Input make_input(int64_t B, int64_t width) {
 static void normalise_rows(const Model *m, const Norm *norm, int64_t B, const float *x, Input *h) {
     #pragma omp for nowait
     for (int64_t b = 0; b < B; b++) {
-        normalise(m, norm, x + b * m->d_model, h->x + b * m->d_model);
+        normalise(m, norm, m->d_model, x + b * m->d_model, h->x + b * m->d_model);
         prepare(m, h, b);
     }
 }
@@ -662,7 +664,7 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *slots
             if (m->position == LEARNED) {
                 add_embedding(&m->embed_positions, positions[b], x + b * C);
             }
-            normalise(m, &m->embed_norm, x + b * C, x + b * C);
+            normalise(m, &m->embed_norm, C, x + b * C, x + b * C);
         }
         for (const Layer *l = m->layers; l < m->layers + m->n_layers; l++) {
             int64_t layer = (l - m->layers) * n_slots;
@@ -680,6 +682,7 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *slots
                 for (int64_t head = 0; head < K; head++) {
                     int64_t at = (((layer + slots[b]) * K + head) * max_len + positions[b]) * D;
                     int64_t new = (b * K + head) * D;
+                    normalise(m, &l->k_norm, D, k + new, k + new);
                     if (m->position == ROPE) rotate(m, positions[b], k + new);
                     write_cache(keys, m->cache_kind, at, k + new, D);
                     write_cache(values, m->cache_kind, at, v + new, D);
@@ -694,6 +697,7 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *slots
                     int64_t at = ((layer + slots[b]) * K + head / (H / K)) * max_len * D;
                     int64_t S = positions[b] + 1;
                     float *mine = q + (b * H + head) * D, *out = a.x + (b * H + head) * D;
+                    normalise(m, &l->q_norm, D, mine, mine);
                     if (m->position == ROPE) rotate(m, positions[b], mine);
                     if (m->cache_kind == FLOAT) attend(FLOAT, keys, values, at, S, D, mine, p, out);
                     else attend(BFLOAT16, keys, values, at, S, D, mine, p, out);
@@ -718,6 +722,7 @@ void step(const Model *m, int64_t B, const int64_t *tokens, const int64_t *slots
                 if (m->mlp == SWIGLU) activate(SWIGLU, m->d_ff, mine, other);
                 else if (m->mlp == GELU) activate(GELU, m->d_ff, mine, other);
                 else if (m->mlp == RELU) activate(RELU, m->d_ff, mine, other);
+                else if (m->mlp == GELU_EXACT) activate(GELU_EXACT, m->d_ff, mine, other);
                 else activate(RELU2, m->d_ff, mine, other);
                 prepare(m, &f, b);
             }

@@ -19,6 +19,7 @@ from the last half of the context, which is prefilled again.
 A step takes a bounded time whatever a request asks, and a request that fails ends no other.
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,7 @@ class GenerationRequest:
     top_logprobs: int | None = None  # top log-probabilities to return per token; None: disabled
     score_prompt: bool = False  # fill `prompt_scores` before the first token; needs top_logprobs
     prompt_scores: list[TokenScore] = field(default_factory=list)  # of the prompt's later tokens
+    turn: int = 0  # place in the queue: of waiting requests, those of the lowest turn go first
 
     @cached_property
     def draw_params(self) -> SamplingParams:
@@ -152,7 +154,8 @@ class Engine:
             model.config, max_slots, self.context, dtype=model.dtype, device=model.device
         )
         self.backend: DecodeBackend = backend or select_backend(model)
-        self.waiting: deque[GenerationRequest] = deque()
+        self.waiting: deque[GenerationRequest] = deque()  # by turn
+        self.turn = 0  # of the request that was admitted last
         self.running: list[Sequence] = []  # the sequence of slot b is running[b]
         # One request is prefilled at a time, into the slot after the running ones
         self.prefilling: list[Sequence] = []  # its samples, which share the prefill
@@ -163,7 +166,7 @@ class Engine:
         return bool(self.running or self.prefilling or self.waiting)
 
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request, which is admitted once there are free slots for all its samples.
+        """Queue a request, which is admitted at its turn, once there are slots for all its samples.
 
         Raises ValueError for an invalid request or one with more samples than slots.
         """
@@ -173,7 +176,8 @@ class Engine:
             raise FieldError(
                 "num_samples", f"is {num_samples}; the engine has {self.max_slots} slots"
             )
-        self.waiting.append(request)
+        place = bisect_right(self.waiting, request.turn, key=lambda other: other.turn)
+        self.waiting.insert(place, request)
 
     def cancel(self, request: GenerationRequest, sample: int | None = None) -> None:
         """Drop a request, or one of its samples; do nothing if it has ended already."""
@@ -225,7 +229,7 @@ class Engine:
 
     @torch.inference_mode()
     def admit(self) -> None:
-        """Admit waiting requests, first come first served, and prefill their prompts.
+        """Admit waiting requests, first come first served in each turn, and prefill their prompts.
 
         A prompt is prefilled once for all its samples, in chunks that do not depend on other
         requests, since the text must not depend on them.
@@ -274,6 +278,7 @@ class Engine:
         if len(self.running) + num_samples > self.max_slots:
             return False
         request = self.waiting.popleft()
+        self.turn = request.turn
         self.prefilling = [new_sequence(request, sample) for sample in range(num_samples)]
         self.unread_prompt = request.ids[-self.context : -1]
         self.cache.lengths[len(self.running)] = 0

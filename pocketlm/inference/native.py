@@ -63,7 +63,6 @@ class NativeBackend(TorchBackend):
             **{name: getattr(config, name) for name in SIZES},
             mlp=MLPS.index(config.mlp),
             position=POSITIONS.index(config.position),
-            layernorm=config.norm == "layernorm",
             cache_kind=KINDS[model.dtype],
             norm_eps=config.norm_eps,
             embed=self.linear(model.embed_tokens),
@@ -161,7 +160,8 @@ class NativeBackend(TorchBackend):
         if isinstance(module, nn.Identity):
             return Norm()
         weight, bias = module.weight, getattr(module, "bias", None)
-        return Norm(1, self.float_pointer(weight), self.float_pointer(bias))
+        centred = isinstance(module, nn.LayerNorm)
+        return Norm(1, centred, self.float_pointer(weight), self.float_pointer(bias))
 
     def linear(self, module: Any) -> Linear:
         """Describe the matrix of an nn.Linear, an nn.Embedding, a quantised layer or None."""
@@ -187,6 +187,8 @@ class NativeBackend(TorchBackend):
             k=self.linear(attention.k_proj),
             v=self.linear(attention.v_proj),
             o=self.linear(attention.o_proj),
+            q_norm=self.norm(attention.q_norm),
+            k_norm=self.norm(attention.k_norm),
             norm2=self.norm(block.post_attention_layernorm),
             gate=self.linear(mlp.gate_proj),
             up=self.linear(mlp.up_proj),
@@ -216,7 +218,9 @@ def native_unavailable_reason(model: Transformer) -> str:
 
 
 def check_supported(model: Transformer) -> None:
-    """Raise NativeUnavailable for a device or dtype that decode.c does not have."""
+    """Raise NativeUnavailable for a device, dtype or architecture that decode.c does not have."""
+    if model.config.value_residual:
+        raise NativeUnavailable("decode.c has no value_residual")
     if model.device.type != "cpu" or model.dtype not in KINDS:
         raise NativeUnavailable(
             "decode.c supports float32 and bfloat16 on a CPU, "

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).with_name("decode.c")
 FLOAT, BFLOAT16, INT8, INT4 = range(4)
 KINDS = {torch.float32: FLOAT, torch.bfloat16: BFLOAT16}
 POSITIONS = ("rope", "learned")
-MLPS = ("swiglu", "gelu", "relu", "relu2")
+MLPS = ("swiglu", "gelu", "relu", "relu2", "gelu_exact")
 
 
 # ---- the structures of decode.c ----
@@ -32,20 +32,24 @@ class Linear(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    _fields_ = [("present", c_int64), ("weight", c_void_p), ("bias", c_void_p)]
+    _fields_ = [
+        *((name, c_int64) for name in ("present", "centred")),
+        *((name, c_void_p) for name in ("weight", "bias")),
+    ]
 
 
 class Layer(ctypes.Structure):
     _fields_ = [
         ("norm1", Norm),
         *((name, Linear) for name in ("q", "k", "v", "o")),
+        *((name, Norm) for name in ("q_norm", "k_norm")),
         ("norm2", Norm),
         *((name, Linear) for name in ("gate", "up", "down")),
     ]
 
 
 SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size")
-VARIANTS = ("mlp", "position", "layernorm", "cache_kind", "weights_kind")
+VARIANTS = ("mlp", "position", "cache_kind", "weights_kind")
 
 
 class Model(ctypes.Structure):

@@ -182,9 +182,10 @@ def quantize(model: Transformer, dtype: str) -> Transformer:
     assert dtype in QUANTIZED_DTYPES
     linear_layers = [m for m in model.layers.modules() if isinstance(m, nn.Linear)]
     if dtype == "int4" and all(linear.in_features % 64 for linear in linear_layers):
+        widths = sorted({linear.in_features for linear in linear_layers})
         raise UserError(
-            f"int4 needs widths that 64 divides, and this model's are {model.config.d_model} "
-            f"and {model.config.d_ff}; use int8"
+            "int4 needs widths that 64 divides, and this model's are "
+            f"{' and '.join(map(str, widths))}; use int8"
         )
     layer = {"int8": Int8Linear, "int4": Int4Linear}[dtype]
     return replace_layers(model, layer, Int8Linear)

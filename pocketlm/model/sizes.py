@@ -18,14 +18,16 @@ def default_d_ff(d_model: int, mlp: str) -> int:
     return 4 * d_model
 
 
-def check_heads(d_model: int, n_heads: int, n_kv_heads: int, *, rope: bool) -> None:
-    """Raise FieldError if the widths cannot be divided into heads."""
-    if d_model % n_heads:
+def check_heads(
+    d_model: int, n_heads: int, n_kv_heads: int, head_dim: int | None, *, rope: bool
+) -> int:
+    """Return the width of a head. Raises FieldError if the widths cannot be divided into heads."""
+    if head_dim is None and d_model % n_heads:
         suggestion = d_model // n_heads * n_heads or n_heads
         raise FieldError(
             "d_model",
             f"{d_model} is not divisible by n_heads {n_heads}; "
-            f"take d_model {suggestion} or another n_heads",
+            f"take d_model {suggestion} or another n_heads, or set head_dim",
         )
     if n_heads % n_kv_heads:
         divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
@@ -33,8 +35,8 @@ def check_heads(d_model: int, n_heads: int, n_kv_heads: int, *, rope: bool) -> N
             "n_heads",
             f"{n_heads} is not divisible by n_kv_heads {n_kv_heads}; take one of {divisors}",
         )
-    head_dim = d_model // n_heads
-    if rope and head_dim % 2:
-        raise FieldError(
-            "d_model", f"/ n_heads is {head_dim}; RoPE rotates pairs and needs an even number"
-        )
+    field, is_it = ("d_model", "/ n_heads is") if head_dim is None else ("head_dim", "is")
+    width = head_dim or d_model // n_heads
+    if rope and width % 2:
+        raise FieldError(field, f"{is_it} {width}; RoPE rotates pairs and needs an even number")
+    return width

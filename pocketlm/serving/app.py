@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import ipaddress
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -89,13 +90,29 @@ class Endpoints:
 
     async def complete(self, request: HttpRequest) -> Response:
         body = parse(CompletionBody, await request.body())
-        call, builder = await self.service.start_completion(body)
+        call, builder = await self.service.start_completion(body, client_of(request))
         return await respond(self.service.batcher, call, builder, bool(body.stream))
 
     async def chat(self, request: HttpRequest) -> Response:
         body = parse(ChatBody, await request.body())
-        call, builder = await self.service.start_chat(body)
+        call, builder = await self.service.start_chat(body, client_of(request))
         return await respond(self.service.batcher, call, builder, bool(body.stream))
+
+
+def client_of(request: HttpRequest) -> str:
+    """Return who shares the server: the address of a request, of IPv6 that of its network.
+
+    A site has a whole network (/64) of IPv6 addresses. All clients behind a proxy are one.
+    """
+    try:
+        address = ipaddress.ip_address(request.client.host if request.client else "")
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((int(address), 64), strict=False))
 
 
 def json_body(kind: type[RequestBody]) -> dict[str, Any]:

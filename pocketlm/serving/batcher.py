@@ -17,7 +17,7 @@ import math
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,6 +62,7 @@ class Call:
 
     requests: list[GenerationRequest]
     stream: bool  # the client wants deltas as they come
+    client: str
     submitted_at: float
     n_unfinished: int  # texts
     queued: set[int]  # indices of the requests that have not joined the batch
@@ -73,6 +74,31 @@ class Call:
     def num_samples(self) -> int:
         """Number of texts for each request; the requests of a call have the same parameters."""
         return self.requests[0].params.num_samples
+
+
+class Turns:
+    """Start-time fair queueing (Goyal, Vin and Cheng 1996): the turns of the clients' requests.
+
+    Each client that waits gets the same share of the tokens: one that asks for many waits behind
+    itself, and not in front of others. A request costs the tokens that it may take.
+    """
+
+    def __init__(self) -> None:
+        self.ends: dict[str, int] = {}  # where the turns of each client end
+
+    def take(self, client: str, request: GenerationRequest, now: int) -> int:
+        """Return the turn of a client's next request; `now` is the turn that was admitted last.
+
+        >>> from pocketlm.inference.sampling import SamplingParams
+        >>> turns, request = Turns(), GenerationRequest([1] * 9, SamplingParams(max_new_tokens=1))
+        >>> [turns.take(client, request, now=5) for client in "aaab"]
+        [5, 15, 25, 5]
+        """
+        params = request.params
+        turn = max(now, self.ends.get(client, 0))
+        self.ends = {other: end for other, end in self.ends.items() if end > now}
+        self.ends[client] = turn + len(request.ids) + params.num_samples * params.max_new_tokens
+        return turn
 
 
 class TextInProgress:
@@ -121,12 +147,12 @@ class Batcher:
         self._in_progress: dict[tuple[GenerationRequest, int], TextInProgress] = {}
         self._unsent: list[tuple[Call, Update]] = []
         self._sent_at, self._next_send_at = 0.0, math.inf
-        self._closed, self._threads = False, threads
+        self._closed, self._threads, self._turns = False, threads, Turns()
         self.tokenizer, self.max_queue, self.metrics = tokenizer, max_queue, ServerMetrics()
         self.inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.n_queued = 0  # requests that have not joined the batch
+        self.queue: list[Call] = []  # with requests that have not joined the batch
         self.closing = False
-        self.metrics.waiting.set_function(lambda: self.n_queued)
+        self.metrics.waiting.set_function(lambda: sum(self.waiting_by_client().values()))
         self.metrics.running.set_function(lambda: len(self._engine.running))
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -140,29 +166,58 @@ class Batcher:
         self.closing = True
         self.inbox.put(self._close)
 
-    def check_capacity(self, n_requests: int) -> None:
-        """Raise TooBusy if the queue has no room for so many requests."""
+    def waiting_by_client(self) -> Counter[str]:
+        """Return the number of each client's requests that have not joined the batch."""
+        waiting: Counter[str] = Counter()
+        for call in list(self.queue):
+            waiting[call.client] += len(call.queued)
+        return waiting
+
+    def check_capacity(self, n_requests: int, client: str = "") -> list[Call]:
+        """Return the calls that make room in a full queue for so many requests of a client.
+
+        They are the newest of clients with at least as many waiting requests as this one then has.
+        Raises TooBusy if they do not make enough room.
+        """
         if self.closing:
             raise TooBusy(503, "the server is shutting down")
-        if self.n_queued + n_requests > self.max_queue:
+        waiting = self.waiting_by_client()
+        total, own = sum(waiting.values()), waiting[client] + n_requests
+        excess, leaving = total + n_requests - self.max_queue, []
+        for call in reversed(self.queue):
+            if excess <= 0:
+                break
+            n, whole = len(call.queued), len(call.queued) == len(call.requests)
+            if whole and call.client != client and waiting[call.client] - n >= own:
+                leaving.append(call)
+                waiting[call.client] -= n
+                excess -= n
+        if excess > 0:
             raise TooBusy(
                 429,
-                f"the queue is full: {self.n_queued} of at most {self.max_queue} requests are "
-                f"waiting; try again in {RETRY_AFTER_SECONDS} s",
+                f"the queue is full: {total} of at most {self.max_queue} requests are waiting; "
+                f"try again in {RETRY_AFTER_SECONDS} s",
             )
+        return leaving
 
     def submit(
-        self, requests: list[GenerationRequest], seconds: float, stream: bool = True
+        self,
+        requests: list[GenerationRequest],
+        seconds: float,
+        stream: bool = True,
+        client: str = "",
     ) -> Call:
         """Queue requests with equal parameters; their texts are cut off after `seconds`.
 
         Raises TooBusy.
         """
-        self.check_capacity(len(requests))
-        n_texts = sum(request.params.num_samples for request in requests)
-        call = Call(requests, stream, time.perf_counter(), n_texts, set(range(len(requests))))
+        for other in self.check_capacity(len(requests), client):
+            self.remove_from_queue(other, other.queued)
+            self.inbox.put(partial(self._give_way, other))
+        n_texts, indices = sum(r.params.num_samples for r in requests), set(range(len(requests)))
+        call = Call(requests, stream, client, time.perf_counter(), n_texts, indices)
         call.deadline = self.loop.call_later(seconds, self.inbox.put, partial(self._expire, call))
-        self.n_queued += len(requests)
+        self.queue.append(call)
         self.inbox.put(partial(self._add_call, call))
         return call
 
@@ -202,8 +257,9 @@ class Batcher:
 
     def remove_from_queue(self, call: Call, indices: set[int]) -> None:
         """Note that these requests of a call have joined the batch, or never will."""
-        self.n_queued -= len(indices)
         call.queued = call.queued - indices
+        if not call.queued and call in self.queue:
+            self.queue.remove(call)
 
     # ---- the engine thread ----
 
@@ -219,7 +275,7 @@ class Batcher:
             except Exception as error:  # of any kind: no client may wait forever
                 calls = {text.call for text in self._in_progress.values()}
                 self._in_progress.clear()
-                self._engine = self._new_engine()
+                self._engine, self._turns = self._new_engine(), Turns()
                 self._fail(calls, error)
 
     def _step(self) -> None:
@@ -266,6 +322,7 @@ class Batcher:
                     decoder = TextDecoder(self.tokenizer, request.params.stop, request.ids)
                     choice = number * call.num_samples + sample
                     self._in_progress[request, sample] = TextInProgress(call, choice, decoder)
+                request.turn = self._turns.take(call.client, request, self._engine.turn)
                 self._engine.add(request)
         except Exception as error:
             self._remove(call)
@@ -303,9 +360,22 @@ class Batcher:
     def _cancel(self, call: Call) -> None:
         self._remove(call)
 
+    def _waits(self, call: Call) -> bool:
+        """Return whether none of a call's requests has joined the batch."""
+        return all(request in self._engine.waiting for request in call.requests)
+
+    def _give_way(self, call: Call) -> None:
+        """End a call, unless it has just joined the batch, for one of another client."""
+        if self._waits(call) and self._remove(call):
+            message = (
+                "the queue is full, and gave this place to a client with fewer requests; "
+                f"try again in {RETRY_AFTER_SECONDS} s"
+            )
+            self._send([(call, TooBusy(429, message))])
+
     def _expire(self, call: Call) -> None:
         """End a call at its deadline, or at shutdown."""
-        never_joined = all(request in self._engine.waiting for request in call.requests)
+        never_joined = self._waits(call)
         unfinished = self._remove(call)
         if unfinished and never_joined:
             self._send([(call, TooBusy(503, "the request got no slot before its deadline"))])

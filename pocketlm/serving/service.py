@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from pocketlm.checkpoint.loading import Checkpoint
 from pocketlm.config.sampling import MAX_NO_REPEAT_NGRAM, MAX_STOP_STRINGS, SamplingParams
@@ -50,6 +51,7 @@ class EncodedBody:
     param: str  # the field that holds the prompts: "prompt" or "messages"
     prompts: list[list[int]]
     sampling_options: dict[str, Any]  # fields of SamplingParams
+    client: str
 
 
 class Service:
@@ -80,6 +82,7 @@ class Service:
             from_state(checkpoint.tokenizer.state()), checkpoint.chat_template
         )
         self.encoding_thread = ThreadPoolExecutor(1, "encoding")
+        self.encoding: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by client
         self.chat_stop_ids = self.conversation.stop_ids
         self.model = self.describe(checkpoint_info)
 
@@ -138,19 +141,25 @@ class Service:
                 "model_not_found",
             )
 
-    async def encode(self, param: str, function: Callable[..., Encoded], *args: object) -> Encoded:
+    async def encode(
+        self, client: str, param: str, function: Callable[..., Encoded], *args: object
+    ) -> Encoded:
         """Return what `function` computes of a prompt, in the encoding thread.
 
-        A UserError becomes an ApiError for the field `param`.
+        Each client has one prompt at a time in the thread's queue, so that they take turns. A
+        UserError becomes an ApiError for the field `param`.
         """
-        loop = asyncio.get_running_loop()
+        loop, turn = asyncio.get_running_loop(), self.encoding.setdefault(client, asyncio.Lock())
         try:
-            return await loop.run_in_executor(self.encoding_thread, function, *args)
+            async with turn:
+                return await loop.run_in_executor(self.encoding_thread, function, *args)
         except UserError as error:
             raise invalid(param, str(error)) from None
 
-    async def start_completion(self, body: CompletionBody) -> tuple[Call, ResponseBuilder]:
-        """Submit the prompts of a completion request. Raises ApiError and TooBusy."""
+    async def start_completion(
+        self, body: CompletionBody, client: str
+    ) -> tuple[Call, ResponseBuilder]:
+        """Submit the prompts of a client's completion request. Raises ApiError and TooBusy."""
         self.check_model(body.model)
         self.check_ranges(body)
         if len(body.prompt) > self.max_prompts:
@@ -160,52 +169,56 @@ class Service:
             raise invalid("prompt", message, "array_above_max_length")
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
         check_characters("prompt", sum(map(len, texts)))
-        self.batcher.check_capacity(len(body.prompt))
+        self.batcher.check_capacity(len(body.prompt), client)
         tokenizer, prompts = self.conversation.tokenizer, []
         for prompt in body.prompt:
             if isinstance(prompt, str):
-                prompts.append(await self.encode("prompt", encode_prompt, tokenizer, prompt))
+                prompts.append(
+                    await self.encode(client, "prompt", encode_prompt, tokenizer, prompt)
+                )
             else:
                 prompts.append(prompt)
         options = body.sampling_options(DEFAULT_COMPLETION_TOKENS)
         only_echo = options["max_new_tokens"] == 0
         options["max_new_tokens"] = max(1, options["max_new_tokens"])
-        encoded = EncodedBody(body, "prompt", prompts, options)
+        encoded = EncodedBody(body, "prompt", prompts, options, client)
         requests, echoes = self.generation_requests(encoded), []
         for prompt, request in zip(body.prompt, requests, strict=True):
             if body.echo:
                 text = prompt if isinstance(prompt, str) else None
-                echoes.append(await self.encode("prompt", Echo.of, tokenizer, request, text))
+                echoes.append(
+                    await self.encode(client, "prompt", Echo.of, tokenizer, request, text)
+                )
         call, builder = self.submit(encoded, requests, CompletionResponse)
         builder.echoes, builder.only_echo = echoes, only_echo
         return call, builder
 
-    async def start_chat(self, body: ChatBody) -> tuple[Call, ResponseBuilder]:
-        """Submit the conversation of a chat request. Raises ApiError and TooBusy."""
+    async def start_chat(self, body: ChatBody, client: str) -> tuple[Call, ResponseBuilder]:
+        """Submit the conversation of a client's chat request. Raises ApiError and TooBusy."""
         self.check_model(body.model)
         self.check_ranges(body)
         check_characters("messages", sum(len(message.content) for message in body.messages))
-        self.batcher.check_capacity(1)
+        self.batcher.check_capacity(1, client)
         messages = []
         for message in body.messages:
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "content": message.content})
-        ids = await self.encode("messages", self.conversation.encode, messages)
+        ids = await self.encode(client, "messages", self.conversation.encode, messages)
         options = body.sampling_options(max(1, min(MAX_ANSWER_TOKENS, self.context - len(ids))))
         defaults = self.checkpoint.config.sampling
         stop = options.get("stop", defaults.stop)
         stop_ids = options.get("stop_ids", defaults.stop_ids)
         options["stop"] = (*stop, *self.conversation.stop)
         options["stop_ids"] = (*stop_ids, *self.chat_stop_ids)
-        encoded = EncodedBody(body, "messages", [ids], options)
+        encoded = EncodedBody(body, "messages", [ids], options, client)
         return self.submit(encoded, self.generation_requests(encoded), ChatResponse)
 
     def submit(
         self, encoded: EncodedBody, requests: list[GenerationRequest], builder: type[BuilderT]
     ) -> tuple[Call, BuilderT]:
         """Submit the requests of a body to the batcher. Raises TooBusy."""
-        body = encoded.body
-        call = self.batcher.submit(requests, self.limits.deadline_seconds, bool(body.stream))
+        body, seconds = encoded.body, self.limits.deadline_seconds
+        call = self.batcher.submit(requests, seconds, bool(body.stream), encoded.client)
         return call, builder(
             model=self.model["id"],
             formatter=self.formatter,

@@ -48,6 +48,18 @@ def is_trained(name: str) -> bool:
     return name in ("char", "seen-bytes") or name.startswith(tuple(f"{kind}:" for kind in SIZED))
 
 
+def declared_size(name: str) -> int | None:
+    """Return the size of the vocabulary that a tokenizer's name tells; None if it tells none.
+
+    >>> [declared_size(name) for name in ("gpt2", "bpe:4096", "char", "tokenizer.json")]
+    [50257, 4096, None, None]
+    """
+    kind, colon, size = name.partition(":")
+    if colon and kind in SIZED and size.isdecimal():
+        return int(size)
+    return GPT2_SIZE if name == "gpt2" else None
+
+
 def build_tokenizer(
     name: str,
     data_dir: str | Path,

@@ -23,8 +23,10 @@ from pocketlm.checkpoint.resume import ResumePoint
 from pocketlm.checkpoint.runs import Run
 from pocketlm.checkpoint.validation import non_finite_problem
 from pocketlm.config.sections import Config
+from pocketlm.data.loaders import rows_per_step
 from pocketlm.data.prepare import PreparedData
 from pocketlm.errors import UserError
+from pocketlm.hardware.processes import print_note
 from pocketlm.training.module import StepCallback, TrainableModule, non_finite
 
 
@@ -45,7 +47,7 @@ class Checkpoints(StepCallback):
     ):
         self.run, self.config, self.training = run, config, config.training
         self.tokenizer_state, self.data_sha256 = data.tokenizer.state(), data.sha256
-        self.model, self.progress = module.model, module.progress
+        self.model, self.progress, self.average = module.model, module.progress, module.average
         self.hardware = hardware  # from `describe_hardware`
         self.history = [*start.history] if start else []
         # the lowest validation loss: that of best.ckpt, and not that of a file that is lost
@@ -74,7 +76,8 @@ class Checkpoints(StepCallback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.progress.saved = checkpoint["interval"]
+        self.progress.restore(checkpoint["interval"])
+        count_in_own_batches(checkpoint, self.config)
         # Lightning takes a missing counter for zero, and would accumulate other micro-batches
         if checkpoint.get("pytorch-lightning_version") == L.__version__:
             expected = trainer.fit_loop.state_dict()
@@ -96,7 +99,7 @@ class Checkpoints(StepCallback):
             name.removeprefix(WEIGHT_PREFIX): tensor for name, tensor in state["state_dict"].items()
         }
         self.model.load_state_dict(weights)
-        self.progress.saved = state["interval"]
+        self.progress.restore(state["interval"])
         self.progress.begin(torch.device("cpu"), lambda count: count, first_process=True)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -132,12 +135,29 @@ class Checkpoints(StepCallback):
             rate = optimizer.param_groups[0]["lr"]
             raise UserError(non_finite(problem, trainer.global_step, rate, self.training.lr))
         path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed under the run
+        validating = self.average.in_model
+        self.average.place(optimizer, in_model=True)
         trainer.save_checkpoint(path)
+        self.average.place(optimizer, in_model=validating)
         if trainer.is_global_zero:
             keep = self.training.keep_checkpoints
             for name in names:
                 self.run.give_name(path, name, only=keep == 1)
             self.run.prune(keep)
+
+
+def count_in_own_batches(checkpoint: dict[str, Any], config: Config) -> None:
+    """Count a checkpoint's batches as this run has them on each device: its steps stay the same."""
+    loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
+    batches = step * config.on_each_device().training.grad_accum_steps
+    for counts in (loop["epoch_loop.batch_progress"][name] for name in ("total", "current")):
+        behind = counts["processed"] - counts["completed"]  # 1 in a save before the batch's end
+        counts |= dict.fromkeys(("ready", "started", "processed"), batches)
+        counts["completed"] = batches - behind
+    [loader] = loop["state_dict"]["combined_loader"]
+    if "handed_out" in loader:  # of earlier versions: the batches of each device
+        del loader["handed_out"]
+        loader["rows"] = step * rows_per_step(config)
 
 
 def first_missing_key(expected: dict[str, Any], actual: Any) -> str | None:
@@ -157,8 +177,8 @@ def first_missing_key(expected: dict[str, Any], actual: Any) -> str | None:
 class RandomState(L.Callback):
     """Saves and restores the random state, which Lightning does not; dropout draws from it.
 
-    The state of every process is saved. Checkpoints of earlier versions have the first one's only:
-    the others are then seeded by rank, and by step, so that they do not repeat their masks.
+    The state of every process is saved. With another number of processes, each is seeded by rank,
+    and by step, so that dropout's masks do not repeat.
     """
 
     def __init__(self, seed: int):
@@ -186,11 +206,17 @@ class RandomState(L.Callback):
         self.restored = state_dict
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        rank = trainer.global_rank
+        rank, count = trainer.global_rank, trainer.world_size
         states = [self.restored, *self.restored.get("ranks", [])] if self.restored else []
-        if rank < len(states):
+        if len(states) == count:
             self._restore(states[rank])
-        elif rank > 0:
+            return
+        if states and module.hparams["model"]["dropout"]:
+            print_note(
+                f"the run had {len(states)} devices and has {count}: from here on dropout draws "
+                "other masks than an uninterrupted run"
+            )
+        if states or rank:
             torch.manual_seed(self.seed + 1_000_003 * rank + trainer.global_step)
 
     @staticmethod

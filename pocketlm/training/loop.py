@@ -5,9 +5,11 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from pocketlm.checkpoint.changes import describe_hardware
 from pocketlm.checkpoint.resume import ResumePoint
@@ -16,6 +18,7 @@ from pocketlm.config.sections import Config
 from pocketlm.data.loaders import build_loaders
 from pocketlm.data.prepare import PreparedData
 from pocketlm.data.samplers import DataShard
+from pocketlm.distributed.sharding import ShardedStrategy
 from pocketlm.errors import UserError
 from pocketlm.hardware.devices import Hardware
 from pocketlm.training.checkpointing import Checkpoints, DurableCheckpointIO, RandomState
@@ -56,7 +59,7 @@ def fit(
     metrics = MetricsLogger(run, config, bytes_per_token, first_step, progress, tensorboard)
     samples = Samples(config, data, model, tensorboard)
     probes = [Probes(config, data, model, progress, metrics)] if t.probe_cases else []
-    resolved = describe_hardware(hardware, config.hardware.devices)
+    resolved = describe_hardware(hardware, config.hardware.world_size)
     checkpoints = Checkpoints(run, config, data, module, resolved, start)
     # the step is saved before samples and probes look at it: what may fail there costs no step
     monitors, stop = [samples, *probes], GracefulStop(checkpoints)
@@ -65,9 +68,10 @@ def fit(
     )
     if start and start.verdict_only:
         checkpoints.restore_finished(start.path)
-        metrics.open_logs()
-        for monitor in monitors:
-            monitor.look_safely(start.step)
+        if trainer.is_global_zero:
+            metrics.open_logs()
+            for monitor in monitors:
+                monitor.look_safely(start.step)
     else:
         train_steps(trainer, module, data, hardware, checkpoints, start)
     best_loss = math.inf if checkpoints.best is None else checkpoints.best
@@ -119,16 +123,18 @@ def set_torch_options(hardware: Hardware) -> None:
 
 def make_trainer(config: Config, hardware: Hardware, callbacks: list[L.Callback]) -> L.Trainer:
     """Return a trainer without what Lightning does by itself; docs/reliability.md has the list."""
-    t = config.training
+    t, passes = config.training, config.on_each_device().training.grad_accum_steps
     refuse_trainer_variables()
     trainer = L.Trainer(
         accelerator=hardware.accelerator,
         devices=config.hardware.devices,
+        num_nodes=config.hardware.num_nodes,
+        strategy=make_strategy(hardware.strategy, config.hardware.timeout),
         precision=hardware.precision,  # type: ignore[arg-type]  # a str that choose_precision made
         max_steps=t.steps,
         max_epochs=-1,
-        accumulate_grad_batches=t.grad_accum_steps,
-        val_check_interval=t.val_every_steps * t.grad_accum_steps,
+        accumulate_grad_batches=passes,
+        val_check_interval=t.val_every_steps * passes,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
@@ -146,6 +152,16 @@ def make_trainer(config: Config, hardware: Hardware, callbacks: list[L.Callback]
     # Its handlers of SIGTERM and SIGUSR1 would save, or leave with status 0, within a step
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
+
+
+def make_strategy(name: str, timeout: int) -> Strategy | str:
+    """Return Lightning's strategy. timeout: seconds that a process waits for the others."""
+    if name == "single":
+        return "auto"
+    if name == "fsdp":
+        return ShardedStrategy(timeout=timedelta(seconds=timeout))
+    # the only buffers are RoPE's tables, which are equal everywhere
+    return DDPStrategy(timeout=timedelta(seconds=timeout), broadcast_buffers=False)
 
 
 def refuse_trainer_variables() -> None:

@@ -174,7 +174,8 @@ class MetricsLogger(StepCallback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step, values = trainer.global_step, self.progress.validation
         metrics = {f"val/{name}": value for name, value in values.items()}
-        self.write(step, self.progress.tokens_so_far(), metrics)
+        self.progress.validated_tokens = self.progress.tokens_so_far()  # of all processes
+        self.write(step, self.progress.validated_tokens, metrics)
         self.print_status(
             step,
             f"validation loss {values['loss']:.4f}  bits per byte {values['bpb']:.4f}  "
@@ -192,6 +193,13 @@ class MetricsLogger(StepCallback):
                 append_row(self.run.metrics_file, row)
             except OSError as error:
                 self._stop_writing(error)
+
+    def has_row(self, step: int, column: str) -> bool:
+        """Return whether metrics.csv has a value of this step already, from before a resume."""
+        if step != self.first_step:
+            return False
+        rows, _ = read_rows(self.run.metrics_file)
+        return any(int(row["step"]) == step and row.get(column) for row in rows)
 
     def print_status(self, step: int, text: str, permanent: bool = False) -> None:
         """Update the progress bar on a terminal, else print a line; permanent text always."""

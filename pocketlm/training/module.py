@@ -15,6 +15,8 @@ from torch import Tensor
 
 from model import Transformer
 from pocketlm.config.sections import Config
+from pocketlm.distributed.sharding import ShardedStrategy, divide
+from pocketlm.optim import WeightAverage
 
 
 class StepCallback(L.Callback):
@@ -59,6 +61,7 @@ class TrainingProgress:
 
     tokens_seen: int = 0  # targets trained on, up to the last logged point
     validation: dict[str, float] = field(default_factory=dict)  # loss, bpb, perplexity
+    validated_tokens: int = 0  # targets trained on before the latest validation
     grad_norm: Tensor = field(default_factory=lambda: torch.zeros(()))  # before clipping
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # nats
     targets: Tensor = field(default_factory=zero_count)
@@ -66,7 +69,8 @@ class TrainingProgress:
     step: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     resumed_targets: int = 0  # of the current interval, counted before the run was interrupted
     total: Callable[[Tensor], Tensor] = lambda count: count  # sum over all processes
-    saved: dict[str, Any] = field(default_factory=dict)  # a checkpoint's state, not yet applied
+    saved: dict[str, Any] = field(default_factory=dict)  # state of the checkpoint to resume from
+    has_saved_sums: bool = False  # in the first process; they are those of all processes
 
     def begin(
         self, device: torch.device, total: Callable[[Tensor], Tensor], first_process: bool
@@ -75,12 +79,19 @@ class TrainingProgress:
         self.total = total
         self.loss_sum = torch.zeros((), device=device)
         self.targets = torch.zeros((), dtype=torch.long, device=device)
+        self.has_saved_sums = first_process
         if self.saved:
-            self.tokens_seen, self.validation = self.saved["tokens_seen"], self.saved["validation"]
-            self.resumed_targets = self.saved["targets"]
-            if first_process:  # the saved sums are those of all processes
-                self.loss_sum.fill_(self.saved["nats"])
-                self.targets.fill_(self.saved["targets"])
+            self.restore(self.saved)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over a checkpoint's state: before `begin`, or, with FSDP, after it."""
+        self.saved = saved
+        self.tokens_seen, self.validation = saved["tokens_seen"], saved["validation"]
+        self.resumed_targets = saved["targets"]
+        self.validated_tokens = self.tokens_seen + self.resumed_targets
+        if self.has_saved_sums:
+            self.loss_sum.fill_(saved["nats"])
+            self.targets.fill_(saved["targets"])
 
     def add(self, loss_sum: Tensor, targets: Tensor, input_ids: Tensor) -> None:
         """Add a micro-batch to the step: its summed loss in nats, number of targets and ids."""
@@ -126,7 +137,14 @@ class TrainableModule(L.LightningModule):
     config: Config
     model: Transformer
     progress: TrainingProgress
+    average: WeightAverage
     train_loss_fn: Callable[[dict[str, Tensor]], Tensor]  # loss_sum, or its compiled version
+
+    def configure_model(self) -> None:
+        """Divide the model among the processes, if the strategy is FSDP."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            divide(self.model, strategy.device_mesh)
 
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the summed cross-entropy of the batch's targets, in nats."""

@@ -14,6 +14,7 @@ from model import Transformer
 from pocketlm.checkpoint.runs import Run
 from pocketlm.config.sections import Config
 from pocketlm.data.prepare import PreparedData
+from pocketlm.distributed.sharding import ShardedStrategy, whole_model
 from pocketlm.errors import UserError
 from pocketlm.evaluation.cases import load_suite, merge_suites
 from pocketlm.evaluation.exports import scalars
@@ -54,8 +55,12 @@ class Monitor(L.Callback):
             self.model.train()
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        divided = self.model
+        if isinstance(trainer.strategy, ShardedStrategy):
+            self.model = whole_model(divided) or divided  # for the first process, from all
         if trainer.is_global_zero:
             self.look_safely(trainer.global_step)
+        self.model = divided
 
 
 class Samples(Monitor):
@@ -134,15 +139,22 @@ class Probes(Monitor):
         metrics: MetricsLogger,
     ):
         self.model, self.progress, self.metrics = model, progress, metrics
-        self.tokenizer = data.tokenizer
+        self.training, self.tokenizer = config.training, data.tokenizer
         context = model.config.max_seq_len
         assert context is not None
         suite = merge_suites(load_suite(path) for path in config.training.probe_cases)
         self.encoded = [encode_case(data.tokenizer, case, context) for case in suite.cases]
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if step and self.training.validates(step):  # a kill may have come after it was saved
+            self.on_validation_end(trainer, module)
+
     def look(self, step: int) -> None:
+        if self.metrics.has_row(step, "probe/macro"):
+            return
         scores = score_cases(self.model, self.tokenizer, self.encoded, top_k=1)
-        tokens = self.progress.tokens_so_far()
+        tokens = self.progress.validated_tokens
         val_loss = self.progress.validation["loss"]
         result = Result([], step, tokens, val_loss, "", self.tokenizer.fingerprint, scores)
         by_tag = scalars(result)

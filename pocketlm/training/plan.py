@@ -1,9 +1,15 @@
-"""The plan of a run, printed before its first step: device, data, model, steps, memory and time."""
+"""The plan of a run, printed before its first step: device, data, model, steps, memory and time.
+
+A dry run also prints the memory, time and cost on several devices, here or on cards elsewhere.
+"""
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]  # ships no types
 import torch
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,6 +24,7 @@ from pocketlm.data.loaders import (
 )
 from pocketlm.data.prepare import PreparedData
 from pocketlm.data.samplers import MixtureBatchSampler
+from pocketlm.errors import UserError
 from pocketlm.hardware.devices import Hardware
 from pocketlm.hardware.measure import device_name, matmul_rate
 from pocketlm.hardware.memory import (
@@ -27,17 +34,36 @@ from pocketlm.hardware.memory import (
     optimizer_bytes,
     run_bytes,
 )
+from pocketlm.hardware.scaling import (
+    STRATEGIES,
+    Target,
+    card_target,
+    device_memory,
+    forecast,
+)
 from pocketlm.model import kernels
+from pocketlm.tokenizer.build import declared_size
 
 # share of the measured matmul rate that a whole training step reaches, roughly
 MATMUL_SHARE = 0.5
+SCALING_ROWS = (
+    "memory of each device",
+    "  parameters, gradients, optimizer",
+    "  activations and temporary tensors",
+    "  communication",
+    "fits",
+    "tokens/s in all",
+    "sending, of a step",
+    "days",
+    "cost",
+)
 OTHER_STATE = 200_000  # bytes of a checkpoint's config, counters and random state, roughly
 
 
 def training_rate(config: Config, hardware: Hardware) -> float:
     """Return the floating-point operations per second that training reaches on all devices."""
     rate = matmul_rate(hardware.accelerator, hardware.precision) * MATMUL_SHARE
-    return rate * config.hardware.devices
+    return rate * config.hardware.world_size
 
 
 def estimated_seconds(config: Config, data: PreparedData, hardware: Hardware) -> float:
@@ -84,7 +110,7 @@ def checkpoint_sizes(config: Config, tokenizer_state: dict[str, Any]) -> list[in
     training = config.training
     weights, moments = (
         4 * config.model.n_parameters,
-        optimizer_bytes(config.model, training.optimizer),
+        optimizer_bytes(config.model, training.optimizer, average=training.ema_decay > 0),
     )
     tokenizer = len(pickle.dumps(tokenizer_state))
     kept = training.keep_checkpoints or -(-training.steps // training.save_every_steps)
@@ -94,6 +120,10 @@ def checkpoint_sizes(config: Config, tokenizer_state: dict[str, Any]) -> list[in
 
 def tokens_per_step(config: Config) -> int:
     return rows_per_step(config) * config.training.seq_len
+
+
+def step_text(config: Config) -> str:
+    return f"{config.training.steps:,} of {tokens_per_step(config):,} tokens"
 
 
 def passes(config: Config, data: PreparedData) -> str:
@@ -181,14 +211,103 @@ def model_rows(config: Config) -> list[tuple[str, str]]:
 def cost_rows(config: Config, data: PreparedData, hardware: Hardware) -> list[tuple[str, str]]:
     minutes = estimated_seconds(config, data, hardware) / 60
     return [
-        (
-            "steps",
-            f"{config.training.steps:,} of {tokens_per_step(config):,} tokens: "
-            f"{passes(config, data)}",
-        ),
+        ("steps", f"{step_text(config)}: {passes(config, data)}"),
         ("memory", memory_row(config, hardware)),
         ("time", f"about {minutes:.1f} minutes, estimated from the speed of a matmul"),
     ]
+
+
+# ---- several devices ----
+
+
+def this_machine(config: Config, hardware: Hardware, rate: float | None) -> Target:
+    """Return this machine to plan for; on a CPU, all processes share its memory and speed.
+
+    rate: measured tokens/s of one device; None: an estimate from the speed of a matmul.
+    """
+    room, count = available_memory(hardware.accelerator), 1
+    used = 0
+    if hardware.accelerator == "cpu":
+        count, used = config.hardware.devices, psutil.Process().memory_info().rss
+    one = replace(config, hardware=replace(config.hardware, devices=1, num_nodes=1))
+    flops = config.model.flops_per_token(config.training.seq_len)
+    estimated = training_rate(one, hardware) / flops / count
+    return Target(
+        name="this machine",
+        accelerator=hardware.accelerator,
+        precision=hardware.precision,
+        memory=room.total / count - used,
+        rate=rate or estimated,
+        rate_source="given" if rate else "estimated from the speed of a matmul",
+    )
+
+
+def scaling_table(config: Config, target: Target, price: float | None) -> Group:
+    """Return the memory, time and cost of a run under each strategy. Raises UserError.
+
+    price: of a device-hour.
+    """
+    hardware = config.hardware
+    count = hardware.world_size
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    columns: list[list[str]] = []
+    for strategy in STRATEGIES if count > 1 else STRATEGIES[:1]:
+        devices = 1 if strategy == "single" else count
+        table.add_column("one device" if devices == 1 else f"{strategy} on {count}")
+        memory = device_memory(config, target.accelerator, target.precision, strategy)
+        time = forecast(config, strategy, target)
+        columns.append(
+            [
+                gigabytes(memory.total),
+                gigabytes(memory.persistent),
+                gigabytes(memory.activations + memory.temporary),
+                gigabytes(memory.communication),
+                "yes" if memory.total <= target.memory else "no",
+                f"{time.tokens_per_second:,.0f}",
+                f"{time.communication_share:.0%}" if target.link else "not known",
+                f"{time.days:,.3g}",
+                "not asked" if price is None else f"{time.cost(price, devices):,.0f}",
+            ]
+        )
+    for name, values in zip(SCALING_ROWS, zip(*columns, strict=True), strict=True):
+        table.add_row(name, *values)
+    where = "" if hardware.num_nodes == 1 else f" on {hardware.num_nodes} machines"
+    heading = (
+        f"{count} x {target.name}{where}, {gigabytes(target.memory)} each; {target.rate:,.0f} "
+        f"tokens/s on one ({target.rate_source}); {target.precision}; "
+        f"{time.tokens:,} tokens in all"
+    )
+    return Group(heading, table)
+
+
+def card_plan(config: Config, card: str, rate: float | None, price: float | None) -> Group:
+    """Plan a run on cards that are not here, without reading its data. Raises UserError."""
+    if config.training.max_epochs is not None:
+        raise UserError(
+            "--card reads no data, and training.max_epochs counts passes over it; "
+            "set training.max_steps instead"
+        )
+    if config.training.micro_batch_size == "auto":
+        raise UserError("--card chooses no batch; set training.micro_batch_size to a number")
+    config = with_declared_vocabulary(config)
+    target = card_target(config, card, rate)
+    config = config.with_auto_steps(target.precision)
+    rows = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in [*model_rows(config), ("steps", step_text(config))]:
+        rows.add_row(name, escape(value))
+    return Group(rows, scaling_table(config, target, price))
+
+
+def with_declared_vocabulary(config: Config) -> Config:
+    """Return the config with the vocabulary that its tokenizer's name tells. Raises UserError."""
+    size = declared_size(config.data.tokenizer)
+    if config.model.vocab_size is None and size is None:
+        raise UserError(
+            f"--card reads no data, and the tokenizer {config.data.tokenizer!r} does not tell the "
+            "size of its vocabulary; set model.vocab_size"
+        )
+    return config if config.model.vocab_size else config.with_vocab_size(size or 0)
 
 
 def run_header(config: Config, data: PreparedData) -> str:

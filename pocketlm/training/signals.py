@@ -9,7 +9,8 @@
 - The second SIGINT or SIGTERM: the process exits at once with the same kind of status; the steps
   since the last saved checkpoint are lost.
 - A signal after the last step has no effect, since the run is about to end anyway.
-- With several processes, a signal to one of them stops all of them at the same step.
+- With several processes, a signal to one of them stops all of them at the same step, with its
+  status.
 
 `StopSignals` in pocketlm/startup.py has the handler, which is installed before the imports.
 """
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning as L
+import torch
 
 from pocketlm.hardware.processes import is_first_process, print_note
 from pocketlm.startup import stop_signals
@@ -49,10 +51,11 @@ class GracefulStop(StepCallback):
     def stop_if_signalled(self, trainer: L.Trainer) -> None:
         """Save this step and raise SystemExit if any process has received a signal."""
         number = stop_signals.received
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(
-            bool(number), all=False
-        ):
-            number = number or signal.SIGTERM
+        if trainer.world_size > 1:
+            own = torch.tensor(number, device=trainer.strategy.root_device)
+            highest = trainer.strategy.reduce(own, reduce_op="max")
+            assert isinstance(highest, torch.Tensor)
+            number = stop_signals.received = int(highest)
         if number and trainer.global_step < self.checkpoints.training.steps:
             self.checkpoints.save(trainer, "last.ckpt")
             # Lightning kills the run 5 s after a process has left; the first one may still copy
@@ -73,6 +76,9 @@ def owned_signals() -> Iterator[None]:
         except SystemExit:
             if stop_signals.received == getattr(signal, "SIGUSR1", None):
                 requeue()
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    # srun may end the first process as soon as another one has left
+                    torch.distributed.barrier()
             raise
 
 

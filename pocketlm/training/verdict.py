@@ -15,9 +15,9 @@ from pocketlm.checkpoint.runs import Run
 from pocketlm.config.sections import Config
 from pocketlm.data.loaders import build_rows, document_ends, rows_in_run
 from pocketlm.data.prepare import PreparedData, PreparedSplit
-from pocketlm.data.shards import TokenShard
 from pocketlm.export.model_card import SCORES_FILE
 from pocketlm.files import atomic_write
+from pocketlm.shards.format import TokenShard
 from pocketlm.training.loop import TrainedRun
 from pocketlm.training.metrics import read_rows
 

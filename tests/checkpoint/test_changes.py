@@ -10,6 +10,7 @@ from pocketlm.checkpoint.changes import (
     Previous,
     adopt_choices,
     adopt_threads,
+    adopt_weights,
     changed_keys,
     check_change,
     describe_hardware,
@@ -71,12 +72,25 @@ def test_another_spelling_of_the_same_run_is_the_same_run(then, now):
     assert changed(previous(**then), config(**now)) == set()
 
 
+def mixture(*weights: float) -> Config:
+    sources = [{"path": f"{number}.txt", "weight": w} for number, w in enumerate(weights)]
+    return config(data={"mixture": sources})
+
+
+@pytest.mark.parametrize("same", [(4, 2, 2), (0.2, 0.1, 0.1), (2, 1, 1)])
+@pytest.mark.parametrize("other", [(2, 1, 1.001), (1, 2, 1), (2, 1)])
+def test_the_weights_of_a_mixture_are_shares(same, other):
+    then = Previous(mixture(2, 1, 1), NOW, "tokens", ())
+    assert adopt_weights(mixture(*same), then) == mixture(2, 1, 1)
+    assert adopt_weights(mixture(*other), then) == mixture(*other)
+    assert adopt_weights(config(), then) == config()
+
+
 @pytest.mark.parametrize(
     "now, keys",
     [
         ({"training": {"lr": 1e-3}}, {"training.lr"}),
         ({"training": {"micro_batch_size": 4}}, {"training.micro_batch_size"}),
-        ({"hardware": {"devices": 2}}, {"hardware.devices"}),  # twice the batch, other rows
         ({"data": {"packing": "padded"}}, {"data.packing"}),
         ({"data": {"val_path": "other.txt"}}, {"data.val_path"}),
         ({"data": {"document_mask": False}}, {"data.document_mask"}),
@@ -200,7 +214,7 @@ def test_a_machine_that_rounds_in_another_way_is_named(capsys):
     "override, message",
     [
         ("training.seed=1", "another training.seed; begin another run"),
-        ("hardware.devices=2", "another hardware.devices; begin another run"),
+        ("hardware.devices=2", "hardware.devices; give it without --change"),
         ("training.max_steps=9", "training.max_steps; give it without --change"),
     ],
 )

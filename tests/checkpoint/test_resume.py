@@ -16,6 +16,7 @@ from pocketlm.checkpoint.runs import Run
 from pocketlm.config.sections import Config, TrainingConfig
 from pocketlm.errors import UserError
 from pocketlm.hardware.devices import Hardware
+from pocketlm.optim import WeightAverage
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from pocketlm.training.checkpointing import Checkpoints
 from pocketlm.training.module import TrainingProgress
@@ -223,7 +224,9 @@ def saved_state(step: int, keep: int) -> dict:
 
 def save_from(first: int, best: float | None, keep: int) -> None:
     """Save the steps of SAVES from `first` on, as a run does that began with this best loss."""
-    module = SimpleNamespace(model=torch.nn.Linear(1, 1), progress=TrainingProgress())
+    module = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), progress=TrainingProgress(), average=WeightAverage(0.0)
+    )
     training = TrainingConfig(
         max_steps=12, val_every_steps=5, save_every_steps=1, keep_checkpoints=keep
     )

@@ -82,6 +82,7 @@ def test_a_wrong_value_anywhere_is_refused_in_a_sentence_or_harmless(kind):
         ("d_model", 2**16, "its embeddings are not 16 of 65536"),
         ("vocab_size", 2**20, "its embeddings are not 1048576 of"),
         ("d_ff", 2**18, "smaller than d_ff"),
+        ("head_dim", 2**17, "smaller than n_heads 2 of head_dim 131072"),
     ],
     ids=str,
 )

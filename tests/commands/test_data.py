@@ -8,6 +8,7 @@ import pytest
 
 import data
 from pocketlm.data.report import build_report
+from pocketlm.errors import UserError
 from tests.support.corpora import LINES, LINES_CONFIG, TRAIN, VAL, prepare_config
 
 COMMAND = ("--config", "config.yaml")
@@ -42,6 +43,33 @@ def test_the_command_prints_the_report_and_as_json_the_same_numbers(capsys, fork
     assert lines[0] == "lines.txt"
     assert not Path("checkpoints").exists()
     assert not Path("logs").exists()
+
+
+def test_parts_say_what_is_left_and_the_report_of_joined_parts_is_that_of_one_process(capsys):
+    expected = json.loads(json.dumps(build_report(*prepare_config(*LINES_CONFIG)).as_json()))
+    parts = [*COMMAND, *LINES_CONFIG, "data.cache_dir=parts"]
+    assert data.main([*parts, "--part", "2/2"]) == 0
+    assert "not prepared yet: 1/2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="run python data.py --part 1/2 with the same config"):
+        data.main(parts)
+    assert data.main([*parts, "--part", "1/2", "--json"]) == 0
+    (part,) = json.loads(capsys.readouterr().out)
+    assert (part["source"], part["missing"], part["complete"]) == ("lines.txt", [], False)
+    assert data.main([*parts, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+    assert data.main([*parts, "--part", "1/2"]) == 0
+    assert "all of it is prepared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["0/4", "5/4", "3", "1/0", "-1/4", "1/99999", "a/b", "1/4/2", ""])
+def test_a_part_that_cannot_be_is_one_sentence(part):
+    with pytest.raises(UserError, match="--part .*: name one of up to 10,000 parts, from 1"):
+        data.main([*COMMAND, *LINES_CONFIG, f"--part={part}"])
+
+
+def test_a_part_is_not_exported():
+    with pytest.raises(UserError, match="leave --part out once all are prepared"):
+        data.main([*COMMAND, *LINES_CONFIG, "--part", "1/2", "--export", "nanogpt"])
 
 
 @pytest.mark.parametrize("program", ["nanogpt", "llmc"])

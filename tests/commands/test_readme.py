@@ -14,8 +14,8 @@ from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.config.loading import load_config
 from pocketlm.config.sections import Config
 from pocketlm.data.datasets import PaddedLMDataset
-from pocketlm.data.shards import TokenShard
 from pocketlm.model.loss import IGNORE_INDEX, cross_entropy
+from pocketlm.shards.format import TokenShard
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -22,6 +22,7 @@ from pocketlm.config.sections import (
     TrainingConfig,
 )
 from pocketlm.errors import UserError
+from pocketlm.model.rope import RopeScaling
 
 ROOT = Path(__file__).parents[2]
 
@@ -362,3 +363,30 @@ def test_a_name_that_looks_like_a_number_is_written_so_that_it_loads_back(name):
         path = Path(folder) / "c.yaml"
         path.write_text(to_yaml(Config(run=RunConfig(name=name))))
         assert load_config(path).run.name == name
+
+
+# ---- RoPE scaling, a section in a section ----
+
+
+def test_a_scaling_in_a_file_or_typed_is_the_same_and_survives_writing():
+    scaling = RopeScaling("yarn", 4.0, original_max_seq_len=64)
+    values = "{kind: yarn, factor: 4, original_max_seq_len: 64}"
+    config = load(f"model:\n  rope_scaling: {values}\n")
+    assert config.model.rope_scaling == scaling
+    assert load("", f"model.rope_scaling={values}") == config
+    assert load(to_yaml(config)) == config
+    assert load(to_yaml(config), "model.rope_scaling=null").model.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ("yarn", "c.yaml:2: model.rope_scaling is a section with keys of its own, not 'yarn'"),
+        ("{kind: yarn, factor: 4, beta: 1}", "c.yaml:2: model.rope_scaling has no key 'beta'; did"),
+        ("{kind: ntk, factor: 4}", "c.yaml:2: model.rope_scaling.kind is 'ntk'; it should be"),
+        ("{kind: linear, factor: 0}", "c.yaml:2: model.rope_scaling.factor is 0.0; it must be"),
+    ],
+)
+def test_a_mistake_in_a_scaling_has_its_line(values, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(f"model:\n  rope_scaling: {values}\n")

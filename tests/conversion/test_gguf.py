@@ -23,6 +23,8 @@ from pocketlm.checkpoint.format import read_checkpoint
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.config.sampling import SamplingParams
 from pocketlm.conversion import gguf_tokenizer, pretrained
+from pocketlm.conversion.gguf import read_part
+from pocketlm.conversion.stored import StoredTensors
 from pocketlm.inference import generate
 from tests.support.pretrained import (
     CORPUS,
@@ -281,15 +283,18 @@ def test_a_truncated_gguf_file_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 
 GGUF_CANNOT = {
-    "arch": ("qwen2", "is of a model of type 'qwen2'; only llama and gpt2 can be converted"),
+    "arch": (
+        "phi3",
+        "is of a model of type 'phi3'; those that can be converted are llama, qwen2, qwen3, gpt2",
+    ),
     "llama__rope__scaling__type": (
-        "yarn",
-        "rope.scaling.type is 'yarn', which this model cannot express; it must be 'none'",
+        "longrope",
+        "rope.scaling.type is 'longrope', which this model cannot express; it must be 'linear' or",
     ),
     "llama__expert_count": ("8", "llama.expert_count is '8'"),
     "splitter": (
         "jais",
-        "splits text by the method 'jais'; only gpt-2, smollm, llama-bpe can be converted",
+        "splits text by the method 'jais'; only gpt-2, smollm, llama-bpe, qwen2 can be",
     ),
 }
 
@@ -300,3 +305,65 @@ def test_a_gguf_file_that_cannot_be_expressed_is_refused(
 ) -> None:
     value, words = GGUF_CANNOT[key]
     assert words in refusal(capsys, write_gguf(tmp_path / "model.gguf", llama(), **{key: value}))
+
+
+def dequantized_types() -> list[gguf.GGMLQuantizationType]:
+    """Return the types that the gguf package turns into float32."""
+    found = []
+    for kind in gguf.GGMLQuantizationType:
+        try:
+            gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+        except NotImplementedError:
+            continue
+        found.append(kind)
+    return found
+
+
+def stored_matrix(kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Return a (4, 256) matrix as bytes: random ones, whose float16 scales are moderate."""
+    block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    shape = (4, 256 // block * n_bytes)
+    if block > 1:
+        # as float16 or bytes alike: from 0.03 to 2, and from 40 to 63
+        return np.random.default_rng(0).integers(40, 63, shape).astype(np.uint8)
+    return gguf.quantize(np.random.default_rng(0).normal(size=(4, 256)).astype("f4"), kind)
+
+
+@pytest.mark.parametrize("kind", dequantized_types(), ids=lambda kind: kind.name)
+def test_each_type_that_the_gguf_package_dequantises_is_read(
+    tmp_path: Path, kind: gguf.GGMLQuantizationType
+) -> None:
+    data = stored_matrix(kind)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensors = StoredTensors()
+    read_part(tmp_path / "model.gguf", tensors)
+    expected = gguf.dequantize(data, kind)
+    assert expected.shape == (4, 256) and np.isfinite(expected).all() and expected.std() > 0
+    assert np.array_equal(tensors["blk.0.ffn_up.weight"].numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["Q8_K", "I32", "Q1_0"])
+def test_a_type_that_the_gguf_package_does_not_dequantise_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    add = gguf.GGUFWriter.add_tensor
+
+    def stored_otherwise(
+        writer: gguf.GGUFWriter, name: str, data: np.ndarray, **options: object
+    ) -> None:
+        if "output_norm" in name:
+            data, options = np.zeros((1, n_bytes), np.uint8), {"raw_dtype": kind}
+        add(writer, name, data, **options)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", stored_otherwise)
+    path = write_gguf(tmp_path / "model.gguf", llama())
+    assert f"output_norm.weight is stored as {name}, which is not supported" in refusal(
+        capsys, path
+    )

@@ -165,24 +165,32 @@ def test_the_chat_template_is_kept(tmp_path: Path, where: str) -> None:
 
 LLAMA_CANNOT = {
     "model_type": (
-        "mistral",
-        "is of a model of type 'mistral'; only llama and gpt2 can be converted",
+        "phi3",
+        "is of a model of type 'phi3'; those that can be converted are llama, mistral, qwen2, "
+        "qwen3, gpt2",
     ),
     "hidden_act": ("gelu", "hidden_act is 'gelu'"),
     "head_dim": (
         32,
-        "head_dim is 32, which this model cannot express; it must be 16 or left out",
+        "self_attn.q_proj.weight is torch.float32 of (64, 64), which does not make",
     ),
-    "attention_bias": (True, "where attention_bias is True: mlp_bias is False"),
+    "attention_bias": (
+        True,
+        "has no tensor model.layers.0.self_attn.q_proj.bias, which its config requires",
+    ),
     "rope_parameters": (
-        {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0},
-        "rope_parameters: rope_type is 'llama3'",
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0},
+        "rope_parameters: rope_type is 'dynamic', which this model cannot express; it must be "
+        "'default' or 'linear' or 'llama3' or 'yarn'",
     ),
-    "rope_scaling": ({"type": "linear", "factor": 2.0}, "rope_scaling: type is 'linear'"),
+    "rope_scaling": (
+        {"type": "yarn", "factor": -2.0},
+        "model.rope_scaling.factor is -2.0; it must be above 0",
+    ),
     "quantization_config": ({"bits": 4}, "quantization_config is"),
     "hidden_size": (
         62,
-        "head_dim is 16, which this model cannot express; it must be 15 or left out",
+        "model.embed_tokens.weight is torch.float32 of (384, 64), which does not make",
     ),
     "num_attention_heads": (
         0,
@@ -270,10 +278,12 @@ def test_an_incomplete_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     shard.write_bytes(shard.read_bytes()[:5000])
     assert f"{shard.name} is damaged or not a safetensors file (" in refusal(capsys, folder)
     shard.unlink()
-    assert f"there is no {shard}; download or save the model again" in refusal(capsys, folder)
+    assert f"there is no {shard}, which model.safetensors.index.json lists; download" in refusal(
+        capsys, folder
+    )
     (folder / "model.safetensors.index.json").unlink()
     (folder / "pytorch_model.bin").touch()
-    assert "a pytorch_model.bin is not read: save the model again, as safetensors" in refusal(
+    assert "pytorch_model.bin is truncated, damaged or not a file of torch.save" in refusal(
         capsys, folder
     )
     (folder / "tokenizer.json").unlink()

@@ -35,7 +35,9 @@ def test_a_path_that_is_no_model_is_refused(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "empty.gguf").touch()
     assert "has no config.json; give the folder" in refusal(capsys, tmp_path / "empty")
-    assert "is not a GGUF file; give one, or the folder" in refusal(capsys, tmp_path / "notes.txt")
+    assert "is not a GGUF file, and no checkpoint of nanoGPT or of the starter; give one" in (
+        refusal(capsys, tmp_path / "notes.txt")
+    )
     assert "is not a GGUF file" in refusal(capsys, tmp_path / "empty.gguf")
     assert refusal(capsys, tmp_path / "nowhere").endswith(
         "give a Hugging Face folder, a GGUF file, or a name: smollm2-135m"

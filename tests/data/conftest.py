@@ -1,28 +1,13 @@
 """Fixtures of the tests of data."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pocketlm.corpus.named import CORPORA
-from pocketlm.data.shard_builder import BuildSettings
 from tests.support.corpora import LINES
-from tests.support.preparation import use_small_sizes
+from tests.support.preparation import DATA, small, wiki
 
-DATA = Path(__file__).parents[2] / "data"
-
-
-@pytest.fixture(scope="session")
-def wiki() -> list[str]:
-    """Return the documents of the corpus `wiki`."""
-    return list(CORPORA["wiki"](str(DATA)))
-
-
-@pytest.fixture
-def small(monkeypatch) -> Callable[[int, int], BuildSettings]:
-    """Return a function (piece, batch) that makes both small, and returns the settings."""
-    return lambda piece, batch: use_small_sizes(monkeypatch, piece, batch)
+__all__ = ["small", "wiki"]
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pocketlm.data import prepare as prepare_module
-from pocketlm.data import shard_builder
 from pocketlm.data.prepare import prepare
 from pocketlm.errors import UserError
+from pocketlm.shards import builder
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.build import build_tokenizer
 from tests.support.preparation import (
@@ -73,7 +73,7 @@ def test_the_same_text_in_another_file_and_at_another_time_shares_the_shards(tmp
     ]
     prepared = [prepare(config) for config in configs]
     # The second time, nothing is written or trained.
-    monkeypatch.setattr(shard_builder, "ShardWriter", None)
+    monkeypatch.setattr(builder, "ShardWriter", None)
     built = {"byte": prepared[0].tokenizer}
     monkeypatch.setattr(prepare_module, "build_tokenizer", lambda name, *_, **__: built[name])
     again = [prepare(dataclasses.replace(config, path=second)) for config in configs]
@@ -119,7 +119,7 @@ def test_of_two_that_train_the_same_tokenizer_at_once_one_does(tmp_path, corpus,
         other_waits.set()
 
     monkeypatch.setattr(prepare_module, "build_tokenizer", build_while_other_waits)
-    monkeypatch.setattr(shard_builder, "print", print_that_other_waits, raising=False)
+    monkeypatch.setattr(builder, "print", print_that_other_waits, raising=False)
     config = byte_config(tmp_path, path=corpus, tokenizer="char", val_share=0.3)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(prepare, [config] * 2)

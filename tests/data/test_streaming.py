@@ -22,6 +22,7 @@ from pocketlm.data import streaming
 from pocketlm.data.datasets import PackedLMDataset, PaddedLMDataset, RowFormat
 from pocketlm.data.samplers import DataShard
 from pocketlm.data.streaming import (
+    StepShare,
     StreamingPackedLMDataset,
     StreamLoader,
     StreamOptions,
@@ -71,7 +72,7 @@ DOCUMENTS = st.lists(DOCUMENT, min_size=1, max_size=8)
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     st.lists(DOCUMENT, min_size=1, max_size=8), TOKENIZER, ROW_FORMAT, st.integers(1, 4), OPTIONS
@@ -123,10 +124,9 @@ def test_a_workers_rows_are_the_rows_of_a_shard_of_its_documents(tmp_path, padde
     documents = [f"document {i} " + "x" * (i * 7 % 30) for i in range(40)]
     tokenizer = ByteTokenizer(bos, eos)
     row_format, options = RowFormat(12, padded, True), StreamOptions(shuffle_buffer=4, epochs=1)
-    dataset = StreamingPackedLMDataset(
-        Texts(documents), tokenizer, row_format, 5, options, DataShard(1, 3)
-    )
-    streamed = rows_of(dataset)
+    dataset = StreamingPackedLMDataset(Texts(documents), tokenizer, row_format, 5, options)
+    batches = (batch for _, _, batch in dataset.batches(worker=1, workers=3))
+    streamed = [row for batch in batches for row in rows_of_batch(batch)]
     shard = write_shard(tmp_path / "x.bin", tokenizer, documents[1::3])
     if padded:
         whole = PaddedLMDataset(shard, 12, bool(tokenizer.corpus_suffix))
@@ -150,16 +150,16 @@ DISTINCT = ["".join(CHARACTERS[start : start + 24]) for start in range(0, 1200, 
 def test_every_training_token_is_a_target_once_an_epoch_and_no_validation_token_ever(
     world_size, workers, padded
 ):
-    """However many ranks and worker processes share the documents."""
+    """However many ranks share the rows, and worker processes the documents."""
     tokenizer = CharTokenizer.train(DISTINCT)
     options = StreamOptions(val_share=0.3, shuffle_buffer=3, epochs=1)
     targets: Counter[int] = Counter()
     for rank in range(world_size):
-        shard = DataShard(rank, world_size)
         dataset = StreamingPackedLMDataset(
-            Texts(DISTINCT), tokenizer, RowFormat(30, padded), 4, options, shard
+            Texts(DISTINCT), tokenizer, RowFormat(30, padded), 6, options
         )
-        targets.update(kept_targets(StreamLoader(dataset, workers)))
+        step = StepShare(batches=2, rows=2, rank=DataShard(rank, world_size))
+        targets.update(kept_targets(StreamLoader(dataset, workers, step=step)))
     train = [document for document in DISTINCT if not is_validation(document, 0.3)]
     assert 0 < len(train) < len(DISTINCT)
     assert targets.pop(tokenizer.eos_id) == len(train)
@@ -169,16 +169,31 @@ def test_every_training_token_is_a_target_once_an_epoch_and_no_validation_token_
 def test_workers_take_turns_and_yield_what_each_would_alone():
     tokenizer = CharTokenizer.train(DISTINCT)
     row_format, options = RowFormat(8, document_mask=True), StreamOptions(seed=5, shuffle_buffer=3)
-    dataset = StreamingPackedLMDataset(
-        Texts(DISTINCT), tokenizer, row_format, 4, options, DataShard(1, 2)
-    )
+    dataset = StreamingPackedLMDataset(Texts(DISTINCT), tokenizer, row_format, 4, options)
     batches = [rows_of_batch(batch) for batch in islice(iter(StreamLoader(dataset, 3)), 9)]
     alone = [
-        stream_rows(DISTINCT, tokenizer, row_format, options, DataShard(3 + worker, 6))
+        stream_rows(DISTINCT, tokenizer, row_format, options, DataShard(worker, 3))
         for worker in range(3)
     ]
     expected = [alone[worker][start : start + 4] for start in (0, 4, 8) for worker in range(3)]
     assert batches == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_ranks_of_a_stream_have_the_rows_of_each_step_of_one(workers):
+    """Three of them, two rows at a time; in the order of `ShuffledBatchSampler`."""
+    tokenizer, options = CharTokenizer.train(DISTINCT), StreamOptions(shuffle_buffer=3)
+
+    def rows(step: StepShare | None = None) -> list[Row]:
+        dataset = StreamingPackedLMDataset(Texts(DISTINCT), tokenizer, RowFormat(8), 6, options)
+        loader = StreamLoader(dataset, workers, step=step)
+        return [row for batch in islice(iter(loader), 8) for row in rows_of_batch(batch)]
+
+    one = rows()  # 4 steps of 2 batches of 6 rows
+    three = [rows(StepShare(2, 2, DataShard(rank, 3))) for rank in range(3)]
+    assert one[:24] == [
+        row for p in range(4) for rank in range(3) for row in three[rank][2 * p : 2 * p + 2]
+    ]
 
 
 # ---- order ----
@@ -278,26 +293,18 @@ def test_memory_does_not_grow_with_a_document(tmp_path, padded):
 # ---- errors, and pickle ----
 
 
-@pytest.mark.parametrize(
-    "world_size, workers, enough",
-    [(1, 3, True), (3, 0, True), (3, 1, True), (2, 2, False), (1, 5, False)],
-)
-def test_too_few_documents_for_the_workers_are_refused_before_the_first_batch(
-    world_size, workers, enough
-):
+@pytest.mark.parametrize("workers, enough", [(3, True), (0, True), (5, False)])
+def test_too_few_documents_for_the_workers_are_refused_before_the_first_batch(workers, enough):
     """Of three documents for training and one for validation, a fourth worker would have none."""
     texts = [text for text in map(str, range(100)) if not is_validation(text, 0.2)][:3]
     texts.append(next(text for text in map(str, range(100)) if is_validation(text, 0.2)))
-    options, rank = StreamOptions(val_share=0.2), DataShard(0, world_size)
-    dataset = StreamingPackedLMDataset(
-        Texts(texts), ByteTokenizer(), RowFormat(4), 2, options, rank
-    )
+    options = StreamOptions(val_share=0.2)
+    dataset = StreamingPackedLMDataset(Texts(texts), ByteTokenizer(), RowFormat(4), 2, options)
     if enough:
         assert next(iter(StreamLoader(dataset, workers)))
         return
     message = (
-        f"texts has too few documents to train on for {world_size * workers} workers; "
-        "lower hardware.num_workers or hardware.devices"
+        f"texts has too few documents to train on for {workers} workers; lower hardware.num_workers"
     )
     with pytest.raises(UserError, match=f"^{message}$"):
         StreamLoader(dataset, workers)
@@ -305,10 +312,12 @@ def test_too_few_documents_for_the_workers_are_refused_before_the_first_batch(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_documents_without_a_target_do_not_loop_for_ever(workers):
-    rank = DataShard() if workers else DataShard(1, 2)
     tokenizer = ByteTokenizer(eos=False)
-    dataset = StreamingPackedLMDataset(Texts(["a", "b"]), tokenizer, RowFormat(4), 2, rank=rank)
-    message = "^texts has too few documents to train on for 2 workers; lower [a-z_. ]*$"
+    texts = Texts(["a", "b"][: workers or 1])  # one for each worker
+    dataset = StreamingPackedLMDataset(texts, tokenizer, RowFormat(4), 2)
+    message = (
+        f"^texts has too few documents to train on for {workers or 1} workers; lower [a-z_.]*$"
+    )
     with pytest.raises(UserError, match=message):
         next(iter(StreamLoader(dataset, workers)))
 

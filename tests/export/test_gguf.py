@@ -1,6 +1,8 @@
 """GGUF files that convert.py writes: read by transformers, by our reader, and by llama.cpp."""
 
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.conversion.gguf import read_gguf
+from pocketlm.export.proof import TEXTS as TEXTS_OF_PROOFS
 from pocketlm.export.proof import greedy_tokens, our_step
 from pocketlm.hub.special_tokens import SpecialTokens
 from pocketlm.tokenizer.base import Tokenizer
@@ -30,16 +33,19 @@ from tests.support.exports import (
     same_weights,
 )
 from tests.support.pretrained import TEMPLATE, byte_level_bpe
+from tests.support.tokenizer_families import SIZE, qwen
 from tests.support.tokenizer_kinds import DATA
 
 ROUNDING = 1e-4  # logits are as large as 10; measured: 4e-6
 CAT = "the cat sat on the mat, the dog sat on the log. " * 5
 BPE = build_tokenizer("bpe:300", DATA, [CAT, "中文中文 naïve 😀😀"])
+QWEN = qwen()
 TOKENIZERS = {
     "byte": build_tokenizer("byte", DATA),
     "bpe": BPE,
     "bpe with bos": build_tokenizer("bpe:300", DATA, [CAT], bos=True),
     "trimmed gpt2": build_tokenizer("gpt2:300", DATA, [CAT]),
+    "qwen": JsonTokenizer(QWEN.to_str(), "qwen", None, QWEN.token_to_id("<|im_end|>")),
     "digits one by one": JsonTokenizer(byte_level_bpe("smollm").to_str(), "smollm", 0, 1),
 }
 TEXTS = st.lists(
@@ -107,7 +113,7 @@ def read_again(tmp_path_factory: pytest.TempPathFactory) -> dict[str, JsonTokeni
     found = {}
     for name, tokenizer in TOKENIZERS.items():
         folder = tmp_path_factory.mktemp("gguf")
-        sizes = dict(tokenizer=tokenizer, vocab_size=350, d_model=8, n_heads=1, n_kv_heads=1)
+        sizes = dict(tokenizer=tokenizer, vocab_size=SIZE + 3, d_model=8, n_heads=1, n_kv_heads=1)
         file = exported(a_checkpoint(folder, **sizes), "gguf", folder / "model.gguf")
         found[name] = read_gguf(file, name).tokenizer
     return found
@@ -150,29 +156,89 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(
     assert f"llama.cpp has no tokenizer with the ids of {kind!r}" in message
 
 
+def test_the_exact_gelu_which_llama_cpp_lacks_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint = a_checkpoint(tmp_path, **GPT2 | dict(mlp="gelu_exact"))
+    assert "llama.cpp cannot compute, because of mlp 'gelu_exact'" in export_refusal(
+        capsys, checkpoint, "gguf"
+    )
+
+
 # ---- llama.cpp itself, which takes half an hour to compile: pytest -m llama_cpp ----
+
+HARD_TEXTS = [
+    *TEXTS_OF_PROOFS,
+    "the cat sat",
+    "it's 12345\r\n\n  中文 😀",
+    "<|endoftext|> x",
+    "a\u3000\ufeffb ",
+    " \n \n\n  x   y\t\t",
+    "É\u0301\u200d🇫🇷 ١٢٣ ½ Ⅷ 𝟘",
+    "I'LL we've 3.14e-10 __init__ C++ ~/.x",
+]
+# How far below the best a token of llama.cpp may be, where logits have a standard deviation of some
+# 5: it also rounds what enters a matrix, to float16 or, with q8_0, to 8 bits.
+WITHIN = {"f32": 0.0, "f16": 0.05, "q8_0": 0.5}
+
+
+@pytest.fixture
+def llama_cpp(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return llama.cpp without its matrices for AMX, which a virtual machine may not have."""
+    module = pytest.importorskip("llama_cpp")
+    default = module.llama_cpp.llama_model_default_params
+
+    def portable() -> Any:
+        params = default()
+        params.use_extra_bufts = False
+        return params
+
+    monkeypatch.setattr(module.llama_cpp, "llama_model_default_params", portable)
+    return module
 
 
 @pytest.mark.llama_cpp
 @pytest.mark.parametrize("sizes", [{}, GPT2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_llama_cpp_has_our_ids_and_our_greedy_text(
-    tmp_path: Path, tokenizer: Tokenizer, sizes: dict
+    tmp_path: Path, llama_cpp: ModuleType, tokenizer: Tokenizer, sizes: dict
 ) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp")
     checkpoint = a_checkpoint(tmp_path, tokenizer=tokenizer, **sizes)
     file = exported(checkpoint, "gguf", tmp_path / "model.gguf")
     theirs = llama_cpp.Llama(str(file), n_ctx=96, n_threads=1, logits_all=True, verbose=False)
-    texts = ["the cat sat", "it's 12345\r\n\n  中文 😀", "<|endoftext|> x", "a\u3000\ufeffb ", ""]
-    for text in texts:
+    for text in HARD_TEXTS:
         ids = theirs.tokenize(text.encode(), add_bos=False, special=False)
         assert ids == tokenizer.encode(text)
-    prompt = tokenizer.document_prefix + tokenizer.encode(texts[0])
-    assert theirs.tokenize(texts[0].encode(), add_bos=True, special=False) == prompt
+    prompt = tokenizer.document_prefix + tokenizer.encode("the cat sat")
+    assert theirs.tokenize(b"the cat sat", add_bos=True, special=False) == prompt
+    ours = greedy_tokens(our_step(load_checkpoint(checkpoint).model), np.array([prompt]), 64)
+    assert greedy_of_llama_cpp(theirs, prompt, 64) == ours.tolist()
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("dtype", WITHIN)
+@pytest.mark.parametrize("sizes", [{}, GPT2], ids=["llama", "gpt2"])
+def test_llama_cpp_chooses_the_tokens_that_are_best_in_the_file(
+    tmp_path: Path, llama_cpp: ModuleType, sizes: dict, dtype: str
+) -> None:
+    checkpoint = a_checkpoint(tmp_path, tokenizer=BPE, d_model=64, d_ff=96, **sizes)
+    file = exported(checkpoint, "gguf", tmp_path / "model.gguf", "--dtype", dtype)
+    assert convert.main([str(file), "--to", "ckpt", str(tmp_path / "again.ckpt")]) == 0
+    theirs = llama_cpp.Llama(str(file), n_ctx=96, n_threads=1, logits_all=True, verbose=False)
+    prompt = BPE.document_prefix + BPE.encode("the cat sat")
+    found = greedy_of_llama_cpp(theirs, prompt, 64)
+    with torch.inference_mode():
+        logits = load_checkpoint(tmp_path / "again.ckpt").model(torch.tensor([prompt + found]))
+    before = logits[0, len(prompt) - 1 : -1]  # each token found
+    chosen = before[torch.arange(64), torch.tensor(found)]
+    assert (before.amax(-1) - chosen).max() <= WITHIN[dtype]
+
+
+def greedy_of_llama_cpp(theirs: Any, prompt: list[int], n_tokens: int) -> list[int]:
+    """Return the most likely tokens after a prompt."""
     theirs.eval(prompt)
-    found = []
-    for _ in range(64):
+    found: list[int] = []
+    for _ in range(n_tokens):
         found.append(int(np.argmax(theirs.scores[theirs.n_tokens - 1])))
         theirs.eval(found[-1:])
-    ours = greedy_tokens(our_step(load_checkpoint(checkpoint).model), np.array([prompt]), 64)
-    assert found == ours.tolist()
+    return found

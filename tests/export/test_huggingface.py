@@ -21,6 +21,7 @@ from pocketlm.inference.conversation import Conversation
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from tests.support.checkpoints import byte_ids
 from tests.support.exports import (
+    GPT2,
     INEXPRESSIBLE,
     MODELS,
     a_checkpoint,
@@ -37,9 +38,10 @@ from tests.support.tokenizer_kinds import named
 pytestmark = pytest.mark.usefixtures("quick_check")
 
 ROUNDING = 1e-4  # logits are as large as 10; measured: 5e-6
+EXACT_GELU = GPT2 | dict(mlp="gelu_exact")  # as nanoGPT's; llama.cpp lacks it
 
 
-@pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("sizes", [*MODELS.values(), EXACT_GELU], ids=[*MODELS, "exact gelu"])
 def test_a_folder_has_our_logits_and_greedy_text_and_is_the_same_read_again(
     tmp_path: Path, sizes: dict
 ) -> None:
@@ -94,7 +96,8 @@ def test_a_model_that_no_class_expresses_is_refused_by_field(
     for output_format in ("hf", "gguf"):
         message = export_refusal(capsys, checkpoint, output_format)
         assert f"{field} {value!r}" in message
-        assert "LlamaForCausalLM" in message and "GPT2LMHeadModel" in message
+        nearest = "GPT2LMHeadModel" if field == "position" else "LlamaForCausalLM"
+        assert f"it differs from the nearest, {nearest}, by " in message
 
 
 def test_a_large_model_is_in_several_files_with_an_index(
@@ -216,3 +219,12 @@ def test_what_is_no_checkpoint_of_float32_is_refused(
     small = tmp_path / "small.ckpt"
     assert quantize.main([str(checkpoint), "--dtype", "int8", "--to", str(small)]) == 0
     assert "is int8 already; use the checkpoint" in export_refusal(capsys, small, "hf")
+
+
+def test_a_qwen2_with_another_tokenizer_than_qwens_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """AutoTokenizer of transformers 5 takes Qwen2's class, whatever the folder says."""
+    checkpoint = a_checkpoint(tmp_path, attention_bias="qkv")
+    message = export_refusal(capsys, checkpoint, "hf")
+    assert "AutoTokenizer splits the texts of every Qwen2 as Qwen's tokenizer does" in message

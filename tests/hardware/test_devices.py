@@ -53,9 +53,8 @@ def choose(precision: str = "auto", **section: str) -> tuple[str, str, bool]:
     chosen = devices.with_compile(
         devices.choose_hardware(config, precision), config.compile, seconds=60
     )
-    assert set(chosen.reasons) == {"accelerator", "precision", "compile"} and all(
-        chosen.reasons.values()
-    )
+    assert set(chosen.reasons) == {"accelerator", "precision", "compile", "strategy"}
+    assert all(chosen.reasons.values())
     return chosen.accelerator, chosen.precision, chosen.compile
 
 
@@ -212,6 +211,39 @@ def test_more_devices_than_there_are_is_a_mistake(machine, accelerator, count, t
         match=f"hardware.devices is {count}, and this machine has {there} of {accelerator}",
     ):
         devices.choose_hardware(HardwareConfig(accelerator=accelerator, devices=count), "32-true")
+
+
+@pytest.mark.parametrize(
+    "section, strategy",
+    [
+        ({}, "single"),
+        ({"devices": 4}, "ddp"),  # more than the cores of this machine are processes
+        ({"num_nodes": 2}, "ddp"),
+        ({"devices": 2, "strategy": "fsdp"}, "fsdp"),
+        ({"strategy": "fsdp"}, "fsdp"),
+    ],
+    ids=str,
+)
+def test_several_devices_have_a_strategy(machine, section, strategy):
+    chosen = devices.choose_hardware(HardwareConfig(accelerator="cpu", **section), "32-true")
+    assert chosen.strategy == strategy
+
+
+@pytest.mark.parametrize(
+    "section", [{"strategy": "ddp"}, {"strategy": "fsdp"}, {"num_nodes": 2}], ids=str
+)
+def test_a_strategy_that_mps_does_not_have_is_a_mistake(machine, section):
+    machine("mps")
+    [(key, value)] = section.items()
+    with pytest.raises(UserError, match=f"^hardware.{key} is {value}, and MPS trains on one "):
+        devices.choose_hardware(HardwareConfig(accelerator="mps", **section), "32-true")
+
+
+def test_float16_is_not_divided(machine):
+    machine("cuda")
+    config = HardwareConfig(accelerator="cuda", strategy="fsdp")
+    with pytest.raises(UserError, match="^training.precision 16-mixed .* hardware.strategy=ddp"):
+        devices.choose_hardware(config, "16-mixed")
 
 
 def test_the_measured_rate_is_a_finite_speed():

@@ -80,6 +80,7 @@ def test_a_run_on_mps_has_its_precision_no_pinned_memory_no_workers_and_the_fuse
         module = train.LitTransformer(config, data)
         trainer = loop.fit(module, config, data, hardware, Run(""), None).trainer
     assert trainer.arguments["accelerator"] == "mps" and trainer.arguments["precision"] == chosen
+    module.trainer = SimpleNamespace(strategy=None, precision=chosen)
     assert module.configure_optimizers().defaults["fused"]
     for loader in trainer.loaders:
         assert not loader.pin_memory and loader.num_workers == 0

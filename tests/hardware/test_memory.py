@@ -22,7 +22,7 @@ from pocketlm.hardware.memory import (
 )
 from pocketlm.model import kernels
 from pocketlm.model.loss import batch_loss
-from pocketlm.optim import build_optimizer
+from pocketlm.optim import WeightAverage, build_optimizer
 
 LLAMA = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2}
 GPT2 = {"d_model": 64, "n_heads": 4, "n_kv_heads": 4, "mlp": "gelu", "position": "learned"}
@@ -42,27 +42,37 @@ def config_of(model: dict, **training: object) -> Config:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
-@pytest.mark.parametrize("kind", [LLAMA, GPT2 | {"tie_embeddings": False}], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "kind",
+    [LLAMA, GPT2 | {"tie_embeddings": False}, LLAMA | {"qk_norm": True, "head_dim": 24}],
+    ids=["llama", "gpt2", "qwen3"],
+)
 def test_the_counts_of_many_layers_are_those_of_the_model(kind, layers):
     config = ModelConfig(vocab_size=512, max_seq_len=48, n_layers=layers, **kind)
     model = Transformer(config)
     assert config.n_parameters == sum(p.numel() for p in model.parameters())
     matrices = [model.head_weight, *(p for p in model.layers.parameters() if p.dim() == 2)]
-    flops = 6 * sum(p.numel() for p in matrices) + 6 * layers * 64 * 48
+    width = model.layers[0].self_attn.o_proj.in_features  # of all heads
+    flops = 6 * sum(p.numel() for p in matrices) + 6 * layers * width * 48
     assert config.flops_per_token(48) == flops
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-@pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=["llama", "gpt2"])
-def test_the_optimizers_state_has_the_bytes_of_the_real_one(kind, optimizer):
+@pytest.mark.parametrize(
+    "kind", [LLAMA, GPT2, LLAMA | {"head_dim": 24}], ids=["llama", "gpt2", "wide heads"]
+)
+@pytest.mark.parametrize("average", [False, True])
+def test_the_optimizers_state_has_the_bytes_of_the_real_one(kind, optimizer, average):
     model = Transformer(config_of(kind).model)
     settings = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.9), "eps": 1e-8, "fused": True}
     real = build_optimizer(model, optimizer=optimizer, **settings)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     real.step()
+    WeightAverage(0.9 if average else 0.0).update(real, 0)
     tensors = [t for state in real.state.values() for t in state.values() if torch.is_tensor(t)]
-    assert optimizer_bytes(model.config, optimizer) == sum(t.nbytes for t in tensors if t.dim())
+    estimate = optimizer_bytes(model.config, optimizer, average=average)
+    assert estimate == sum(t.nbytes for t in tensors if t.dim())
 
 
 def saved_bytes(config: Config, bfloat16: bool) -> int:
@@ -94,6 +104,10 @@ def saved_bytes(config: Config, bfloat16: bool) -> int:
     [
         pytest.param(LLAMA, id="llama"),
         pytest.param(LLAMA | {"dropout": 0.1}, id="dropout"),
+        pytest.param(LLAMA | {"head_dim": 24}, id="wide heads"),
+        pytest.param(LLAMA | {"attention_bias": "qkv"}, id="qwen2"),
+        pytest.param(LLAMA | {"qk_norm": True, "head_dim": 24}, id="qwen3"),
+        pytest.param(LLAMA | {"qk_norm": True, "dropout": 0.1}, id="qwen3 with dropout"),
         pytest.param(GPT2, id="gpt2"),
         pytest.param(GPT2 | {"dropout": 0.1}, id="gpt2 with dropout"),
         pytest.param(GPT2 | {"mlp": "relu"}, id="relu"),

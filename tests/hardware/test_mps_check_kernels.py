@@ -1,6 +1,7 @@
 """Training and generation use only what MPS has and computes rightly, on a simulated device."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,6 @@ from tests.support.model_kinds import KINDS, LLAMA, config_for
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 chunks = pytest.mark.parametrize("chunk", [24, 0])  # of 64 tokens
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-halves = pytest.mark.parametrize("half", [False, True], ids=["32-true", "bf16-mixed"])
 
 
 def batch(vocab_size: int) -> dict[str, Tensor]:
@@ -69,12 +69,15 @@ def take_step(
 # ---- a training step ----
 
 
+# The head's chunks, the autocast and the optimizer meet in no operation: each value occurs, and
+# each pair of the first two.
 @kinds
-@chunks
-@halves
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer, chunk, half",
+    [("muon", 24, True), ("adamw", 24, False), ("adamw", 0, True), ("sgd", 0, False)],
+)
 def test_a_training_step_does_only_what_mps_does_rightly(
-    kind: ModelConfig, chunk: int, half: bool, optimizer: str
+    kind: ModelConfig, optimizer: str, chunk: int, half: bool
 ) -> None:
     net, config = Transformer(kind), config_for(kind, chunk, optimizer=optimizer)
     rows = batch(kind.vocab_size)
@@ -205,7 +208,7 @@ def whole_head(patch: pytest.MonkeyPatch) -> None:
 
 
 def exact_orthogonalisation(patch: pytest.MonkeyPatch) -> None:
-    def by_svd(matrices: Tensor) -> Tensor:
+    def by_svd(matrices: Tensor, **_: Any) -> Tensor:
         u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
         return u @ vt
 

@@ -10,14 +10,20 @@ from pocketlm.inference.backend import SlotCache, TorchBackend
 from pocketlm.inference.engine import Engine, GenerationRequest
 from pocketlm.inference.native import NativeBackend
 from pocketlm.inference.native_library import load_library
+from pocketlm.model.rope import RopeScaling
 from pocketlm.native_build import NativeUnavailable
 from tests.support.checkpoints import confident_model
 
 ARCHITECTURES = {  # of the presets and of the models that convert.py reads
     "llama": dict(),
     "llama with biases, its own head": dict(bias=True, tie_embeddings=False),
+    "qwen2": dict(attention_bias="qkv"),
+    "qwen3": dict(qk_norm=True, head_dim=24, n_kv_heads=1),
+    "qwen3 with odd widths": dict(qk_norm=True, head_dim=10, d_model=36, norm_gain=False),
+    "yarn": dict(rope_scaling=RopeScaling("yarn", 4.0, original_max_seq_len=10)),
     "odd widths": dict(d_model=36, d_ff=50, n_heads=6, n_kv_heads=1, vocab_size=67),
     "gpt2": dict(mlp="gelu", position="learned", norm="layernorm", bias=True, n_kv_heads=None),
+    "nanogpt": dict(mlp="gelu_exact", position="learned", norm="layernorm", n_kv_heads=None),
     "microgpt": dict(
         mlp="relu",
         position="learned",

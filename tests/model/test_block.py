@@ -10,6 +10,7 @@ import model as model_file
 from model import KVCache, RMSNorm
 from pocketlm.model import kernels
 from pocketlm.model.block import native_block
+from pocketlm.model.rope import RopeScaling
 from pocketlm.native_build import NativeUnavailable
 from tests.support.losses import (
     Result,
@@ -24,6 +25,12 @@ from tests.support.losses import (
 )
 from tests.support.models import random_ids, random_model, relative_error
 from tests.support.parity import BFLOAT16
+
+NATIVE_MODELS: list[dict[str, Any]] = [
+    {"n_kv_heads": 1},
+    {"n_kv_heads": 4, "d_ff": 37},
+    {"head_dim": 6, "rope_scaling": RopeScaling("yarn", 3.0, original_max_seq_len=12)},
+]
 
 chunks = pytest.mark.parametrize("chunk", [0, 7])
 
@@ -41,9 +48,9 @@ def both(request: pytest.FixtureRequest, chunk: int, packed: bool, **options: An
 
 @documents
 @chunks
-@pytest.mark.parametrize("options", [{"n_kv_heads": 1}, {"n_kv_heads": 4, "d_ff": 37}], ids=str)
+@pytest.mark.parametrize("options", NATIVE_MODELS, ids=str)
 def test_loss_and_every_gradient_are_those_of_torch(
-    request: pytest.FixtureRequest, packed: bool, chunk: int, options: dict[str, int]
+    request: pytest.FixtureRequest, packed: bool, chunk: int, options: dict[str, Any]
 ) -> None:
     ours, theirs = both(request, chunk, packed, **options)
     assert any((ours.gradients[n] != theirs.gradients[n]).any() for n in ours.gradients)
@@ -119,6 +126,8 @@ OTHER_MODELS = [
     {"norm_gain": False},
     {"position": "learned"},
     {"bias": True},
+    {"attention_bias": "qkv"},
+    {"qk_norm": True},
     {"dropout": 0.1},
 ]
 

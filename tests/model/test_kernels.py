@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import rope_tables, rotate
+from model import rotate
 from pocketlm.model import kernels
 from pocketlm.model.loss import IGNORE_INDEX
+from pocketlm.model.rope import rope_tables
 
 # Of the largest value: a sum of up to 300 float32 terms, or the one rounding to bfloat16.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8}

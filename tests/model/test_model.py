@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from model import ModelConfig, Transformer, rope_tables, rotate
+from model import ModelConfig, Transformer, rotate
+from pocketlm.model.rope import RopeScaling, rope_tables
 from tests.support.models import TINY, T, gradients, mean_loss, random_ids, random_model
 
 # ---- config ----
@@ -19,6 +20,8 @@ SIZES = [
     dict(n_kv_heads=1, tie_embeddings=False),
     dict(n_kv_heads=None, n_layers=3),
     dict(d_ff=100, d_model=48, n_heads=2, n_kv_heads=2),
+    dict(head_dim=6, d_model=30, qk_norm=True, attention_bias="qkv"),
+    dict(n_layers=3, value_residual=True),
 ]
 
 
@@ -48,6 +51,10 @@ INVALID = [
         r"n_heads 8 is not divisible by n_kv_heads 3; take one of \[1, 2, 4, 8\]",
     ),
     (dict(d_model=12, n_heads=4), "d_model / n_heads is 3;"),
+    (dict(head_dim=0), "head_dim is 0;"),
+    (dict(head_dim=7), "head_dim is 7;"),
+    (dict(position="learned", rope_scaling=RopeScaling("linear", 2.0)), "rope_scaling scales RoPE"),
+    (dict(rope_theta=1.0, rope_scaling=RopeScaling("yarn", 2.0, 8)), "rope_theta is 1.0; yarn"),
     (dict(dropout=1.0), "dropout is 1.0;"),
     (dict(dropout=-0.1), "dropout is -0.1;"),
     (dict(rope_theta=0.0), "rope_theta is 0.0;"),
@@ -124,6 +131,28 @@ def test_dropout_acts_in_training_only() -> None:
     with_dropout, without = random_model(dropout=0.5), random_model(dropout=0.0)
     assert torch.equal(with_dropout.eval()(ids), without.eval()(ids))
     assert not torch.equal(with_dropout.train()(ids), with_dropout(ids))
+
+
+@torch.no_grad()
+def test_the_values_of_later_blocks_are_mixed_with_those_of_the_first() -> None:
+    """Where v_proj of both blocks reads the same input, the mix is one of their weights.
+
+    The first block adds nothing to the stream here, and the norms of both blocks are the same.
+    """
+    model, ids = random_model(value_residual=True, dropout=0.0).eval(), random_ids()
+    first, second = model.layers
+    for projection in (first.self_attn.o_proj, first.mlp.down_proj):
+        projection.weight.zero_()
+    second.input_layernorm.weight.copy_(first.input_layernorm.weight)
+    plain = Transformer(ModelConfig(**TINY)).eval()
+    plain.load_state_dict(
+        {name: p for name, p in model.state_dict().items() if not name.endswith("value_mix")}
+    )
+    own, of_first = second.self_attn.value_mix.tolist()
+    weight = plain.layers[1].self_attn.v_proj.weight
+    weight.mul_(own).add_(plain.layers[0].self_attn.v_proj.weight, alpha=of_first)
+    assert first.self_attn.value_mix is None
+    assert (model(ids) - plain(ids)).abs().max() < 1e-4  # float32, at logits of 10
 
 
 def test_one_batch_is_learnt_by_heart() -> None:

@@ -145,7 +145,8 @@ def test_the_logits_of_a_row_are_the_same_to_the_last_bit_whatever_the_batch(kin
 @pytest.mark.parametrize("width", [4096, 4112, 8200])
 def test_sums_of_many_large_integers_do_not_overflow(width):
     """All weights and all activations at their largest: every product is 127 * 32767."""
-    sizes = dict(n_layers=1, n_heads=1, d_ff=64, n_kv_heads=1, vocab_size=5, final_norm=False)
+    sizes = dict(n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, d_ff=64, vocab_size=5)
+    sizes["final_norm"] = False
     model = confident_model(d_model=width, position="learned", **sizes)
     with torch.no_grad():
         for p in model.layers.parameters():

@@ -2,7 +2,9 @@
 
     python -m tests.programs.prepare_in_forks kill DATA_CONFIG_AS_JSON FOLDER
     python -m tests.programs.prepare_in_forks full DATA_CONFIG_AS_JSON FOLDER
+    python -m tests.programs.prepare_in_forks parts DATA_CONFIG_AS_JSON FOLDER
 
+`parts` prepares PARTS parts side by side, of which the second is killed at first.
 A fork has nothing from the fork before it except the files on the disk. Prints a JSON object with a
 result for each pair of forks, and one for a preparation that was not disturbed ("undisturbed").
 """
@@ -20,10 +22,11 @@ from typing import Any
 
 from pocketlm.config.sections import DataConfig
 from pocketlm.corpus import pieces, readers
-from pocketlm.data.prepare import prepare
-from pocketlm.data.shard_builder import BuildSettings
-from pocketlm.data.shards import ShardHeader, ShardWriter
+from pocketlm.corpus.pieces import Part
+from pocketlm.data.prepare import prepare, prepare_part
 from pocketlm.errors import run_main
+from pocketlm.shards.builder import BuildSettings
+from pocketlm.shards.format import ShardHeader, ShardWriter
 from tests.support.preparation import CountingEncoder
 
 SIZE = 2**14  # of pieces, blocks and batches, so that there are many of them
@@ -97,6 +100,15 @@ def run_with_full_disk(keys: dict[str, Any], cache: Path) -> None:
 
 def in_fork(function: Callable[..., None], *arguments: Any) -> int:
     """Call a function in a fork, and return the fork's exit status; negative for a signal."""
+    return status_of(start_fork(function, *arguments))
+
+
+def status_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def start_fork(function: Callable[..., None], *arguments: Any) -> int:
+    """Call a function in a fork, and return the fork's process id."""
     child = os.fork()
     if child == 0:
         try:
@@ -107,7 +119,40 @@ def in_fork(function: Callable[..., None], *arguments: Any) -> int:
             sys.excepthook(*sys.exc_info())
             os._exit(1)
         os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+PARTS = 3
+
+
+def run_part(keys: dict[str, Any], cache: Path, part: Part, point: KillPoint | None = None) -> None:
+    """Prepare a part, and write how many batches were tokenised to a file next to the cache."""
+    if point:
+        kill_at(point)
+    encoder = CountingEncoder()
+    settings = BuildSettings(batch_size=SIZE, journal_seconds=-1, encode=encoder)
+    prepare_part(DataConfig(**keys, cache_dir=str(cache)), part, settings)
+    Path(f"{cache}-{part.index}.json").write_text(json.dumps({"calls": encoder.calls}))
+
+
+def run_parts(keys: dict[str, Any], cache: Path) -> dict[str, Any]:
+    """Prepare all parts at once, one of them twice, then the killed one again; join them."""
+    points = [None, KillPoint(ShardWriter, "write", 4), None]
+    forks = [
+        start_fork(run_part, keys, cache, Part(index, PARTS), point)
+        for index, point in enumerate(points)
+    ]
+    forks.append(start_fork(run_part, keys, cache, Part(0, PARTS)))
+    statuses = [status_of(fork) for fork in forks]
+    (journal,) = cache.glob("shards/parts-*/unfinished-2/journal.json")
+    batches = json.loads(journal.read_text())["batches"]
+    statuses.append(in_fork(run_part, keys, cache, Part(1, PARTS)))
+    calls = [
+        json.loads(Path(f"{cache}-{index}.json").read_text())["calls"] for index in range(PARTS)
+    ]
+    data = prepare(DataConfig(**keys, cache_dir=str(cache)))
+    headers = [split.shards[0].header.sha256 for split in (data.train, data.val)]
+    return {"statuses": statuses, "batches": batches, "calls": calls, "sha256": headers}
 
 
 def result(cache: Path) -> dict[str, Any]:
@@ -130,6 +175,11 @@ def main() -> None:
     scenario, keys, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     assert in_fork(run, keys, folder / "undisturbed") == 0
     results = {"undisturbed": result(folder / "undisturbed")}
+    if scenario == "parts":
+        data = prepare(DataConfig(**keys, cache_dir=str(folder / "undisturbed")))
+        results["sha256"] = [split.shards[0].header.sha256 for split in (data.train, data.val)]
+        print(json.dumps(results | {"parts": run_parts(keys, folder / "parts")}))
+        return
     if scenario == "full":
         disturbed = {"full": (run_with_full_disk, ())}
     else:

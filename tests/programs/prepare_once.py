@@ -13,7 +13,7 @@ from threading import Lock
 from pocketlm.config.sections import DataConfig
 from pocketlm.corpus.chunks import Chunk
 from pocketlm.data.prepare import prepare
-from pocketlm.data.shard_builder import BuildSettings, EncodedSplits
+from pocketlm.shards.builder import BuildSettings, EncodedSplits
 from pocketlm.tokenizer.base import Tokenizer
 from tests.support.preparation import CountingEncoder
 

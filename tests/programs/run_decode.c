@@ -64,8 +64,8 @@ int main(int argc, char **argv) {
         Layer *l = (Layer *)&m->layers[i];
         Linear *of_layer[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
         for (int k = 0; k < 7; k++) relocate_linear(of_layer[k]);
-        relocate_norm(&l->norm1);
-        relocate_norm(&l->norm2);
+        Norm *norms[] = {&l->norm1, &l->q_norm, &l->k_norm, &l->norm2};
+        for (int k = 0; k < 4; k++) relocate_norm(norms[k]);
     }
     decode(m, head + 3, head[2], head[1], 0, head[1]);
     for (int64_t b = 0; b < head[1]; b++) decode(m, head + 3, head[2], head[1], b, 1);

@@ -7,6 +7,7 @@ environment it then takes. So the second process need not import torch and Light
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,9 @@ class WaitingProcess:
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             self.returncode = os.waitstatus_to_exitcode(status) if ended else None
         return self.returncode
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

@@ -287,7 +287,7 @@ BODIES = st.dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(BODIES.map(json.dumps).map(str.encode) | st.binary(max_size=60))
 def test_any_body_is_parsed_or_refused(raw: bytes) -> None:
     for kind in (CompletionBody, ChatBody):

@@ -35,6 +35,7 @@ INEXPRESSIBLE: dict[str, dict[str, Any]] = {
     "embed_norm": dict(embed_norm=True),
     "final_norm": dict(final_norm=False),
     "norm_gain": dict(norm_gain=False),
+    "value_residual": dict(value_residual=True),
     "position": GPT2 | dict(position="rope"),
 }
 

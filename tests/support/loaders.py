@@ -31,30 +31,27 @@ class Texts(Source):
         return iter(self.texts)
 
 
-def packed_loader(num_workers: int) -> ResumableLoader:
+def packed_loader(num_workers: int, rank: DataShard = ONLY_PROCESS) -> ResumableLoader:
     """Return 9 rows in batches of 4: an epoch ends in the third batch, the next in the fifth."""
     dataset = PackedLMDataset(np.arange(44), 5)
     assert len(dataset) == 9
-    return ResumableLoader(dataset, ShuffledBatchSampler(9, 4, seed=3), num_workers)
+    sampler = ShuffledBatchSampler(9, 4 // rank.count, 3, rank)
+    return ResumableLoader(dataset, sampler, num_workers)
 
 
-def mixture_loader(num_workers: int) -> ResumableLoader:
+def mixture_loader(num_workers: int, rank: DataShard = ONLY_PROCESS) -> ResumableLoader:
     """Return a mixture of 9 and 4 rows, 2 to 1, in batches of 300: a block ends in the fourth."""
     datasets = [PackedLMDataset(np.arange(44), 5), PackedLMDataset(np.arange(100, 120), 5)]
-    sampler = MixtureBatchSampler([9, 4], [2, 1], 300, seed=3)
+    sampler = MixtureBatchSampler([9, 4], [2, 1], 300 // rank.count, 3, rank)
     return ResumableLoader(JoinedDataset(datasets), sampler, num_workers)
 
 
-def stream_loader(
-    num_workers: int, padded: bool = False, rank: DataShard = ONLY_PROCESS
-) -> StreamLoader:
+def stream_loader(num_workers: int, padded: bool = False) -> StreamLoader:
     """Return a stream of 40 documents, some longer than a block of 3 rows, in batches of 4."""
     documents = [f"document {i} " + "long " * (i % 10 * 2) for i in range(40)]
     options = StreamOptions(val_share=0.2, seed=11, shuffle_buffer=3)
     row_format = RowFormat(16, padded)
-    dataset = StreamingPackedLMDataset(
-        Texts(documents), ByteTokenizer(), row_format, 4, options, rank
-    )
+    dataset = StreamingPackedLMDataset(Texts(documents), ByteTokenizer(), row_format, 4, options)
     return StreamLoader(dataset, num_workers)
 
 

@@ -9,10 +9,13 @@ import pytest
 from pocketlm.config.sections import DataConfig
 from pocketlm.corpus import chunks, pieces, readers
 from pocketlm.corpus.chunks import Chunk
+from pocketlm.corpus.named import CORPORA
 from pocketlm.data.prepare import PreparedData, PreparedSplit
-from pocketlm.data.shard_builder import BuildSettings, EncodedSplits, encode_chunks
-from pocketlm.data.shards import TokenShard
+from pocketlm.shards.builder import BuildSettings, EncodedSplits, encode_chunks
+from pocketlm.shards.format import TokenShard
 from pocketlm.tokenizer.base import Tokenizer
+
+DATA = Path(__file__).parents[2] / "data"
 
 ShardContent = tuple[list[int], list[int], int]  # tokens, document offsets, bytes of text
 
@@ -101,3 +104,18 @@ class CountingEncoder:
     def __call__(self, batch: list[Chunk], tokenizer: Tokenizer) -> EncodedSplits:
         self._batches.append(len(batch))
         return encode_chunks(batch, tokenizer)
+
+
+# ---- fixtures, for the conftest.py of a folder of tests ----
+
+
+@pytest.fixture(scope="session")
+def wiki() -> list[str]:
+    """Return the documents of the corpus `wiki`."""
+    return list(CORPORA["wiki"](str(DATA)))
+
+
+@pytest.fixture
+def small(monkeypatch) -> Callable[[int, int], BuildSettings]:
+    """Return a function (piece, batch) that makes both small, and returns the settings."""
+    return lambda piece, batch: use_small_sizes(monkeypatch, piece, batch)

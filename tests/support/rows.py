@@ -8,10 +8,10 @@ import torch
 from pocketlm.corpus.chunks import Chunk, is_validation
 from pocketlm.data.datasets import RowFormat
 from pocketlm.data.samplers import ONLY_PROCESS, DataShard
-from pocketlm.data.shard_builder import encode_chunks
-from pocketlm.data.shards import ShardWriter, TokenShard
 from pocketlm.data.streaming import StreamOptions
 from pocketlm.model.loss import IGNORE_INDEX
+from pocketlm.shards.builder import encode_chunks
+from pocketlm.shards.format import ShardWriter, TokenShard
 from pocketlm.tokenizer.base import Tokenizer
 
 # The tokens of a row, and the number of each input's document within the row.

@@ -14,6 +14,7 @@ from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sections import DataConfig
 from pocketlm.corpus.chunks import is_validation
 from pocketlm.data.prepare import prepare
+from pocketlm.errors import UserError
 from pocketlm.hardware import devices
 from pocketlm.hardware.devices import Hardware
 from pocketlm.model import kernels
@@ -68,14 +69,14 @@ def test_the_plan_tells_of_characters_left_out_and_of_documents_that_do_not_fit(
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
-@pytest.mark.parametrize("devices, accumulated", [(1, 1), (1, 3), (2, 1)])
+@pytest.mark.parametrize("devices, accumulated", [(1, 1), (1, 3), (2, 2)])
 def test_the_seconds_outside_the_head_are_those_of_the_operations_that_a_step_does_there(
     monkeypatch, tie_embeddings, devices, accumulated
 ):
     """Torch counts the operations of a pass over all but the head.
 
-    They are the weights' matmuls, and the half of attention's that is not future. A device takes
-    `micro_batch_size` rows a pass, and reaches half of the measured rate of a single matmul.
+    They are the weights' matmuls, and the half of attention's that is not future. Devices share
+    the rows, and each reaches half of the measured rate of a single matmul.
     """
     sections = {
         "model": {"n_layers": 3, "d_model": 48, "tie_embeddings": tie_embeddings},
@@ -103,7 +104,7 @@ def test_the_seconds_outside_the_head_are_those_of_the_operations_that_a_step_do
     monkeypatch.setattr(plan, "matmul_rate", matmul_rate)
     seconds = plan.compilable_seconds(config, Hardware("cpu", "bf16-mixed", False, {}))
     assert measured == [("cpu", "bf16-mixed")]
-    operations = 7 * accumulated * (matmuls + of_all_pairs / 2)
+    operations = 7 * accumulated / devices * (matmuls + of_all_pairs / 2)
     assert seconds == pytest.approx(operations / 0.5e9, rel=1e-12)
 
 
@@ -118,3 +119,50 @@ def test_the_plan_states_counts_and_reasons(folder):
     counts.append(f"{data.train.n_tokens:,} and {data.val.n_tokens:,}")
     for part in (*counts, *reasons.values(), "GB", "minutes"):
         assert part in text
+
+
+# ---- several devices, and cards that are not here ----
+
+
+def test_a_dry_run_compares_the_strategies_and_counts_days_and_cost(folder, capsys):
+    """12 steps of 128 tokens at 64 tokens/s on each of two devices: 12 s, at 3,600 an hour 24."""
+    options = ["hardware.devices=2", "--rate", "64", "--price", "3600"]
+    shown = printed_plan(capsys, *options)
+    assert "one device ddp on 2 fsdp on 2" in shown
+    assert "64 tokens/s on one (given)" in shown and "1,536 tokens in all" in shown
+    assert "tokens/s in all 64 128 128" in shown
+    days = " ".join(f"{seconds / 86_400:.3g}" for seconds in (24, 12, 12))
+    assert f"days {days} cost 24 24 24" in shown
+
+
+def test_a_card_is_planned_for_without_the_data(folder, capsys):
+    Path("text.txt").unlink()
+    shown = printed_plan(capsys, "--card", "A100", "data.tokenizer=gpt2", "hardware.devices=4")
+    assert "4 x A100, 80.0 GB each" in shown and "assumed: 40% of 312 TFLOP/s" in shown
+    assert not list(Path().glob("checkpoints")) and not list(Path().glob("data"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--card", "A100"], "--card is for planning; add --dry-run"),
+        (["--rate", "5"], "--rate is for planning; add --dry-run"),
+        (["--dry-run", "--card", "H9", "data.tokenizer=gpt2"], "--card H9: the cards are H200, "),
+        (["--dry-run", "--price", "-1"], "--price is -1; it must be above 0 and finite"),
+        (["--dry-run", "--rate", "nan"], "--rate is nan; it must be above 0 and finite"),
+        (["--dry-run", "--card", "L4"], "the tokenizer 'byte' does not tell the size"),
+        (["--dry-run", "--card", "L4", "training.max_epochs=1"], "set training.max_steps instead"),
+        (
+            ["--dry-run", "--card", "L4", "training.micro_batch_size=auto"],
+            "set training.micro_batch_size to a number",
+        ),
+        (
+            ["--dry-run", "--card", "L4", "model.vocab_size=9", "hardware.devices=3"],
+            "which 3 devices",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(folder, options, message):
+    with pytest.raises(UserError) as raised:
+        train.main(["--config", "config.yaml", *TINY, *options])
+    assert message in str(raised.value)

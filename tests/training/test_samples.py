@@ -16,8 +16,17 @@ from pocketlm.evaluation import results
 from pocketlm.evaluation.cases import load_suite
 from pocketlm.evaluation.exports import scalars
 from pocketlm.inference import generate
+from pocketlm.training import monitors
 from pocketlm.training.monitors import openings
-from tests.support.training import TINY, read_events, read_rows, run
+from tests.support.training import (
+    TINY,
+    end_equal,
+    read_events,
+    read_rows,
+    rows_without_timing,
+    run,
+    run_stopped_after,
+)
 
 NAMES = ["anna", "emma", "hannah", "ann", "em", "nan", "maanna", "emmann"]
 GREEDY = ["sampling.temperature=0", "sampling.max_new_tokens=5", "training.max_steps=3"]
@@ -112,3 +121,23 @@ def test_each_validation_scores_the_probe_cases_as_the_evaluator_does(folder, ca
     assert logged == pytest.approx(scalars(result), rel=1e-5)
     Path("other.yaml").write_text(SUITE.replace("id: a", "id: c"))
     run("training.probe_cases=[other.yaml]", "training.max_steps=12")
+
+
+def test_the_probes_of_a_step_that_was_saved_before_a_kill_are_made_up_for(folder, monkeypatch):
+    """A step is saved before its probes; a step that has them is not scored again."""
+    Path("sums.yaml").write_text(SUITE)
+    options = ("training.probe_cases=[sums.yaml]", "training.max_steps=10")
+    run("run.name=whole", *options)
+
+    def leave(*_, **__):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(monitors, "score_cases", leave)
+        run("run.name=killed", *options)
+    assert not any(row["probe/macro"] for row in read_rows("logs/killed/metrics.csv"))
+    run_stopped_after(7, "run.name=killed", *options)
+    run("run.name=killed", *options)
+    rows = [rows_without_timing(f"logs/{name}/metrics.csv") for name in ("killed", "whole")]
+    assert rows[0] == rows[1]
+    assert end_equal("checkpoints/killed", "checkpoints/whole")

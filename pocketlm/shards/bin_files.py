@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from pocketlm.corpus.chunks import Split
-from pocketlm.data.shards import MAGIC, EncodedBatch, TokenShard
 from pocketlm.errors import UserError
+from pocketlm.shards.format import MAGIC, EncodedBatch, TokenShard
 from pocketlm.tokenizer.base import Tokenizer
 
 LLMC_FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # dtype: (magic number, version)
@@ -42,7 +42,7 @@ def read_bin(path: Path, tokenizer: Tokenizer) -> np.ndarray:
                 f"the token shard {path} was made with another tokenizer than {tokenizer.name!r}; "
                 "set data.tokenizer to it"
             )
-        return shard.tokens
+        return np.asarray(shard.tokens)
     magic, version, count = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
     for dtype, (llmc_magic, llmc_version) in LLMC_FORMATS.items():
         if magic == llmc_magic:

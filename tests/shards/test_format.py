@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pocketlm.data import shards
-from pocketlm.data.shards import EncodedBatch, ShardWriter, TokenShard
 from pocketlm.errors import UserError
+from pocketlm.shards import format
+from pocketlm.shards.format import EncodedBatch, ShardWriter, TokenShard
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from tests.support.code_points import CodePointTokenizer
@@ -217,7 +217,7 @@ def test_a_state_is_returned_once_all_of_it_is_on_the_disk(tmp_path, monkeypatch
     sizes = []
     with ShardWriter(tmp_path / "x.bin", ByteTokenizer()) as writer:
         writer.write(BATCHES[0])
-        monkeypatch.setattr(shards.os, "fsync", lambda file: sizes.append(os.fstat(file).st_size))
+        monkeypatch.setattr(format.os, "fsync", lambda file: sizes.append(os.fstat(file).st_size))
         assert writer.state() == {"tokens": 5, "documents": 2, "bytes": 0}
     assert sizes == [1024 + 5 * 2, 2 * 8]
 

@@ -12,9 +12,9 @@ import pytest
 from pocketlm.config.sections import DataConfig
 from pocketlm.data import prepare as prepare_module
 from pocketlm.data.prepare import prepare
-from pocketlm.data.shard_builder import BuildSettings, EncodedSplits
-from pocketlm.data.shards import ShardWriter
 from pocketlm.errors import UserError
+from pocketlm.shards.builder import BuildSettings, EncodedSplits
+from pocketlm.shards.format import ShardWriter
 from tests.support.preparation import byte_config, shard_folders, write_jsonl, write_text
 
 DOCUMENTS = [f"document {i} " * 3 for i in range(40)]

@@ -12,8 +12,8 @@ import pytest
 
 from pocketlm.config.sections import DataConfig
 from pocketlm.data.prepare import prepare
-from pocketlm.data.shard_builder import BuildSettings
-from pocketlm.data.shards import ShardWriter
+from pocketlm.shards.builder import BuildSettings
+from pocketlm.shards.format import ShardWriter
 from tests.support.preparation import (
     CountingEncoder,
     byte_config,
@@ -74,6 +74,20 @@ def test_a_killed_preparation_resumes_and_ends_in_the_same_bytes(
     assert results["a written journal"]["batches"] == 12
     assert results["closing val"]["batches"] == undisturbed["calls"]
     assert results["the journal is gone"]["batches"] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 is POSIX")
+@pytest.mark.parametrize("make_keys", [killed_documents, killed_single_document])
+def test_parts_prepared_side_by_side_of_which_one_is_killed_join_to_the_same_shards(
+    tmp_path, wiki, make_keys, run_in_forks
+):
+    """The first part is prepared by two processes at once, of which one waits for the other."""
+    results, _ = run_in_forks("parts", make_keys(tmp_path, wiki))
+    parts, undisturbed = results["parts"], results["undisturbed"]
+    assert parts["statuses"] == [0, -9, 0, 0, 0]
+    assert parts["batches"] > 0
+    assert 0 < parts["calls"][1] < undisturbed["calls"] / 3 - parts["batches"] + 2
+    assert parts["sha256"] == results["sha256"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the limit on a file's size is POSIX")

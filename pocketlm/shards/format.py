@@ -67,6 +67,45 @@ class ShardHeader:
         return str(content.hexdigest())
 
 
+class JoinedArray:
+    """One-dimensional arrays laid end to end without a copy, read by slices or arrays of indices.
+
+    >>> joined = JoinedArray([np.arange(3), np.arange(10, 12)])
+    >>> joined[1:4].tolist(), joined[np.array([[0, 4]])].tolist(), len(joined)
+    ([1, 2, 10], [[0, 11]], 5)
+    """
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self.arrays, self.dtype = arrays, arrays[0].dtype
+        self.starts = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        if isinstance(index, slice):
+            first, end, step = index.indices(len(self))
+            assert step == 1
+            slices = [
+                array[max(0, first - start) : max(0, end - start)]
+                for array, start in zip(self.arrays, self.starts.tolist(), strict=False)
+                if start < end and first < start + len(array)
+            ]
+            return np.concatenate(slices or [self.arrays[0][:0]])
+        found = np.empty(index.shape, self.dtype)
+        owners = np.searchsorted(self.starts, index, side="right") - 1
+        for owner in np.unique(owners):
+            mine = owners == owner
+            found[mine] = self.arrays[owner][index[mine] - self.starts[owner]]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+
+Tokens = np.ndarray | JoinedArray
+
+
 class TokenShard:
     """A shard, memory-mapped.
 
@@ -119,7 +158,7 @@ class TokenShard:
         return {"path": self.path, "header": self.header}
 
     @cached_property
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> Tokens:
         """Token ids (tokens,)."""
         return np.memmap(self.path, self.header.dtype, "r", HEADER_BYTES, (self.header.tokens,))
 
@@ -208,13 +247,14 @@ class ShardWriter:
         state = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
         return state | ({"left_out": self.left_out} if self.left_out else {})
 
-    def close(self) -> None:
-        """Write the last eos, the document offsets and the header.
+    def close(self, ends_corpus: bool = True) -> None:
+        """Write the last eos, if the corpus ends here, the document offsets and the header.
 
         The file of offsets is kept, because a resumed writer needs it.
         """
-        final = np.array(self.tokenizer.corpus_suffix, self.tokenizer.dtype)
-        self.write(EncodedBatch(final, np.empty(0, np.int64), 0))
+        if ends_corpus:
+            final = np.array(self.tokenizer.corpus_suffix, self.tokenizer.dtype)
+            self.write(EncodedBatch(final, np.empty(0, np.int64), 0))
         self.offsets.seek(0)
         shutil.copyfileobj(self.offsets, self.file)
         self.file.seek(HEADER_BYTES)

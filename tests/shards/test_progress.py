@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pocketlm.data.shard_builder import TokenisingProgress
+from pocketlm.shards.progress import TokenisingProgress
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -15,7 +15,7 @@ def test_progress_names_the_source_as_it_is_spelt(monkeypatch, capsys, terminal)
         monkeypatch.setenv("FORCE_COLOR", "1")
     clock = iter(range(0, 1000, 6)).__next__  # every look at the clock is six seconds later
     source = SimpleNamespace(name="[/x] [red].txt", size=4_000_000, position=0)
-    with TokenisingProgress(source, 3, clock) as progress:
+    with TokenisingProgress(source, 3, clock=clock) as progress:
         progress.advance(1_000_000, 500_000)
         source.position = 1_000_000
         progress.advance(1_000_000, 500_000)

@@ -5,6 +5,8 @@
 The key is a hash of the documents, the validation share and the tokenizer. The shards are written
 in a folder `unfinished-<key>`, which is renamed when they are complete. Every few seconds a journal
 in that folder records how many batches are on the disk, so that a killed preparation resumes there.
+
+A part of a source is built in the same way, in a folder of its own; parts.py joins them.
 """
 
 import hashlib
@@ -21,13 +23,10 @@ from functools import partial
 from itertools import islice
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from pocketlm.corpus.chunks import (
     SPLITS,
@@ -35,14 +34,19 @@ from pocketlm.corpus.chunks import (
     Split,
     at_token_boundaries,
     batch_chunks,
+    chunks_of_part,
     split_source,
 )
 from pocketlm.corpus.input_files import kind_of
-from pocketlm.corpus.pieces import Source
+from pocketlm.corpus.pieces import WHOLE, Part, Source
 from pocketlm.corpus.readers import FileSource
-from pocketlm.data.bin_files import encode_tokens, token_batches
-from pocketlm.data.shards import EncodedBatch, ShardWriter, TokenShard
 from pocketlm.errors import UserError
+from pocketlm.files import sync_folder
+from pocketlm.shards.bin_files import encode_tokens, token_batches
+from pocketlm.shards.format import EncodedBatch, ShardWriter, TokenShard
+from pocketlm.shards.joined import open_shard
+from pocketlm.shards.parts import PartSet, complete_set
+from pocketlm.shards.progress import TokenisingProgress
 from pocketlm.tokenizer.base import Tokenizer
 
 T = TypeVar("T")
@@ -50,68 +54,6 @@ T = TypeVar("T")
 BUILD_VERSION = 2
 """Part of the key of every folder of shards. Raise it when other files are written than before, so
 that the old folders are not found any more."""
-
-LINE_SECONDS = 5  # between two lines, where there is no terminal
-
-
-class TokenisingProgress:
-    """Context manager that shows how much of a source has been tokenised, on stderr.
-
-    `resumed_batches` were tokenised by an earlier process and do not count for the speed.
-    """
-
-    def __init__(
-        self, source: Source, resumed_batches: int, clock: Callable[[], float] = time.monotonic
-    ):
-        self.source, self.clock = source, clock
-        self.note = f"resumed after {resumed_batches} batches, " if resumed_batches else ""
-        self.bytes = self.tokens = 0
-        self.began = self.printed = clock()
-        # Names of files may hold brackets, which are markup to rich.
-        self.console = Console(stderr=True, highlight=False, emoji=False, markup=False)
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("tokenising {task.description}", markup=False),
-            BarColumn(24),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-
-    def __enter__(self) -> "TokenisingProgress":
-        self.bar.start()
-        self.task = self.bar.add_task(self.source.name, total=self.source.size, text="")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.bar.stop()
-
-    def advance(self, more_bytes: int, more_tokens: int) -> None:
-        """Count bytes of text and their tokens."""
-        self.bytes += more_bytes
-        self.tokens += more_tokens
-        position = self.source.position if self.source.size else 0
-        self.bar.update(self.task, completed=position, text=self.summary())
-        if not self.console.is_terminal and self.clock() - self.printed > LINE_SECONDS:
-            share = f"{position / self.source.size:.0%}, " if self.source.size and position else ""
-            line = f"tokenising {self.source.name}: {share}{self.summary()}"
-            self.console.print(line, soft_wrap=True)
-            self.printed = self.clock()
-
-    def summary(self) -> str:
-        """Return the bytes and tokens so far, and the speed."""
-        seconds = max(self.clock() - self.began, 1e-3)
-        megabytes, millions = self.bytes / 1e6, self.tokens / 1e6
-        speed = megabytes / seconds
-        return f"{self.note}{megabytes:,.0f} MB, {millions:,.1f} M tokens, {speed:.1f} MB/s"
-
 
 EncodedSplits = dict[Split, EncodedBatch]
 
@@ -183,7 +125,8 @@ class BuildSettings:
 class ShardBuilder:
     """Builds the shards of one source in a folder, which appears only once it is complete.
 
-    A `val_share` of 0 makes a shard for training only, of 1 one for validation only.
+    A `val_share` of 0 makes a shard for training only, of 1 one for validation only. Raises
+    UserError if parts of the source have been prepared that cannot be joined.
     """
 
     def __init__(
@@ -193,11 +136,17 @@ class ShardBuilder:
         val_share: float,
         shards: Path,
         settings: BuildSettings,
+        part: Part = WHOLE,
     ):
         self.source, self.tokenizer, self.val_share = source, tokenizer, val_share
         self.settings = settings
-        key = [BUILD_VERSION, source.digest(), val_share, tokenizer.fingerprint]
+        self.digest = source.digest()
+        key = [BUILD_VERSION, self.digest, val_share, tokenizer.fingerprint]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        self.whole, self.part = shards / name, part if source.divisible else WHOLE
+        self.parts = PartSet(shards / f"parts-{name}-of-{part.count}", part.count)
+        if self.part != WHOLE:
+            shards, name = self.parts.folder, str(part.index + 1)
         self.folder, self.unfinished = shards / name, shards / f"unfinished-{name}"
         self.journal = self.unfinished / "journal.json"
         self.splits: tuple[Split, ...] = SPLITS
@@ -208,12 +157,14 @@ class ShardBuilder:
 
     def run(self) -> dict[Split, TokenShard]:
         """Return the shards, building them if their folder does not exist."""
+        if self.whole.is_dir():
+            self.folder = self.whole
         if not self.folder.is_dir():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with hold_lock(FileLock(self.folder.with_suffix(".lock"))):
                 if not self.folder.is_dir():  # another process may have built it meanwhile
                     self._build()
-        shards = {split: TokenShard(self.folder / f"{split}.bin") for split in self.splits}
+        shards = {split: open_shard(self.folder, split) for split in self.splits}
         for shard in shards.values():
             if shard.header.tokenizer != self.tokenizer.fingerprint:
                 raise UserError(
@@ -236,6 +187,11 @@ class ShardBuilder:
             ) from None
 
     def _build(self) -> None:
+        if self.part != WHOLE:
+            self.parts.write_settings(self._key_in_words())
+        elif parts := complete_set(self.folder.parent, self.folder.name, self._key_in_words()):
+            self._join(parts)
+            return
         try:
             self.unfinished.mkdir(exist_ok=True)
             self._write()
@@ -252,12 +208,38 @@ class ShardBuilder:
                 "again"
             ) from error
 
+    def _key_in_words(self) -> dict[str, Any]:
+        """Return what decides the key, to tell what differs between two of them."""
+        config = getattr(self.source, "config", None)
+        names = ("separator", "text_field", "errors", "config_name", "split", "revision")
+        reading = {f"data.{name}": getattr(config, name) for name in names} if config else {}
+        return {
+            "source": self.source.name,
+            "version": BUILD_VERSION,
+            "data.val_share": self.val_share,
+            "data.tokenizer": self.tokenizer.name,
+            "fingerprint": self.tokenizer.fingerprint,
+            **reading,
+            "digest": self.digest,
+        }
+
+    def _join(self, parts: PartSet) -> None:
+        headers = parts.join(self.splits)
+        account = json.loads((parts.folder / "account.json").read_text())
+        documents = sum(header.documents for header in headers.values())
+        for split, header in headers.items():
+            if not header.bytes:
+                left_out = Counter(account["characters"] if header.documents else {})
+                raise self._empty_split_error(split, documents, left_out)
+        os.replace(parts.folder, self.folder)
+        sync_folder(self.folder.parent)
+
     def _write(self) -> None:
         """Write all of the source, starting where the journal says."""
         with ExitStack() as opened:
             done, writers = self._open_writers(opened)
             journal_time = time.monotonic()
-            with TokenisingProgress(self.source, done) as progress:
+            with TokenisingProgress(self.source, done, self.part) as progress:
                 for number, encoded in enumerate(self._encoded_batches(done), done + 1):
                     for split, batch in encoded.items():
                         writers[split].write(batch)
@@ -268,10 +250,10 @@ class ShardBuilder:
             self._write_account(writers.values())
             documents = sum(writer.documents for writer in writers.values())
             for split, writer in writers.items():
-                if not writer.bytes:
+                if not writer.bytes and self.part == WHOLE:
                     raise self._empty_split_error(split, documents, writer.left_out)
             for writer in writers.values():
-                writer.close()
+                writer.close(ends_corpus=self.part.index == self.part.count - 1)
         # The journal first: without the offset files it cannot be used.
         self.journal.unlink(missing_ok=True)
         for writer in writers.values():
@@ -355,7 +337,10 @@ class ShardBuilder:
             for ids in token_batches(self.source.files, tokenizer, self.val_share, size):
                 yield partial(encode_tokens, ids, tokenizer)
         else:
-            chunks = at_token_boundaries(split_source(self.source, self.val_share), tokenizer)
+            chunks = split_source(self.source, self.val_share, self.part)
+            chunks = at_token_boundaries(chunks, tokenizer)
+            if self.part != WHOLE:
+                chunks = chunks_of_part(chunks, self.source, self.part)
             for batch in batch_chunks(chunks, size):
                 yield partial(self.settings.encode, batch, tokenizer)
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from pocketlm.config.sections import DataConfig
 from pocketlm.data import prepare as prepare_module
-from pocketlm.data.bin_files import LLMC_FORMATS, read_bin, write_bin
 from pocketlm.data.prepare import prepare
-from pocketlm.data.shard_builder import BuildSettings
 from pocketlm.errors import UserError
+from pocketlm.shards.bin_files import LLMC_FORMATS, read_bin, write_bin
+from pocketlm.shards.builder import BuildSettings
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from tests.support.code_points import CodePointTokenizer
 from tests.support.preparation import byte_config, shard_folders
