@@ -10,11 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
 from types import FrameType
 from typing import IO
 
@@ -100,47 +98,17 @@ def train(arguments: Sequence[str], run: Run, log: Path, should_stop: Callable[[
             start_new_session=True,  # Ctrl-C reaches this process, which passes one signal on
         )
         assert process.stdout is not None
-        lines = Lines(process.stdout)
         with process:
             try:
-                stopped = copy_lines(lines, file, process, should_stop)
+                stopped = copy_lines(process.stdout, file, process, should_stop)
             except BaseException:
-                end_gracefully(process, lines, file)
+                end_gracefully(process, file)
                 raise
     return ending(run, log, process.returncode, stopped)
 
 
-class Lines:
-    """The lines of a stream, read by a thread of its own.
-
-    A signal that the kernel gives to another thread does not interrupt the main thread's `read`, so
-    that Python would handle it only after the next line.
-    """
-
-    def __init__(self, stream: IO[str]):
-        self._queue: SimpleQueue[str | None] = SimpleQueue()
-        Thread(target=self._read, args=[stream], daemon=True).start()
-
-    def _read(self, stream: IO[str]) -> None:
-        for line in stream:
-            self._queue.put(line)
-        self._queue.put(None)
-
-    def __iter__(self) -> "Lines":
-        return self
-
-    def __next__(self) -> str:
-        while True:
-            with suppress(Empty):
-                line = self._queue.get(timeout=0.2)
-                if line is None:
-                    self._queue.put(None)  # for who asks again
-                    raise StopIteration
-                return line
-
-
 def copy_lines(
-    lines: Lines, file: IO[str], process: "subprocess.Popen[str]", should_stop: Callable[[], bool]
+    lines: IO[str], file: IO[str], process: "subprocess.Popen[str]", should_stop: Callable[[], bool]
 ) -> bool:
     """Copy a run's output to its log until it ends; return whether it was asked to stop."""
     stopped = False
@@ -154,11 +122,12 @@ def copy_lines(
     return stopped
 
 
-def end_gracefully(process: "subprocess.Popen[str]", lines: Lines, file: IO[str]) -> None:
+def end_gracefully(process: "subprocess.Popen[str]", file: IO[str]) -> None:
     """Ask a run to save its step and end, and wait for it; at a second signal, end it at once."""
+    assert process.stdout is not None
     process.terminate()
     try:
-        file.writelines(lines)
+        file.writelines(process.stdout)
     finally:
         if process.poll() is None:
             process.terminate()

@@ -74,6 +74,15 @@ def test_optuna_reads_the_storage(folder):
     ]
 
 
+@pytest.fixture
+def interruptible():
+    """Receive SIGINT, which a shell has a command in the background ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_sweep_goes_on_in_the_middle_of_its_run(folder, monkeypatch, number):
     monkeypatch.setenv("KILL_SIGNAL", str(int(number)))
