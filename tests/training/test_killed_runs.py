@@ -125,7 +125,7 @@ def test_soak_a_run_killed_at_random_steps_ends_as_one_that_never_was(folder, fo
         assert done.returncode in (0, -signal.SIGKILL, 128 + signal.SIGTERM), done.stderr
         interruptions += done.returncode != 0
         step = read_checkpoint("checkpoints/killed/last.ckpt")["global_step"]
-        assert at - step < 40
+        assert at - step <= 40  # all of them, if the kill comes between a step and its save
     assert interruptions >= KILLS // 2
     assert end_equal("checkpoints/killed", "checkpoints/whole")
     assert rows_without_timing("logs/killed/metrics.csv") == rows_without_timing(
