@@ -56,7 +56,10 @@ def lazily(module: str, function: str) -> Callable[[argparse.Namespace], int]:
 def add_repeat(command: argparse.ArgumentParser, default: int = 3) -> None:
     """Add `--repeat`."""
     command.add_argument(
-        "--repeat", type=int, default=default, help="runs of each contender (default: %(default)s)"
+        "--repeat",
+        type=number_from_one,
+        default=default,
+        help="runs of each contender (default: %(default)s)",
     )
 
 
@@ -68,6 +71,13 @@ def add_peer(command: argparse.ArgumentParser, metavar: str, help_text: str) -> 
 def add_work(command: argparse.ArgumentParser) -> None:
     """Add `--work`."""
     command.add_argument("--work", type=folder, help="folder for scratch files (default: system's)")
+
+
+def number_from_one(text: str) -> int:
+    """Return an argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def folder(path: str) -> Path:
@@ -103,10 +113,16 @@ def add_train(commands: "Commands") -> None:
     peers = "checkout of another program: nanogpt=PATH, llmc=PATH, litgpt=PATH; or transformers"
     add_peer(train, "NAME=PATH", peers)
     train.add_argument(
-        "--steps", type=int, default=50, help="optimizer steps of our run (default: %(default)s)"
+        "--steps",
+        type=number_from_one,
+        default=50,
+        help="optimizer steps of our run (default: %(default)s)",
     )
     train.add_argument(
-        "--peer-steps", type=int, default=10, help="steps of a peer's run (default: %(default)s)"
+        "--peer-steps",
+        type=number_from_one,
+        default=10,
+        help="steps of a peer's run (default: %(default)s)",
     )
     add_repeat(train)
     train.add_argument("--parts", action="store_true", help="time of each part of a step as well")
@@ -125,7 +141,7 @@ def add_scale(commands: "Commands") -> None:
     scale.add_argument("--config", default="config.yaml")
     scale.add_argument(
         "--ranks",
-        type=int,
+        type=number_from_one,
         nargs="+",
         default=[1, 2],
         help="numbers of processes, with a thread each, or of GPUs (default: 1 2)",
@@ -138,7 +154,10 @@ def add_scale(commands: "Commands") -> None:
         help="values of hardware.strategy (default: ddp)",
     )
     scale.add_argument(
-        "--steps", type=int, default=50, help="optimizer steps of a run (default: %(default)s)"
+        "--steps",
+        type=number_from_one,
+        default=50,
+        help="optimizer steps of a run (default: %(default)s)",
     )
     add_repeat(scale)
     scale.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -154,7 +173,11 @@ def add_prepare(commands: "Commands") -> None:
         help="text to token shards, compared with datasets.map and nanoGPT; reading them",
     )
     prepare.add_argument(
-        "--mb", type=int, nargs="+", default=[10, 100], help="sizes of text in MB (default: 10 100)"
+        "--mb",
+        type=number_from_one,
+        nargs="+",
+        default=[10, 100],
+        help="sizes of text in MB (default: 10 100)",
     )
     add_peer(prepare, "nanogpt=PATH", "checkout of nanoGPT")
     add_repeat(prepare)
@@ -172,7 +195,7 @@ def add_loader(commands: "Commands") -> None:
     loader.add_argument("--config", default="config.yaml")
     loader.add_argument(
         "--steps",
-        type=int,
+        type=number_from_one,
         default=60,
         help="optimizer steps of training to measure (default: %(default)s)",
     )
@@ -201,7 +224,9 @@ def add_probes(commands: "Commands") -> None:
     probes.add_argument(
         "--cases", nargs="+", default=["cases/*.yaml"], help="suites (default: %(default)s)"
     )
-    probes.add_argument("--limit", type=int, help="maximum number of cases (default: all)")
+    probes.add_argument(
+        "--limit", type=number_from_one, help="maximum number of cases (default: all)"
+    )
     add_repeat(probes)
     probes.set_defaults(run=lazily("probes", "bench_probes"))
 
@@ -237,10 +262,16 @@ def add_generate(commands: "Commands") -> None:
         help="workloads to time (default: all)",
     )
     generate.add_argument(
-        "--tokens", type=int, default=100, help="new tokens per prompt (default: %(default)s)"
+        "--tokens",
+        type=number_from_one,
+        default=100,
+        help="new tokens per prompt (default: %(default)s)",
     )
     generate.add_argument(
-        "--batch", type=int, default=16, help="prompts of the batch (default: %(default)s)"
+        "--batch",
+        type=number_from_one,
+        default=16,
+        help="prompts of the batch (default: %(default)s)",
     )
     add_repeat(generate)
     generate.set_defaults(run=lazily("generate", "bench_generate"))
@@ -254,10 +285,16 @@ def add_serve(commands: "Commands") -> None:
     serve.add_argument("--ckpt", required=True)
     serve.add_argument("--dtypes", nargs="+", default=DTYPES[:3], choices=DTYPES)
     serve.add_argument(
-        "--clients", type=int, default=16, help="concurrent clients (default: %(default)s)"
+        "--clients",
+        type=number_from_one,
+        default=16,
+        help="concurrent clients (default: %(default)s)",
     )
     serve.add_argument(
-        "--tokens", type=int, default=60, help="tokens per answer (default: %(default)s)"
+        "--tokens",
+        type=number_from_one,
+        default=60,
+        help="tokens per answer (default: %(default)s)",
     )
     add_repeat(serve, default=5)
     serve.set_defaults(run=lazily("serve", "bench_serve"))
@@ -271,7 +308,11 @@ def add_memory(commands: "Commands") -> None:
         help="the memory that a run's plan tells, compared with the peak of its process",
     )
     memory.add_argument(
-        "--random", type=int, default=0, metavar="N", help="draw N configs (default: a fixed list)"
+        "--random",
+        type=number_from_one,
+        default=0,
+        metavar="N",
+        help="draw N configs (default: a fixed list)",
     )
     memory.add_argument("--seed", type=int, default=1, help="of --random (default: %(default)s)")
     memory.add_argument("overrides", nargs="*", metavar="section.key=value")

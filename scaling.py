@@ -1,4 +1,4 @@
-"""How the loss falls with compute: train a series of sizes, fit a law, predict the next, check it.
+"""Measure how the loss falls with compute: train a series, fit a law, predict the next size.
 
     python scaling.py                                  # presets/series/: five widths and the next
     python scaling.py --seeds 2 --budget 1h

@@ -19,15 +19,12 @@ from rich.table import Table
 
 from benchmarks.measure import OUT, machine
 from benchmarks.train import Task, Times, our_run, prepare_task
-from pocketlm.errors import UserError
 
 APART = "without communication"
 
 
 def bench_scale(args: argparse.Namespace) -> int:
     """Run each number of processes in turn; print speeds, efficiency and shares."""
-    if min(args.ranks) < 1:
-        raise UserError(f"--ranks {min(args.ranks)}: a run has one process or more")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the runs: this process has read it already
     task = prepare_task(args.config, [*args.overrides, "hardware.devices=1"])
     ranks = sorted({1, *args.ranks})

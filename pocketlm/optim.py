@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -178,7 +178,7 @@ def is_divided(tensor: Tensor) -> bool:
 
 def own_rows(tensor: Tensor) -> Tensor:
     """Return the rows of a tensor that this process has: all of them, without FSDP."""
-    rows: Tensor = getattr(tensor, "to_local")() if is_divided(tensor) else tensor  # noqa: B009
+    rows: Tensor = cast(Any, tensor).to_local() if is_divided(tensor) else tensor
     return rows
 
 

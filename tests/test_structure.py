@@ -13,7 +13,7 @@ LAYERS = [  # from the ground up; a module imports from its own package and from
     {"startup", "limits"},
     {"errors"},
     {"instruction_sets"},
-    {"files", "wheels", "hub", "optim", "native_build"},
+    {"files", "wheels", "hub", "optim", "native_build", "templates"},
     {"model"},
     {"config"},
     {"tokenizer"},

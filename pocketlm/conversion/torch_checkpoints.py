@@ -69,7 +69,7 @@ COMPILED = "_orig_mod."  # in the names of a model that torch.compile has wrappe
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Where the tokenizer of a file that has none comes from."""
+    """Origin of the tokenizer for a file that has none."""
 
     data_dir: str  # cache of GPT-2's
     name: str | None = None  # as data.tokenizer; None: what the file says
@@ -79,9 +79,13 @@ class TokenizerSource:
 def read_torch_checkpoint(path: Path, source: TokenizerSource) -> Pretrained:
     """Read a checkpoint of nanoGPT or of the starter. Raises UserError."""
     content = load_torch_file(path)
-    if not isinstance(content, dict) or "kit" in content:
-        kind = "a checkpoint of this program" if "kit" in content else type(content).__name__
-        raise UserError(f"{path} is {kind}; give one of nanoGPT or of the starter")
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"{path} holds a {kind}; give a checkpoint of nanoGPT or of the starter")
+    if "kit" in content:
+        raise UserError(
+            f"{path} is a checkpoint of this program; give one of nanoGPT or of the starter"
+        )
     if {"model", "model_args"} <= content.keys():
         key, read = "model", read_nanogpt
     elif {"state_dict", "hyper_parameters"} <= content.keys():

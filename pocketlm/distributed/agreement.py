@@ -1,4 +1,4 @@
-"""What several processes agree on: the same start, and one voice."""
+"""Agreement of several processes: the same start, and one voice."""
 
 import hashlib
 import time

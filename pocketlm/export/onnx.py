@@ -57,7 +57,7 @@ class GrowingCache(KVCache):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k, v = (
             torch.cat((old, new), dim=2)
-            for old, new in zip(self.past[2 * layer :], (k, v), strict=False)
+            for old, new in zip(self.past[2 * layer : 2 * layer + 2], (k, v), strict=True)
         )
         self.present += [k, v]
         return k, v

@@ -73,7 +73,7 @@ def communication_bytes(config: Config, strategy: str) -> float:
 
 @dataclass(frozen=True)
 class Target:
-    """What a run is planned for."""
+    """Hardware that a run is planned for."""
 
     name: str
     accelerator: str

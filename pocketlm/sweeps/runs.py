@@ -42,7 +42,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Ending:
-    """How the process of a run ended.
+    """The end of a run's process.
 
     losses: None if nothing was validated. problem: why the run failed; empty if it did not.
     stopped: the run was asked to stop, and resumes from there.

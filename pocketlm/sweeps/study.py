@@ -50,7 +50,7 @@ class Record:
 
     @property
     def final(self) -> bool:
-        """Whether the same command would end in the same way."""
+        """Return whether the same command would end in the same way."""
         return not self.problem or NON_FINITE in self.problem
 
 

@@ -1,4 +1,4 @@
-"""What a sweep found: means and standard errors over seeds, and a winner where there is one.
+"""Results of a sweep: means and standard errors over seeds, and a winner where there is one.
 
 A winner is named only if, for every other configuration, the paired 95 % t-interval of the
 difference over the seeds that both were trained with is below zero. Runs of one seed have the same
@@ -114,7 +114,7 @@ class Summary:
 
     @property
     def note(self) -> str:
-        """What is to be known of runs that have not all steps."""
+        """Return a note on runs that have not all steps."""
         if self.failed:
             reason = self.failed[0].problem
             short = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"

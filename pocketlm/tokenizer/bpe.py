@@ -279,7 +279,7 @@ class JsonTokenizer(Tokenizer):
 
     @property
     def special(self) -> SpecialTokens:
-        """What the model's files say about special tokens."""
+        """Return the special tokens that the model's files name."""
         return SpecialTokens(
             self.bos_id,
             self.eos_id,

@@ -175,9 +175,11 @@ def refuse_trainer_variables() -> None:
 
 
 def quiet_libraries() -> None:
-    """Hide the notices of Lightning that this program replaces by its own lines."""
+    """Hide notices of libraries that do not hold here, or that lines of this program replace."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores
+    # it is about changes in place of a block's output, and nothing here makes any
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

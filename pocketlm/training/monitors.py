@@ -1,4 +1,4 @@
-"""What looks at a run: sample texts, probe suites, and the guard against non-finite gradients."""
+"""Monitors of a run: sample texts, probe suites, and the guard against non-finite gradients."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What may be another when a run resumes: meaning is compared, and what was resolved is used."""
+"""Changes between a run and its resume: meaning is compared, and what was resolved is used."""
 
 import dataclasses
 

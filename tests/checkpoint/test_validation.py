@@ -1,4 +1,4 @@
-"""What stands in a checkpoint: a wrong value of any kind is refused in a sentence, never used.
+"""Values in a checkpoint: a wrong value of any kind is refused in a sentence, never used.
 
 The file itself is whole, with the right checksums: another program wrote it.
 """

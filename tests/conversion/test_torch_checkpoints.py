@@ -177,8 +177,9 @@ def test_what_is_no_such_checkpoint_is_refused(
     assert "none of the starter (state_dict, hyper_parameters): it has weights, step" in refusal(
         capsys, path
     )
-    torch.save([1], path)
-    assert "ckpt.pt is list; give one of nanoGPT" in refusal(capsys, path)
+    for other, kind in (([1], "list"), (1, "int"), (torch.zeros(3), "Tensor")):
+        torch.save(other, path)
+        assert f"ckpt.pt holds a {kind}; give a checkpoint of nanoGPT" in refusal(capsys, path)
     path.write_bytes(path.read_bytes()[:200])
     assert "is truncated, damaged or not a file of torch.save" in refusal(capsys, path)
     llamas = starter(path, llama(num_key_value_heads=2), "gpt2", swa_window=8)

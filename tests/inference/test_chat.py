@@ -20,7 +20,8 @@ from pocketlm.config.sampling import SamplingConfig, SamplingParams
 from pocketlm.errors import UserError
 from pocketlm.inference import generate
 from pocketlm.inference.chat import ChatSession
-from pocketlm.inference.conversation import Conversation, render
+from pocketlm.inference.conversation import Conversation
+from pocketlm.templates import render
 from pocketlm.tokenizer.bytes import ByteTokenizer
 from tests.support.chat import CHATML, chat_tokenizer
 from tests.support.checkpoints import write_checkpoint

@@ -5,9 +5,9 @@ import sys
 import jinja2
 import pytest
 
+from pocketlm import templates
 from pocketlm.errors import UserError
-from pocketlm.inference import conversation
-from pocketlm.inference.conversation import MAX_TEMPLATE_STEPS, render
+from pocketlm.templates import MAX_STEPS, render
 from tests.support.chat import CHATML
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -70,8 +70,8 @@ FAILING = {
 def test_a_template_that_does_not_end_or_fails_is_one_sentence(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversation, "MAX_TEMPLATE_STEPS", 20_000)
-    monkeypatch.setattr(conversation, "MAX_RENDERED_CHARACTERS", 20_000)
+    monkeypatch.setattr(templates, "MAX_STEPS", 20_000)
+    monkeypatch.setattr(templates, "MAX_RENDERED_CHARACTERS", 20_000)
     trace = sys.gettrace()
     with pytest.raises(UserError, match="^the chat template (rejects|makes)") as refused:
         render(template, MESSAGES)
@@ -99,6 +99,6 @@ def test_a_long_conversation_is_far_from_the_limit() -> None:
     """The longest that the server takes has 100,000 characters, here in messages of five."""
     messages = MESSAGES * 1000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversation, "MAX_TEMPLATE_STEPS", MAX_TEMPLATE_STEPS // 20)
+        patch.setattr(templates, "MAX_STEPS", MAX_STEPS // 20)
         text = render(CHATML, messages)
     assert text.count("hello") == 1000
