@@ -329,7 +329,7 @@ def add_convert(commands: "Commands") -> None:
     )
     convert.add_argument("--ckpt", required=True)
     convert.add_argument(
-        "--formats", nargs="+", metavar="NAME", help="hf, gguf, onnx, safetensors (default: all)"
+        "--formats", nargs="+", choices=["hf", "gguf", "onnx", "safetensors"], help="default: all"
     )
     add_work(convert)
     convert.set_defaults(run=lazily("convert", "bench_convert"))

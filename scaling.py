@@ -27,7 +27,7 @@ with fast_imports():
     from pocketlm.sweeps.power_law import MIN_SIZES, Forecast, forecast
     from pocketlm.sweeps.runs import stopping_on_signals
     from pocketlm.sweeps.search import BudgetSpent, Clock, Search, parse_duration, resolve
-    from pocketlm.sweeps.space import Configuration
+    from pocketlm.sweeps.space import Configuration, require_few
     from pocketlm.sweeps.study import Study, identity
     from pocketlm.sweeps.summary import mean_and_error, write_csv
     from pocketlm.training.loop import quiet_libraries
@@ -205,7 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.seeds < 1:
         raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
-    budget = parse_duration(args.budget) if args.budget else math.inf
+    require_few(args.seeds, "seeds")
+    budget = math.inf if args.budget is None else parse_duration(args.budget)
     found, seconds = series(args)
     names = [each.partition("=")[2] for each in args.overrides if each.startswith("run.name=")]
     study = Study(names[-1] if names else "scaling", found, [])

@@ -32,6 +32,7 @@ with fast_imports():
         draw,
         grid,
         parse_overrides,
+        require_few,
     )
     from pocketlm.sweeps.study import Study, identity
     from pocketlm.sweeps.summary import METRICS, edges, summaries, table, verdict, write_csv
@@ -101,6 +102,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for options that have no meaning together or a value that cannot be."""
     if args.seeds < 1:
         raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
+    require_few(args.seeds, "seeds")
     if args.trials is not None and args.trials < 2:
         raise UserError(f"--trials is {args.trials}; it must be at least 2, to compare them")
     if args.search == "random" and args.trials is None:
@@ -198,7 +200,7 @@ def report(study: Study, metric: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    budget = parse_duration(args.budget) if args.budget else math.inf
+    budget = math.inf if args.budget is None else parse_duration(args.budget)
     axes, found, seconds = plan(args)
     base = found[0].config
     study = Study(base.run.name or "sweep", found, axes)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from benchmarks.serve import Server, serving
-from pocketlm.errors import run_main
+from pocketlm.errors import UserError, run_main
 
 PROMPTS = ["a", "the", "an", "be", "so"]
 HOSTILE = [
@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120, help="(default: %(default)s)")
     parser.add_argument("--clients", type=int, default=200, help="(default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.clients < 1:
+        raise UserError(f"--clients is {args.clients}; it must be at least 1")
     with serving(args.ckpt, "float32", clients=16) as server:
         soak = Soak(server)
         memory = [round(rss / 1e6) for rss in asyncio.run(soak.run(args.clients, args.seconds))]

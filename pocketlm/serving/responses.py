@@ -87,6 +87,8 @@ class Echo:
         if not self.request.score_prompt:
             return []
         scores = [(None, []), *self.request.prompt_scores]
+        # a prompt that had no slot before the deadline has no scores
+        scores += [(None, [])] * (len(self.request.ids) - len(scores))
         rows = zip(self.offsets, self.request.ids, scores, strict=True)
         tokens = [
             TokenLogprob(offset, Token(self.request, 0, token_id, None, *score))

@@ -214,6 +214,9 @@ class Search:
             raise BudgetSpent("the budget ended during a run, which has saved its last step")
         if watch.at_rung and not ending.problem:
             ending = replace(ending, losses=read_losses(run, target))
+        if not ending.problem and ending.losses and ending.losses.step > whole:
+            found = f"{run.checkpoints} is a run of {ending.losses.step:,} steps, not {whole:,}"
+            ending = replace(ending, problem=f"{found}; remove it or give another run.name")
         record = study.add(key, ending, before + watch.seconds)
         self.done.add(key)
         print_note(f"{label}: {outcome(record)}")

@@ -31,7 +31,7 @@ from pocketlm.errors import UserError
 RANGE = re.compile(rf"(?P<low>{FLOAT})\.\.(?P<high>{FLOAT})")
 LOG_RATIO = 10  # a range of positive numbers whose ends are this far apart is drawn on a log scale
 MAX_RUNS = 10_000
-DIGITS = 3  # significant digits of a number drawn from a range
+DIGITS = 6  # significant digits of a number drawn from a range
 OPENING, CLOSING = "[{", "]}"
 
 Settings = dict[str, str]  # value of each key of the sweep, as typed on the command line
@@ -55,6 +55,12 @@ class Axis:
         if isinstance(self.low, int) and isinstance(self.high, int):
             return IntDistribution(self.low, self.high, log=log)
         return FloatDistribution(self.low, self.high, log=log)
+
+    def contains(self, value: str) -> bool:
+        """Return whether a value, as typed, is an alternative or in the range."""
+        if self.low is None or self.high is None:
+            return value in self.values
+        return self.low <= number(value) <= self.high
 
     @property
     def text(self) -> str:
@@ -147,7 +153,7 @@ def parse_axis(key: str, text: str) -> Axis | None:
     """Return the axis of `key=text`; None if it has a single value."""
     if match := RANGE.fullmatch(text):
         low, high = (number(match[end]) for end in ("low", "high"))
-        if low >= high:
+        if not -math.inf < low < high < math.inf:
             raise UserError(f"{key}={text} is no range; write LOW..HIGH with LOW below HIGH")
         return Axis(key, low=low, high=high)
     values = split_alternatives(text)
@@ -174,7 +180,8 @@ def number(text: str) -> float:
     >>> number("3"), number("1e-3")
     (3, 0.001)
     """
-    return int(text) if re.fullmatch("[-+]?[0-9]+", text) else float(text)
+    is_int = re.fullmatch("[-+]?[0-9]{1,18}", text)  # optuna keeps 64 bits
+    return int(text) if is_int else float(text)
 
 
 # ---- configurations ----
@@ -212,6 +219,7 @@ def draw(axes: Sequence[Axis], count: int) -> list[Settings]:
             raise UserError(
                 f"--trials {count}: there are only {possible} combinations of the listed values"
             )
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(sampler=sampler)  # in memory
     distributions = {axis.key: axis.distribution for axis in axes}
@@ -219,7 +227,8 @@ def draw(axes: Sequence[Axis], count: int) -> list[Settings]:
     for _ in range(1000 * count):
         params = study.ask(distributions).params
         settings = {key: as_text(value) for key, value in params.items()}
-        if settings not in drawn:
+        inside = all(axis.contains(settings[axis.key]) for axis in axes)  # also when rounded
+        if inside and settings not in drawn:
             drawn.append(settings)
         if len(drawn) == count:
             return drawn

@@ -92,7 +92,7 @@ class Study:
             )
             for record in map(read_record, self.study.trials):
                 self.records[record.number, record.seed] = record
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise UserError(
                 f"{journal} is damaged ({error}); remove it, and the same command records the runs "
                 "that are finished again, without training them"

@@ -14,13 +14,16 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import harness
+from pocketlm.config.sampling import SamplingParams
 from pocketlm.evaluation.cases import load_suite
+from pocketlm.inference.engine import GenerationRequest
 from pocketlm.inference.generate import encode_prompt
 from pocketlm.serving.limits import ServerLimits
-from pocketlm.serving.responses import TokenFormatter
+from pocketlm.serving.responses import Echo, TokenFormatter
 from pocketlm.tokenizer.base import BEGIN_OF_TEXT, END_OF_TEXT
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.build import from_state
+from pocketlm.tokenizer.bytes import ByteTokenizer
 from tests.support.lm_eval_tasks import save_random
 from tests.support.server import RunningServer, error_of, serving_in_thread
 
@@ -98,6 +101,15 @@ def test_an_echo_streams_the_prompt_first_for_each_prompt_and_sample(
     assert tokens == [choice.logprobs.tokens for choice in whole.choices]
     without = server.complete(prompts, **(options | {"echo": False}))
     assert [prompts[i // 2] + without.choices[i].text for i in range(4)] == texts
+
+
+def test_a_prompt_that_had_no_slot_before_the_deadline_is_echoed_without_scores() -> None:
+    request = GenerationRequest([104, 105], SamplingParams(), score_prompt=True)
+    echo = Echo.of(ByteTokenizer(), request, None)
+    assert [(row.offset, row.token.id, row.token.logprob) for row in echo.logprobs()] == [
+        (0, 104, None),
+        (1, 105, None),
+    ]
 
 
 def test_an_echo_of_ids_outside_the_vocabulary_is_refused(server: RunningServer) -> None:

@@ -46,22 +46,29 @@ def submit(batcher: Batcher, client: str, n: int = 1, tokens: int = 4) -> Call:
     return batcher.submit(requests, seconds=60, client=client)
 
 
-async def finish(batcher: Batcher, call: Call, done: list[str]) -> None:
-    async for _ in batcher.read(call):
-        pass
-    done.append(call.client)
+async def answered(batcher: Batcher, calls: list[Call], begin: threading.Event) -> list[str]:
+    """Begin; return the clients in the order in which their calls end."""
+    done: list[str] = []
+
+    async def finish(call: Call) -> None:
+        async for _ in batcher.read(call):
+            pass
+        done.append(call.client)
+
+    readers = [asyncio.create_task(finish(call)) for call in calls]
+    await asyncio.sleep(0)  # all are waiting when the first one ends
+    begin.set()
+    await asyncio.gather(*readers)
+    return done
 
 
 def order_of(*clients: tuple[str, int]) -> str:
     """Return the order in which requests of these clients and sizes are answered."""
 
     async def answers() -> list[str]:
-        done: list[str] = []
         async with held_batcher(max_queue=9) as (batcher, begin):
             calls = [submit(batcher, client, tokens=tokens) for client, tokens in clients]
-            begin.set()
-            await asyncio.gather(*(finish(batcher, call, done) for call in calls))
-        return done
+            return await answered(batcher, calls, begin)
 
     return "".join(asyncio.run(answers()))
 
@@ -88,12 +95,9 @@ def test_a_full_queue_gives_the_newest_place_of_the_client_with_most_to_one_with
             with pytest.raises(TooBusy):
                 submit(batcher, "c", n=2)
             assert batcher.waiting_by_client() == {"a": 2, "b": 1}
-            begin.set()
+            assert await answered(batcher, [*calls[:2], other], begin) == ["a", "b", "a"]
             with pytest.raises(TooBusy, match="to a client with fewer requests"):
-                await finish(batcher, calls[2], [])
-            done: list[str] = []
-            await asyncio.gather(*(finish(batcher, call, done) for call in (*calls[:2], other)))
-            assert "".join(done) == "aba"
+                await anext(batcher.read(calls[2]))
             assert not batcher.queue
 
     asyncio.run(fill())

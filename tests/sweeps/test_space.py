@@ -58,6 +58,13 @@ def test_a_range_of_whole_numbers_gives_whole_numbers():
     assert {settings["model.n_layers"] for settings in draw([axis], 5)} == set("12345")
 
 
+@pytest.mark.parametrize("text", ["0.99..0.9999", "1e-5..1.00004e-5"])
+def test_drawn_numbers_are_in_the_range_also_when_rounded(text):
+    _, [axis] = parse_overrides([f"training.ema_decay={text}"])
+    drawn = [float(settings["training.ema_decay"]) for settings in draw([axis], 3)]
+    assert all(axis.low <= value <= axis.high for value in drawn) and len(set(drawn)) == 3
+
+
 # ---- successive halving ----
 
 

@@ -5,6 +5,7 @@ Runs are those of a stand-in for train.py, whose losses are known; one test has 
 
 import csv
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ import train
 from pocketlm.checkpoint.runs import Run
 from pocketlm.errors import UserError
 from pocketlm.sweeps import runs
+from pocketlm.sweeps.search import Search, Watch
 from tests.support.training import end_equal, read_events
 
 BASE = ["--config", "tiny.yaml", "training.max_steps=40"]
@@ -75,6 +77,14 @@ def test_optuna_reads_the_storage(folder):
 
 
 @pytest.fixture
+def searches(monkeypatch):
+    """The searches that sweep.py makes."""
+    made = []
+    monkeypatch.setattr(sweep, "Search", lambda *args: made.append(Search(*args)) or made[-1])
+    return made
+
+
+@pytest.fixture
 def interruptible():
     """Receive SIGINT, which a shell has a command in the background ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -86,6 +96,7 @@ def interruptible():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_sweep_goes_on_in_the_middle_of_its_run(folder, monkeypatch, number):
     monkeypatch.setenv("KILL_SIGNAL", str(int(number)))
+    monkeypatch.setattr("pocketlm.sweeps.search.Watch.seconds", 7.0)
     Path("kill.txt").write_text("tiny-002-s42 15")
     command = [*BASE, "training.lr=1e-3,1e-2"]
     with pytest.raises(SystemExit) as stop:
@@ -95,6 +106,9 @@ def test_a_stopped_sweep_goes_on_in_the_middle_of_its_run(folder, monkeypatch, n
     assert sweep.main(command) == 0
     assert set(trained().values()) == {1} and len(trained()) == 80
     assert [row["finished"] for row in rows()] == ["1", "1"]
+    assert [float(row["seconds"]) for row in rows()] == [7, 14]  # of two processes
+    log = Path("sweeps/tiny/logs/tiny-001-s42.txt").read_text()
+    assert f"session {os.getsid(0)}\n" not in log  # Ctrl-C does not reach the run twice
     assert sweep.main(command) == 0 and len(trained()) == 80  # prints the table again
 
 
@@ -120,6 +134,18 @@ def test_a_run_that_was_finished_and_not_recorded_is_not_trained_again(folder):
     Path("sweeps/tiny/study.journal").unlink()
     assert sweep.main(command) == 0
     assert len(trained()) == 80 and [row["finished"] for row in rows()] == ["1", "1"]
+
+
+def test_a_finished_run_of_another_length_is_not_taken_for_one_of_the_sweep(folder):
+    command = ["--config", "tiny.yaml", "training.lr=1e-3,1e-2"]
+    sweep.main([*command, "training.max_steps=60"])
+    shutil.rmtree("sweeps")
+    assert sweep.main([*command, "training.max_steps=40"]) == sweep.FAILED
+    assert {row["problem"] for row in rows()} == {
+        f"checkpoints/tiny-00{n}-s42 is a run of 60 steps, not 40; remove it or give another "
+        "run.name"
+        for n in (1, 2)
+    }
 
 
 def test_more_seeds_train_only_the_new_ones(folder):
@@ -186,6 +212,15 @@ def test_a_budget_that_ends_during_a_run_saves_it(folder, monkeypatch, capsys):
     assert [float(row["seconds"]) for row in rows()] == [101, 1]
 
 
+def test_the_time_of_a_run_in_progress_survives_a_kill(folder, monkeypatch, searches):
+    sweep.main([*BASE, "training.lr=1e-3,1e-2"])
+    study, before = searches[0].study, searches[0].study.seconds
+    monkeypatch.setattr("pocketlm.sweeps.search.SAVE_TIME_EVERY", -1)
+    monkeypatch.setattr("pocketlm.sweeps.search.Watch.seconds", 7.0)
+    assert not Watch(study, (2, 43), searches[0].clock, rung=None).should_stop()
+    assert study.seconds == before + 7
+
+
 def test_a_budget_that_fits_no_run_is_refused(folder, monkeypatch):
     monkeypatch.setattr("pocketlm.sweeps.search.estimated_seconds", lambda *_: 3600.0)
     with pytest.raises(UserError, match=r"20:00 is less than one run is expected to take"):
@@ -211,6 +246,13 @@ def test_halving_promotes_the_better_half_and_continues_its_runs(folder, capsys)
     before = trained()
     assert sweep.main([*BASE, lr, "--search", "halving", "--seeds", "2"]) == 0
     assert trained() == before
+
+
+def test_a_rung_compares_the_losses_at_its_step_also_of_runs_that_went_on(folder, searches):
+    """By hand, at the rate 1e-2 with seed 42: 0.042 + 1/20 at step 20, 0.042 + 1/40 at the end."""
+    sweep.main([*BASE, "training.lr=1e-4,1e-3,1e-2,3.16e-2", "--search", "halving"])
+    assert searches[0].losses_at(3, 20) == [pytest.approx(0.092)]
+    assert searches[0].losses_at(3, 40) == [pytest.approx(0.067)]
 
 
 def test_a_random_search_draws_the_same_again_and_more(folder):
@@ -246,7 +288,10 @@ def test_a_random_search_draws_the_same_again_and_more(folder):
         (["training.lr=1,2", "--search", "random", "--trials", "3"], "are only 2 combinations"),
         (["training.lr=1e-4..1e-3"], "is a range, which has no list of values"),
         (["training.lr=2..1"], "is no range; write LOW..HIGH with LOW below HIGH"),
-        (["training.lr=1,2", "--seeds", "100000"], "200,000 runs are too many"),
+        (["training.lr=1,2", "--seeds", "6000"], "12,000 runs are too many"),
+        (["training.lr=1,2", "--seeds", "9" * 20], "seeds are too many for a sweep"),
+        (["training.lr=1,2", "--budget", ""], "--budget '' is no duration"),
+        (["training.lr=1..1e999", "--search", "random", "--trials", "2"], "is no range"),
         (["training.lr=1..2", "--search", "random", "--trials", "99999"], "99,999 trials are too"),
         (["training.lr=1,2", f"run.name={'x' * 95}"], "is longer than 100 characters"),
         (["training.lr=1,2", "training.seed=4294967295", "--seeds", "2"], "training.seed is"),
