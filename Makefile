@@ -9,7 +9,7 @@ install:  ## requirements of training, tests and linters
 train:  ## the default run
 	$(PYTHON) train.py --config config.yaml
 
-test:  ## every test; `make test ARGS='-m "not slow"'` leaves out the slow ones
+test:  ## the quick tests; `make test ARGS='-m slow'` runs the slow ones
 	$(PYTHON) -m pytest $(ARGS)
 
 lint:  ## style, format and types
