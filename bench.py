@@ -149,9 +149,9 @@ def add_scale(commands: "Commands") -> None:
     scale.add_argument(
         "--strategies",
         nargs="+",
-        default=["ddp"],
+        default=["ddp", "fsdp"],
         choices=["ddp", "fsdp"],
-        help="values of hardware.strategy (default: ddp)",
+        help="values of hardware.strategy (default: both)",
     )
     scale.add_argument(
         "--steps",

@@ -15,15 +15,15 @@ refused by name.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
-
-import torch
 
 from pocketlm.checkpoint.format import sharded_checkpoint, write_whole
 from pocketlm.checkpoint.loading import Checkpoint, load_checkpoint
 from pocketlm.config.sections import DataConfig
 from pocketlm.conversion.pretrained import NAMED_MODELS, convert_pretrained
+from pocketlm.conversion.stored import is_finite
 from pocketlm.conversion.torch_checkpoints import TokenizerSource
 from pocketlm.errors import UserError, run_main
 from pocketlm.evaluation.quantization_report import validation_texts
@@ -99,7 +99,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.tokenizer and output_format != "ckpt":
         raise UserError("--tokenizer is for --to ckpt; a checkpoint has its own: leave it out")
     path = Path(output)
-    if path.exists() and not args.force:
+    if os.path.lexists(path) and not args.force:  # also a link to nothing
         raise UserError(f"{output} exists already; name another, or pass --force to replace it")
     if path.exists() and Path(args.path).exists() and path.samefile(args.path):
         raise UserError(f"{output} is the model to convert; name another output")
@@ -120,7 +120,7 @@ def load_finite(path: str) -> Checkpoint:
             f"{path} is {checkpoint.quantized} already; use the checkpoint it was made from"
         )
     for name, weight in checkpoint.model.named_parameters():
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight.detach()):
             raise UserError(
                 f"{path}: {name} has weights that are not finite; use an earlier checkpoint"
             )

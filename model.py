@@ -410,19 +410,25 @@ class Transformer(nn.Module):
             self.register_buffer("rope_sin", sin, persistent=False)
 
     def reset_parameters(self) -> None:
-        """Draw every matrix from N(0, init_std^2); set biases to zero.
+        """Draw all parameters, in their order; on the meta device there is nothing to draw."""
+        if self.device.type != "meta":
+            for name, p in self.named_parameters():
+                self.draw(name, p)
 
-        The matrices that write to the residual stream have a standard deviation smaller by
-        sqrt(2 n_layers), as in GPT-2.
+    def draw(self, name: str, p: Tensor) -> None:
+        """Set `p` to first values of the parameter `name`.
+
+        Every matrix is drawn from N(0, init_std^2). The matrices that write to the residual stream
+        have a standard deviation smaller by sqrt(2 n_layers), as in GPT-2.
         """
-        std = self.config.init_std
-        residual_std = std / math.sqrt(2 * self.config.n_layers)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=residual_std if residual else std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+        if p.dim() == 2:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            smaller = math.sqrt(2 * self.config.n_layers) if residual else 1
+            nn.init.normal_(p, std=self.config.init_std / smaller)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+        else:
+            nn.init.constant_(p, 0.5 if name.endswith("value_mix") else 1)
 
     @property
     def device(self) -> torch.device:
@@ -488,11 +494,19 @@ class Transformer(nn.Module):
         output: Tensor = self.norm(x)
         return output
 
+    def set_dropout(self, probability: float) -> None:
+        """Drop out with another probability than the config's from here on."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = probability
+            elif isinstance(module, Attention):
+                module.dropout = probability
+
     def _trains_natively(self) -> bool:
         """Return whether training.c computes the blocks: those of the Llama family, on a CPU."""
         return (
             self.config.is_llama
-            and not (self.config.dropout and self.training)
+            and not (self.dropout.p and self.training)
             and self.rope_cos.dtype == torch.float32
             and trains_natively(self.embed_tokens.weight)
         )

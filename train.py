@@ -50,8 +50,12 @@ with fast_imports():
         decided_by_first,
         first_process_speaks,
     )
-    from pocketlm.distributed.launch import check_launch, connected
-    from pocketlm.distributed.sharding import ShardedStrategy, drop_whole_parameters
+    from pocketlm.distributed.launch import check_launch, check_machines, connected
+    from pocketlm.distributed.sharding import (
+        ShardedStrategy,
+        UndrawnTransformer,
+        drop_whole_parameters,
+    )
     from pocketlm.errors import UserError, run_main
     from pocketlm.hardware.devices import (
         Hardware,
@@ -86,12 +90,14 @@ with fast_imports():
 class LitTransformer(TrainableModule):
     """The Transformer as Lightning trains it: loss, optimizer, schedule, clipping, validation."""
 
-    def __init__(self, config: Config, data: PreparedData, fused: bool = True):
+    def __init__(
+        self, config: Config, data: PreparedData, fused: bool = True, *, undrawn: bool = False
+    ):
         super().__init__()
         self.save_hyperparameters(config.to_dict())
         self.config, self.fused = config, fused
         self.val_bytes = validation_target_bytes(config, data)
-        self.model = Transformer(config.model)
+        self.model = (UndrawnTransformer if undrawn else Transformer)(config.model)
         self.progress = TrainingProgress()
         self.average = WeightAverage(config.training.ema_decay)
         self.train_loss_fn = self.loss_sum  # `fit` may compile it; validation stays eager
@@ -120,6 +126,12 @@ class LitTransformer(TrainableModule):
         """Return the summed cross-entropy of the batch's targets, in nats."""
         return batch_loss(self.model, batch, self.config.training.loss_chunk)
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        begun = self.config.training.drops_out(self.trainer.global_step)
+        probability = self.config.model.dropout if begun else 0.0
+        if probability != self.model.dropout.p:
+            self.model.set_dropout(probability)
+
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Return the loss per position; `configure_gradient_clipping` makes it one per target."""
         loss_sum, targets = self.train_loss_fn(batch), batch["targets"]
@@ -140,6 +152,7 @@ class LitTransformer(TrainableModule):
             fused=self.fused and not (divided and t.optimizer == "sgd"),  # torch has no such one
         )
         if isinstance(optimizer, MuonAdamW):
+            optimizer.momentum = t.muon_momentum
             # rounded to bfloat16, what several devices add up in another order would drift apart
             optimizer.in_float32 = self.trainer.precision == "32-true"
         return optimizer
@@ -311,7 +324,7 @@ def print_start(run: Run, start: ResumePoint | None, config: Config) -> None:
     if start:
         print_note(f"resuming from {start.path} at step {start.step}")
         if start.verdict_only:
-            print_note("all steps are taken; what is missing is the verdict")
+            print_note("the run has ended; what is missing is the verdict")
         if start.max_steps != config.training.steps:
             print_note(
                 f"training.max_steps {start.max_steps} -> {config.training.steps}: from here on "
@@ -327,6 +340,22 @@ def print_start(run: Run, start: ResumePoint | None, config: Config) -> None:
     if not start:  # --fresh, or logs without a checkpoint
         for folder in run.move_aside():
             print_note(f"moved the old outputs to {folder}")
+
+
+def new_module(
+    config: Config, data: PreparedData, hardware: Hardware, start: ResumePoint | None
+) -> LitTransformer:
+    """Return the module with the weights that the run begins with.
+
+    FSDP draws them when it divides the model, so that no process needs the room for all of them.
+    """
+    initial = config.training.init_from if not start else None
+    finished = start is not None and start.verdict_only
+    undrawn = hardware.strategy == "fsdp" and not (initial or finished)
+    module = LitTransformer(config, data, hardware.precision != "16-mixed", undrawn=undrawn)
+    if initial:
+        load_initial_weights(module.model, initial)
+    return module
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -349,6 +378,8 @@ def train(config: Config, args: argparse.Namespace, begin: float) -> None:
     keep_freed_memory()
     quiet_libraries()
     run, changes = Run(config.run.name), check_change(args.change)
+    if not args.dry_run:
+        check_machines(config.hardware)
     previous = None if args.fresh else read_previous(run)
     config, data, hardware = prepare_run(config, previous, changes)
     if previous:
@@ -382,13 +413,11 @@ def train(config: Config, args: argparse.Namespace, begin: float) -> None:
         start = decided_by_first(begin_or_resume)
         L.seed_everything(config.training.seed, verbose=False)
         with memory_errors(config):
-            module = LitTransformer(config, data, fused=hardware.precision != "16-mixed")
-            if config.training.init_from and not start:
-                load_initial_weights(module.model, config.training.init_from)
+            module = new_module(config, data, hardware, start)
             trained = fit(module, config, data, hardware, run, start)
         if trained.trainer.is_global_zero:
             picture = print_verdict(config, data, run, trained, time.perf_counter() - begin)
-            trained.tensorboard.add_loss_picture(picture, config.training.steps)
+            trained.tensorboard.add_loss_picture(picture, trained.step)
             run.mark_finished()
 
 

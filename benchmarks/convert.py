@@ -1,7 +1,7 @@
 """Conversions of a checkpoint to every format and back: what each proves, and its memory.
 
-Memory is compared with that of the model in float32, after the memory of a process that has only
-imported the program is subtracted.
+Memory is the private memory of the command and of its proof, without that of a process that has
+only imported the program. The file of a checkpoint is mapped, and its pages are not private.
 """
 
 import argparse
@@ -47,11 +47,11 @@ class Bench:
         return run_watched([*command, output, *more], self.work, every=SAMPLE_SECONDS)
 
     def print_result(self, title: str, done: Finished, lines: list[str]) -> None:
-        """Print the memory and time of a conversion, and the lines of its proof."""
-        ratio = (done.megabytes - self.imports) / self.megabytes
-        OUT.print(f"{title}: {done.seconds:.0f} s, memory {ratio:.2f} times the model")
-        for line in lines:
-            OUT.print(f"    {line}")
+        """Print a row of the table: time, memory, and what the conversion proves."""
+        megabytes = done.megabytes - self.imports
+        ratio = megabytes / self.megabytes
+        memory = f"{megabytes:,.0f} MB, {ratio:.2f} times the model"
+        OUT.print(f"| {title} | {done.seconds:.0f} s | {memory} | {'; '.join(lines)} |")
 
 
 def bench_convert(args: argparse.Namespace) -> int:
@@ -65,7 +65,8 @@ def bench_convert(args: argparse.Namespace) -> int:
         ckpt = Path(args.ckpt).resolve()
         bench = Bench(ckpt, Path(work), megabytes, imports, hash_weights(weights))
         del weights, checkpoint
-        OUT.print(f"{args.ckpt}: {megabytes:,.0f} MB of float32 weights; {machine()}")
+        OUT.print(f"{args.ckpt}: {megabytes:,.0f} MB of float32 weights; {machine()}\n")
+        OUT.print("| conversion | time | memory | proof |\n| --- | --- | --- | --- |")
         for output_format, output, dtype in OUTPUTS:
             if args.formats and output_format not in args.formats:
                 continue
@@ -79,7 +80,7 @@ def convert_one(bench: Bench, output_format: str, output: str, dtype: str) -> No
     try:
         done = bench.convert(bench.ckpt, output_format, output, "--dtype", dtype, *more)
     except UserError as error:
-        OUT.print(f"{output_format}, {dtype}: {error}")
+        OUT.print(f"| {output_format}, {dtype} | | | {error} |")
         return
     bench.print_result(f"{output_format}, {dtype}", done, done.stdout.splitlines()[1:])
     if output in RETURNING:

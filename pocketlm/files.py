@@ -54,7 +54,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in unfinished.iterdir():
             with file.open("rb+") as written:
                 os.fsync(written.fileno())
-        if path.exists():
+        if os.path.lexists(path):  # also a link to nothing
             os.replace(path, replaced)
         os.replace(unfinished, path)
         sync_folder(path.parent)

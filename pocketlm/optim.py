@@ -20,8 +20,6 @@ from torch import Tensor
 
 from pocketlm.instruction_sets import multiplies_bfloat16
 
-MUON_MOMENTUM = 0.95  # Jordan et al. 2024
-
 # Liu et al. 2025 (arXiv 2502.16982): this makes the RMS of an update that of AdamW's.
 MUON_UPDATE_SCALE = 0.2
 
@@ -122,6 +120,7 @@ class MuonAdamW(torch.optim.AdamW):
     2502.16982), so that one learning rate and one weight decay serve both.
     """
 
+    momentum = 0.95  # decay per step; Jordan et al. 2024
     in_float32 = False  # whether to orthogonalise in float32 where the device has bfloat16 too
 
     @torch.no_grad()
@@ -155,8 +154,8 @@ class MuonAdamW(torch.optim.AdamW):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             momenta = [own_rows(self.state[p]["momentum_buffer"]) for p in params]
             grads = [own_rows(p.grad) for p in params if p.grad is not None]
-            torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
-            nesterov = torch._foreach_lerp(grads, momenta, MUON_MOMENTUM)
+            torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
+            nesterov = torch._foreach_lerp(grads, momenta, self.momentum)
             orthogonalise = partial(newton_schulz, in_float32=self.in_float32)
             if is_divided(params[0]):
                 updates = on_whole_matrices(nesterov, shape, orthogonalise)

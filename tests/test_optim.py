@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 
 from model import ModelConfig, Transformer
 from pocketlm.optim import (
+    MuonAdamW,
     build_optimizer,
     clip_gradients,
     iterate_gram,
@@ -84,6 +85,14 @@ def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 optimizers = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 fusing = pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+momenta = pytest.mark.parametrize("momentum", [0.95, 0.8])
+
+
+def muon_of(model: Transformer, momentum: float) -> MuonAdamW:
+    optimizer = build_optimizer(model, optimizer="muon", fused=False, **SETTINGS)
+    assert isinstance(optimizer, MuonAdamW)
+    optimizer.momentum = momentum
+    return optimizer
 
 
 # ---- groups ----
@@ -151,14 +160,15 @@ def test_with_muon_all_but_the_blocks_matrices_equal_torch_adamw_exactly(fused: 
         assert same == expected.keys() - muon
 
 
-def test_muon_moves_every_matrix_the_way_of_torch_muon() -> None:
+@momenta
+def test_muon_moves_every_matrix_the_way_of_torch_muon(momentum: float) -> None:
     ours, theirs = tiny_model(), tiny_model()
-    optimizer = build_optimizer(ours, optimizer="muon", fused=False, **SETTINGS)
+    optimizer = muon_of(ours, momentum)
     reference = torch.optim.Muon(
         block_matrices(theirs).values(),
         lr=0.01,
         weight_decay=0.1,
-        momentum=0.95,
+        momentum=momentum,
         nesterov=True,
         adjust_lr_fn="match_rms_adamw",
     )
@@ -175,10 +185,11 @@ def test_muon_moves_every_matrix_the_way_of_torch_muon() -> None:
         assert change.norm().item() == pytest.approx(their_change.norm().item(), rel=0.03), name
 
 
-def test_muon_momentum_is_the_moving_average_that_torch_keeps() -> None:
+@momenta
+def test_muon_momentum_is_the_moving_average_that_torch_keeps(momentum: float) -> None:
     ours, theirs = tiny_model(), tiny_model()
-    optimizer = build_optimizer(ours, optimizer="muon", fused=False, **SETTINGS)
-    reference = torch.optim.Muon(block_matrices(theirs).values(), momentum=0.95)
+    optimizer = muon_of(ours, momentum)
+    reference = torch.optim.Muon(block_matrices(theirs).values(), momentum=momentum)
     take_steps(ours, optimizer, RATES)
     take_steps(theirs, reference, RATES)
     expected = block_matrices(theirs)

@@ -32,6 +32,7 @@ FREE = {
     "training.max_epochs",
     "training.log_every_steps",
     "training.val_every_steps",
+    "training.patience",
     "training.probe_cases",
     "training.save_every_steps",
     "training.keep_checkpoints",

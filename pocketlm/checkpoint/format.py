@@ -28,7 +28,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pocketlm.checkpoint.sharded import SHARDS, shards_problem, with_whole_tensors
+from pocketlm.checkpoint.sharded import (
+    SHARDS,
+    changed_shard,
+    shards_problem,
+    with_whole_tensors,
+)
 from pocketlm.checkpoint.validation import content_problem
 from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
@@ -49,8 +54,8 @@ def checkpoint_metadata(
     """Return the `kit` entry of a checkpoint.
 
     counters: `tokens` (targets trained on), `val_loss` (None before the first validation) and, of a
-    training run, `data_sha256`, `hardware` (what was resolved; see `environment.py`) and `history`
-    (the steps at which its config was changed).
+    training run, `data_sha256`, `hardware` (what was resolved; see `environment.py`), `history`
+    (the steps at which its config was changed) and `waited` (validations without a new best).
     """
     return {"format": FORMAT, "config": config.to_dict(), "tokenizer": tokenizer_state, **counters}
 
@@ -102,7 +107,8 @@ def read_checkpoint(
         raise DamagedCheckpoint(f"the checkpoint {path} is damaged: {problem}; use another")
     checkpoint: dict[str, Any] = state
     if SHARDS in state and not metadata_only:
-        if problem := shards_problem(state, path):
+        problem = shards_problem(state, path) or (changed_shard(state, path) if whole else None)
+        if problem:
             raise DamagedCheckpoint(f"the checkpoint {path} is not whole: {problem}; use another")
         return with_whole_tensors(checkpoint, path) if whole else checkpoint
     return checkpoint

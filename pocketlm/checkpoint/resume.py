@@ -21,6 +21,7 @@ from pocketlm.checkpoint.changes import (
 )
 from pocketlm.checkpoint.format import DamagedCheckpoint, read_checkpoint
 from pocketlm.checkpoint.runs import Run
+from pocketlm.checkpoint.sharded import SHARDS, changed_shard
 from pocketlm.checkpoint.validation import non_finite_problem, training_problem
 from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
@@ -39,6 +40,8 @@ class Saved:
     step: int
     length: int  # steps of the run when it was saved
     val_loss: float | None  # of this very step; None if it was not validated
+    waited: int = 0  # validations in a row without a new lowest loss
+    ended: bool = False  # whether it is the run's last one
 
     @classmethod
     def read(cls, path: Path) -> "Saved":
@@ -50,8 +53,11 @@ class Saved:
         except UserError as error:
             raise DamagedCheckpoint(str(error)) from None
         length = training.max_steps if isinstance(training.max_steps, int) else 0
-        loss = metadata["val_loss"] if length and training.validates(step) else None
-        return cls(path, metadata, step, length, loss)
+        waited = metadata.get("waited", 0)
+        ended = bool(length) and training.has_ended(step, waited)
+        validated = ended or bool(length) and training.validates(step)
+        loss = metadata["val_loss"] if validated else None
+        return cls(path, metadata, step, length, loss, waited, ended)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Examination:
             state = read_checkpoint(path, whole=False)  # of a model too large for one machine
         except DamagedCheckpoint as error:
             return cls(damage=str(error))
+        if SHARDS in state and (problem := changed_shard(state, path)):
+            return cls(damage=f"the checkpoint {path} is damaged: {problem}")
         if problem := non_finite_problem(state):
             return cls(damage=f"the checkpoint {path} is of no use: {problem}")
         problem = training_problem(state)
@@ -138,7 +146,7 @@ class SavedRun:
         newest, best = self.newest, self.best
         assert newest is not None
         names = {"last.ckpt": newest}
-        if newest.step == newest.length:
+        if newest.ended:
             names["final.ckpt"] = newest
         if best:
             names["best.ckpt"] = best
@@ -179,7 +187,8 @@ class ResumePoint:
     max_steps: int  # length of the run when the checkpoint was saved
     best: float | None = None  # validation loss of best.ckpt
     history: tuple[dict[str, Any], ...] = ()  # with the changes that this command makes
-    verdict_only: bool = False  # all steps are taken; the run was killed before its verdict
+    verdict_only: bool = False  # the run has ended, and was killed before its verdict
+    waited: int = 0  # validations in a row without a new lowest loss
 
 
 def read_previous(run: Run) -> Previous | None:
@@ -215,11 +224,16 @@ def find_resume_point(
     changed = dict(changed_keys(previous, config, hardware, data_sha256))
     refuse_changes(run, {key: change for key, change in changed.items() if key not in changes})
     final_was_missing = saved_run.repair(config.training.keep_checkpoints)
-    verdict_only = step == steps == newest.length and (final_was_missing or run.is_marked())
-    if step >= steps and not verdict_only:
+    has_ended = config.training.has_ended(step, newest.waited)
+    same_end = newest.ended and newest.length == steps
+    verdict_only = has_ended and same_end and (final_was_missing or run.is_marked())
+    if has_ended and not verdict_only:
+        early, key = "", "max_steps"
+        if step < steps:
+            early, key = f" and {newest.waited} validations without a lower loss", "patience"
         raise UserError(
-            f"the run in {run.checkpoints} is finished: {step} of {steps} "
-            f"steps; raise training.max_steps to continue it; {REMEDY}"
+            f"the run in {run.checkpoints} is finished: {step} of {steps} steps{early}; "
+            f"raise training.{key} to continue it; {REMEDY}"
         )
     name_rounding_differences(previous, hardware)
     entries = [f"{key}: {change}" for key, change in changed.items()]
@@ -234,6 +248,7 @@ def find_resume_point(
         best.val_loss if best else None,
         (*previous.history, *new),
         verdict_only,
+        newest.waited,
     )
 
 

@@ -3,12 +3,16 @@
 Such a checkpoint is two things beside each other: a small file `step-N.ckpt` with all that an
 ordinary checkpoint has but the tensors, and the folder that its entry `shards` names, which torch's
 distributed checkpoint writes: a file from each process. The small file is written last, so that
-with it the checkpoint is complete. Any number of processes reads the tensors back.
+with it the checkpoint is complete. It has the size and the CRC-32 of each file. Any number of
+processes reads the tensors back.
 
 The names of the tensors are `state_dict.NAME` and `optimizer.NUMBER.KEY`.
 """
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,31 @@ from torch import Tensor
 
 from pocketlm.errors import UserError
 
-SHARDS = "shards"  # in a checkpoint: the folder's name, and the size of each file in it
+SHARDS = "shards"  # in a checkpoint: the folder's name, and size and CRC-32 of each file in it
+BLOCK = 2**22  # bytes that are read at a time
 
 
-def describe_shards(folder: Path) -> dict[str, Any]:
+def describe_shards(folder: Path, checksums: dict[str, int]) -> dict[str, Any]:
     """Return the entry `shards` for a folder that is complete."""
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    return {"folder": folder.name, "files": files}
+    return {"folder": folder.name, "files": files, "crc32": checksums}
+
+
+def checksums_of(files: Iterable[Path]) -> dict[str, int]:
+    """Return the CRC-32 of each file, by its name."""
+
+    def checksum(path: Path) -> int:
+        value = 0
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                value = zlib.crc32(block, value)
+        return value
+
+    files = list(files)
+    with ThreadPoolExecutor() as pool:  # the checksums release Python's global lock
+        return {
+            path.name: value for path, value in zip(files, pool.map(checksum, files), strict=True)
+        }
 
 
 def shards_problem(state: Mapping[str, Any], path: Path) -> str | None:
@@ -38,6 +60,17 @@ def shards_problem(state: Mapping[str, Any], path: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{file} has {file.stat().st_size:,} of {size:,} bytes"
     return None
+
+
+def changed_shard(state: Mapping[str, Any], path: Path) -> str | None:
+    """Return what is wrong with the content of the shards, as a clause; None if nothing is.
+
+    It reads all files, of which `shards_problem` has found that they are there.
+    """
+    folder, expected = path.parent / state[SHARDS]["folder"], state[SHARDS].get("crc32", {})
+    found = checksums_of(folder / name for name in expected)
+    changed = [folder / name for name, value in found.items() if value != expected[name]]
+    return f"{changed[0]} has another checksum than when it was written" if changed else None
 
 
 def stored_tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -99,9 +132,19 @@ def with_whole_tensors(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the content of a sharded checkpoint as that of an ordinary one, on the CPU."""
     stored = stored_tensors(state, path)
     tensors = {name: torch.empty_like(each, device="cpu") for name, each in stored.items()}
-    try:
+    with failures_as_sentences(f"the shards of {path} cannot be read"):
         read_shards(state, path, tensors, together=False)
-    except Exception as error:  # torch's own class for the failures of all processes
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"the shards of {path} cannot be read: {reason}") from error
     return join_tensors(state, tensors)
+
+
+@contextmanager
+def failures_as_sentences(what: str) -> Iterator[None]:
+    """Turn what torch raises in all processes, if one of them fails, into a UserError."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:  # no Exception, but a BaseException
+        process, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        raise UserError(f"{what}: {reason.splitlines()[0]} (in process {process})") from error

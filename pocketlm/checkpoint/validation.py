@@ -69,6 +69,7 @@ OPTIONAL_METADATA: dict[str, Check] = {
     "data_sha256": is_optional(is_a(str)),
     "hardware": is_optional(is_a(dict)),
     "history": is_a(list),
+    "waited": is_count,
 }
 TRAINING: dict[str, Check] = {  # what a run resumes from
     "loops": is_a(dict),
@@ -118,6 +119,9 @@ def content_problem(state: dict[str, Any]) -> str | None:
     for name, tensor in state["state_dict"].items():
         if not isinstance(name, str) or not is_plain_tensor(tensor):
             return f"the weight {name!r} is not a plain tensor"
+    for place, value in leaves(state.get("optimizer_states")):
+        if isinstance(value, Tensor) and not is_plain_tensor(value):
+            return f"{place} of the optimizer is not a plain tensor"
     return None
 
 
@@ -134,9 +138,6 @@ def training_problem(state: dict[str, Any]) -> str | None:
         return "a counter of its loops is not a count"
     if optimizer_steps(state["loops"]) != state["global_step"]:
         return f"its loops have not taken {state['global_step']} steps"
-    for place, value in leaves(state["optimizer_states"]):
-        if isinstance(value, Tensor) and not is_plain_tensor(value):
-            return f"{place} of the optimizer is not a plain tensor"
     return None
 
 

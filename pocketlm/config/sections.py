@@ -208,10 +208,14 @@ class TrainingConfig:
     weight_decay: float = 0.5
     # AdamW: decay per step of its two moments; SGD: the first is the momentum
     betas: tuple[float, float] = (0.9, 0.998)
+    muon_momentum: float = 0.95  # Muon: decay per step of its momentum
     eps: float = 1e-8  # AdamW: added to the root of the second moment
     # decay per step of a moving average of the weights, which validations and checkpoints then use;
     # 0: no average
     ema_decay: float = 0.0
+    # share of the steps without model.dropout at the beginning (late dropout: Liu et al. 2023,
+    # arXiv 2303.01500)
+    dropout_from: float = 0.0
     grad_clip: float = 1.0  # maximum global gradient norm; 0: no clipping
     loss_chunk: int = 1024  # tokens whose logits are in memory at a time; 0: all
     # auto, 32-true, bf16-mixed, 16-mixed; auto prints its choice and why
@@ -223,6 +227,8 @@ class TrainingConfig:
     log_every_steps: int = 10  # optimizer steps between logged points
     # optimizer steps between validations; one always follows the last step
     val_every_steps: int = 200
+    # validations in a row without a new lowest loss that end the run before max_steps; 0: none do
+    patience: int = 0
     # probe suites to score at each validation, for example [cases/wiki_basics.yaml]
     probe_cases: tuple[str, ...] = ()
     save_every_steps: int = 100  # optimizer steps between checkpoints
@@ -239,6 +245,7 @@ class TrainingConfig:
             "grad_clip",
             "loss_chunk",
             "keep_checkpoints",
+            "patience",
             "seed",
         ):
             value = getattr(self, name)
@@ -246,7 +253,7 @@ class TrainingConfig:
                 raise FieldError(name, f"is {value}; it must be 0 or more, and below 2^32")
         own_rates = [name for name in LR_KEYS if getattr(self, name) is not None]
         require_positive(self, "lr", "eps", *own_rates)
-        for name in ("decay_share", "ema_decay"):
+        for name in ("decay_share", "ema_decay", "muon_momentum", "dropout_from"):
             if not 0 <= getattr(self, name) < 1:
                 raise FieldError(name, f"is {getattr(self, name)}; it must be from 0 to below 1")
         object.__setattr__(self, "probe_cases", tuple(map(os.path.expanduser, self.probe_cases)))
@@ -275,6 +282,14 @@ class TrainingConfig:
         """Rows in a forward pass, after `with_micro_batch`."""
         assert isinstance(self.micro_batch_size, int)
         return self.micro_batch_size
+
+    def drops_out(self, step: int) -> bool:
+        """Return whether dropout has begun at optimizer step `step` (the first is 0)."""
+        return step >= round(self.dropout_from * self.steps)
+
+    def has_ended(self, step: int, waited: int) -> bool:
+        """Return whether the run ends at `step`, after `waited` validations without a new best."""
+        return step >= self.steps or 0 < self.patience <= waited
 
     def validates(self, step: int) -> bool:
         """Return whether a validation follows optimizer step `step`."""

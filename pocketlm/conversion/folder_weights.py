@@ -40,12 +40,13 @@ def read_files(
         add(tensors, folder / name)
         return tensors
     weight_map = require_key(read_json_object(index), "weight_map", dict, str(index))
-    for file in dict.fromkeys(weight_map.values()):
+    for file in weight_map.values():
         # the index comes with the model, and must not lead out of its folder
-        if not isinstance(file, str) or not file.strip(".") or set(file) & set("/\\"):
+        if not isinstance(file, str) or not file.strip(".") or set(file) & set("/\\\0"):
             raise UserError(
                 f"{index} names {file!r}, which is no file name; download the model again"
             )
+    for file in dict.fromkeys(weight_map.values()):
         if not (folder / file).is_file():
             raise UserError(
                 f"there is no {folder / file}, which {index.name} lists; "

@@ -120,14 +120,15 @@ def read_gguf(path: Path, name: str) -> Pretrained:
     tensors = StoredTensors()
     values, *_ = [read_part(part, tensors) for part in parts]
     kind = values.get("general.architecture")
-    if kind not in LAYOUTS:
+    if not isinstance(kind, str) or kind not in LAYOUTS:
         raise UserError(
             f"{path} is of a model of type {kind!r}; those that can be converted are "
             f"{', '.join(LAYOUTS)}"
         )
-    if len(parts) == 1 and values.get("split.count", 1) > 1:
+    n_parts = require_key({"split.count": 1} | values, "split.count", int, str(path))
+    if len(parts) == 1 and n_parts > 1:
         raise UserError(
-            f"{path} is one of {values['split.count']} files of a model, and is not called "
+            f"{path} is one of {n_parts} files of a model, and is not called "
             "NAME-00001-of-0000N.gguf; give the files their names back"
         )
     layout, origin = LAYOUTS[kind], str(path)
@@ -175,10 +176,15 @@ def all_parts(path: Path) -> list[Path]:
 
 def read_part(path: Path, tensors: StoredTensors) -> Values:
     """Return the keys of a file, and add its tensors. Raises UserError."""
-    with damage_named(path):
+    with damage_named(path), np.errstate(over="raise"):  # of offsets
         reader = gguf.GGUFReader(path)
         for entry in reader.tensors:
             require_dequantizable(entry, path)
+            if entry.data_offset % reader.alignment:
+                raise UserError(
+                    f"{path} is damaged: {entry.name} is at an offset that is no multiple of "
+                    f"{reader.alignment}; download it again"
+                )
             tensors.add(entry.name, str(path), functools.partial(dequantize, path, entry))
         return {key: entry.contents() for key, entry in reader.fields.items()}
 
@@ -191,8 +197,9 @@ def damage_named(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the reader checks nothing, and so fails in a dozen ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} is truncated or damaged: its contents make no sense ({error}); "
+            f"{path} is truncated or damaged: its contents make no sense ({reason}); "
             "download it again"
         ) from error
 
@@ -200,6 +207,8 @@ def damage_named(path: Path) -> Iterator[None]:
 def read_chat_template(values: Values, origin: str) -> tuple[str | None, list[str]]:
     """Return the chat template, and a note if it is not clear which one that is."""
     key = "tokenizer.chat_template"
+    for name in (name for name in values if name.startswith(key)):
+        require_key(values, name, str, origin)
     named = {k.removeprefix(f"{key}."): v for k, v in values.items() if k.startswith(f"{key}.")}
     return choose_template(named | ({"default": values[key]} if key in values else {}), origin)
 

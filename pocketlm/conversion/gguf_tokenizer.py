@@ -85,6 +85,7 @@ def read_tokenizer(values: Values, name: str, origin: str) -> JsonTokenizer:
     model = keys.get("model")
     if model == "llama":
         keys = SENTENCEPIECE_DEFAULTS | keys
+    require_kinds(keys, len(tokens), origin)
     types = keys.get("token_type") or guess_types(keys, tokens)
     if model == "gpt2":
         backend = byte_level_bpe(keys, tokens, origin)
@@ -101,6 +102,23 @@ def read_tokenizer(values: Values, name: str, origin: str) -> JsonTokenizer:
     return JsonTokenizer(backend.to_str(), name, special.bos_id, special.eos_id, note, special)
 
 
+def require_kinds(keys: Values, n_tokens: int, origin: str) -> None:
+    """Raise UserError for a key of another type, or a list that has no value for each token."""
+    for name in ("add_bos_token", "add_space_prefix"):
+        require_key({name: True} | keys, name, bool, origin)
+    for name, kinds in (("tokens", str), ("token_type", int), ("scores", (int, float))):
+        values = keys.get(name, [])
+        if values and (
+            not isinstance(values, list)
+            or len(values) != n_tokens
+            or not all(isinstance(each, kinds) and each == each for each in values)  # NaN differs
+        ):
+            raise UserError(
+                f"{origin}: {KEY_PREFIX}{name} has no value of the right type for each of the "
+                f"{n_tokens:,} tokens; download it again"
+            )
+
+
 def read_special_tokens(
     keys: Values, tokens: list[str], types: list[int], origin: str
 ) -> SpecialTokens:
@@ -109,12 +127,12 @@ def read_special_tokens(
     ids = {token: i for i, token in enumerate(tokens) if types[i] != NORMAL}
     for key, name in TOKEN_KEYS.items():
         i = keys.get(f"{key}_token_id")
-        if i is not None and i < len(tokens):
+        if i is not None and 0 <= i < len(tokens):
             names[name] = tokens[i]
             ids[tokens[i]] = i
         elif i is not None:
             notes.append(f"{origin}: {key}_token_id is {i}, beyond the vocabulary; it is ignored")
-    ends = [keys[key] for key in END_KEYS if keys.get(key, len(tokens)) < len(tokens)]
+    ends = [keys[key] for key in END_KEYS if 0 <= keys.get(key, -1) < len(tokens)]
     special = choose_special_tokens(ids, names, ends, keys.get("add_bos_token", True))
     special.notes = notes
     return special
@@ -126,7 +144,7 @@ def guess_types(keys: Values, tokens: list[str]) -> list[int]:
         BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL for token in tokens
     ]
     for key in (*(f"{key}_token_id" for key in TOKEN_KEYS), *END_KEYS):
-        if keys.get(key, len(tokens)) < len(tokens):
+        if 0 <= keys.get(key, -1) < len(tokens):
             types[keys[key]] = CONTROL
     return types
 
@@ -149,6 +167,9 @@ def byte_level_bpe(keys: Values, tokens: list[str], origin: str) -> hf.Tokenizer
             f"only {', '.join(SPLITTERS)} can be converted"
         )
     vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
+        raise UserError(f"{origin} has the token {twice!r} twice; download it again")
     merges = []
     for merge in require_key(keys, "merges", list, origin):
         left, right = merge.split(" ")

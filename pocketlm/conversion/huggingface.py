@@ -185,6 +185,10 @@ GPT2_SUPPORTED = {
 }
 
 
+# keys that are true or false
+FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
+
+
 def llama_settings(values: Values, origin: str) -> Values:
     """Return our model section for the values of the config of Llama or of a relative."""
     kind = values.get("model_type", "llama")
@@ -317,7 +321,7 @@ def read_folder(folder: Path) -> Pretrained:
         raise UserError(f"{folder} has no config.json; give the folder of a Hugging Face model")
     values, origin = read_json_object(file), str(file)
     kind = values.get("model_type")
-    if kind not in SETTINGS:
+    if not isinstance(kind, str) or kind not in SETTINGS:
         raise UserError(
             f"{file} is of a model of type {kind!r}; those that can be converted are "
             f"{', '.join(SETTINGS)}"
@@ -325,6 +329,9 @@ def read_folder(folder: Path) -> Pretrained:
     require_supported(values, {"quantization_config": (None,)}, origin)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; save its fast tokenizer in it")
+    for key in FLAGS:
+        if values.get(key) is not None:
+            require_key(values, key, bool, origin)
     settings, tensors = SETTINGS[kind](values, origin), read_weights(folder)
     layout = LAYOUTS[kind]
     if not any(name.startswith(layout.prefix) for name in tensors):
@@ -356,14 +363,22 @@ def read_chat_template(folder: Path) -> tuple[str | None, list[str]]:
     templates: dict[str, str] = {}
     file = folder / "chat_template.jinja"
     if file.is_file():
-        templates["default"] = file.read_text(encoding="utf-8")
+        templates["default"] = read_text(file)
     for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        templates[file.stem] = file.read_text(encoding="utf-8")
+        templates[file.stem] = read_text(file)
     for name in ("tokenizer_config.json", "chat_template.json"):
         value = read_json_object(folder / name).get("chat_template")
         if value and not templates:
             templates = by_name(value, folder / name)
     return choose_template(templates, str(folder))
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file. Raises UserError if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 at byte {error.start}; download it again") from None
 
 
 def by_name(value: Any, file: Path) -> dict[str, str]:

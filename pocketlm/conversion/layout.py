@@ -18,7 +18,7 @@ from torch import Tensor
 from model import ModelConfig, Transformer
 from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sections import Config, TrainingConfig
-from pocketlm.conversion.stored import StoredTensors, progress_bar
+from pocketlm.conversion.stored import StoredTensors, is_finite, progress_bar
 from pocketlm.errors import UserError
 from pocketlm.hub.special_tokens import vocabulary
 from pocketlm.tokenizer.bpe import JsonTokenizer
@@ -133,7 +133,7 @@ class Layout:
                 f"which does not make {name} of {tuple(shape)}; "
                 "download or save the model again"
             )
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             raise UserError(
                 f"{origin}: the tensor {foreign} has weights that are not finite; "
                 "use an earlier state of the model"

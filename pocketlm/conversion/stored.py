@@ -48,6 +48,11 @@ class StoredTensors(MutableMapping[str, Tensor]):
         return len(self.readers)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite; torch.isfinite would take the memory of two more."""
+    return all(math.isfinite(bound) for bound in tensor.aminmax())
+
+
 @contextmanager
 def progress_bar(label: str, shapes: Iterable[Iterable[int]]) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr from 1 GB of float32 on; yield a function that counts bytes."""

@@ -91,6 +91,12 @@ def require_tensors(values: Any, path: Path) -> dict[str, Tensor]:
                 f"{path}: {name!r} is no tensor but a {type(tensor).__name__}; "
                 "save the state_dict of the model alone"
             )
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.is_nested or tensor.is_quantized:
+            raise UserError(
+                f"{path}: the tensor {name} is sparse, nested, quantised or without values; "
+                "save the model with plain tensors"
+            )
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise UserError(f"{path}: the tensor {name} is larger than what is stored of it")
     return values

@@ -45,13 +45,18 @@ AFTER_A_LOSS = (
 def check_launch(config: HardwareConfig) -> None:
     """Raise UserError if a launcher has started another number of processes than devices."""
     if TorchElasticEnvironment.detect():
-        launcher, count = "torchrun", int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        launcher, count = "torchrun", whole_number("WORLD_SIZE")
+        local = whole_number("LOCAL_WORLD_SIZE", count)
+        checked = ["RANK", "LOCAL_RANK", "GROUP_RANK"]
     elif "SLURM_NTASKS" in os.environ and SLURMEnvironment.detect():
-        launcher, count = "Slurm", int(os.environ["SLURM_NTASKS"])
-        local = count // int(os.environ.get("SLURM_NNODES", 1)) or 1
+        launcher, count = "Slurm", whole_number("SLURM_NTASKS")
+        local = count // max(1, whole_number("SLURM_NNODES", 1)) or 1
+        checked = ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS_PER_NODE"]
     else:
-        return
+        launcher, count, local = "this command", config.world_size, config.devices
+        checked = ["MASTER_PORT", "NODE_RANK", "LOCAL_RANK"] if count > 1 else []
+    for name in checked:
+        whole_number(name, 0)
     if (count, local) != (config.world_size, config.devices):
         raise UserError(
             f"{launcher} has started {count} processes, and hardware.devices x hardware.num_nodes "
@@ -67,6 +72,29 @@ def check_launch(config: HardwareConfig) -> None:
         print_note(
             f"this Slurm job has {count} tasks; each needs a process: srun python train.py ..."
         )
+
+
+def check_machines(config: HardwareConfig) -> None:
+    """Raise UserError if no launcher has started the processes of several machines."""
+    launched = TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
+    if config.num_nodes > 1 and not launched and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"hardware.num_nodes is {config.num_nodes}, and no launcher has started this process: "
+            f"run torchrun --nnodes {config.num_nodes} --nproc-per-node {config.devices} "
+            "--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 train.py ... on each machine, "
+            "or srun in a Slurm job"
+        )
+
+
+def whole_number(name: str, default: int | None = None) -> int:
+    """Return an environment variable that counts processes. Raises UserError."""
+    text = os.environ.get(name, default)
+    if text is None or not str(text).isdecimal():
+        raise UserError(
+            f"the environment variable {name} is {text!r}, and the start of several processes "
+            "needs a whole number there: unset it, or let torchrun or srun set it"
+        )
+    return int(text)
 
 
 @contextmanager
@@ -124,9 +152,22 @@ def join(strategy: Strategy, timeout: timedelta) -> None:
             raise
         raise UserError(
             f"the processes of this run have not come together at {address} "
-            f"({first_line(error)}); start as many as hardware.devices x hardware.num_nodes, on "
-            "machines that reach this address"
+            f"({first_line(error)}); {how_to_meet(address, str(error))}"
         ) from None
+
+
+def how_to_meet(address: str, problem: str) -> str:
+    """Return what to change if processes do not come together at an address."""
+    # many machines have their own name for 127.0.0.1 in /etc/hosts, and gloo then tells it to all
+    if "[127." in problem and not address.startswith(("127.", "localhost")):
+        return (
+            "a machine has told the others 127.0.0.1 as its own address: set GLOO_SOCKET_IFNAME "
+            "to the name of its network interface, such as eth0 (ip address prints it)"
+        )
+    return (
+        "start as many as hardware.devices x hardware.num_nodes, on machines that reach this "
+        "address"
+    )
 
 
 def store_of_this_start(timeout: timedelta) -> Store:

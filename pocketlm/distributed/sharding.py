@@ -17,13 +17,15 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.overrides import TorchFunctionMode
 
-from model import Transformer
+from model import ModelConfig, Transformer
 from pocketlm.checkpoint.format import read_checkpoint, save_checkpoint
-from pocketlm.checkpoint.loading import SkipInitialization
 from pocketlm.checkpoint.sharded import (
     SHARDS,
+    checksums_of,
     describe_shards,
+    failures_as_sentences,
     join_tensors,
     read_shards,
     split_tensors,
@@ -54,13 +56,26 @@ class ShardedStrategy(ModelParallelStrategy):
         folder = Path(self.broadcast(unused_folder(path)))
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         tensors = split_tensors(checkpoint)
-        save(tensors, checkpoint_id=unfinished)
+        with failures_as_sentences(
+            f"cannot write {folder}, and the checkpoints before are whole; mend this, and the same "
+            "command resumes from the last"
+        ):
+            save(tensors, checkpoint_id=unfinished)
+        checksums: list[dict[str, int]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(checksums, self.sealed(unfinished))
         if self.is_global_zero:
-            for file in unfinished.iterdir():
-                with file.open("rb+") as written:
-                    os.fsync(written.fileno())
             unfinished.rename(folder)
-            save_checkpoint(checkpoint | {SHARDS: describe_shards(folder)}, path)
+            shards = describe_shards(folder, {k: v for each in checksums for k, v in each.items()})
+            save_checkpoint(checkpoint | {SHARDS: shards}, path)
+
+    def sealed(self, folder: Path) -> dict[str, int]:
+        """Force what this process has written to the disk; return the checksums of these files."""
+        files = [*folder.glob(f"__{self.global_rank}_*")]
+        files += [folder / ".metadata"] * self.is_global_zero
+        for file in files:
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+        return checksums_of(files)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -77,7 +92,8 @@ class ShardedStrategy(ModelParallelStrategy):
             for name, stored in stored_tensors(state, path).items():
                 if name not in weights:
                     tensors[name] = like(stored, parameters[int(name.split(".")[1])])
-            read_shards(state, path, tensors, together=True)
+            with failures_as_sentences(f"the shards of {path} cannot be read"):
+                read_shards(state, path, tensors, together=True)
         else:
             tensors = split_tensors(state)
             for name, tensor in tensors.items():
@@ -107,15 +123,47 @@ def like(stored: Tensor, parameter: Tensor) -> Tensor:
 
 
 def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor divided as the parameter, if it has its shape."""
+    """Return a tensor, which all processes have, divided as the parameter, if it has its shape."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     on_device = tensor.to(parameter.device)
-    return distribute_tensor(on_device, parameter.device_mesh, parameter.placements)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(on_device, mesh, placements, src_data_rank=None)  # sends nothing
 
 
-def divide(model: Transformer, mesh: DeviceMesh) -> None:
-    """Divide the parameters among the processes: block by block, and the rest as one."""
+class DropValues(TorchFunctionMode):
+    """Draw the values that torch's modules give to parameters on the meta device, and drop them.
+
+    `Transformer.draw` then has the random numbers that it has in a model with storage.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            shape = kwargs["tensor"].shape
+            function(**kwargs | {"tensor": torch.empty(shape, device="cpu")})
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+class UndrawnTransformer(Transformer):
+    """A model on the meta device, whose parameters `divide` draws."""
+
+    def __init__(self, config: ModelConfig):
+        with torch.device("meta"), DropValues():
+            super().__init__(config)
+        self.random_state = torch.get_rng_state()  # with which a model with storage draws them
+
+
+@torch.no_grad()
+def divide(model: Transformer, mesh: DeviceMesh, device: torch.device) -> None:
+    """Divide the parameters among the processes: block by block, and the rest as one.
+
+    An `UndrawnTransformer` is drawn: each process draws the same whole parameters as one that
+    trains by itself, one after the other, and keeps its part.
+    """
     if isinstance(model, FSDPModule):
         return
     for layer in model.layers:
@@ -124,6 +172,15 @@ def divide(model: Transformer, mesh: DeviceMesh) -> None:
     # what is not in a block stays whole until the backward pass, for the loss after `hidden`
     register_fsdp_forward_method(model, "hidden")
     register_fsdp_forward_method(model.layers[0], "values")  # of `value_residual`
+    if isinstance(model, UndrawnTransformer):
+        model.to_empty(device=device)
+        model.reset_tables()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(model.random_state)
+            for name, parameter in model.named_parameters():
+                whole = torch.empty(parameter.shape)
+                model.draw(name, whole)
+                parameter.copy_(divided_like(whole, parameter))
 
 
 def drop_whole_parameters(model: nn.Module) -> None:
@@ -145,7 +202,8 @@ def whole_model(model: Transformer) -> Transformer | None:
             weights[name] = whole.cpu()
     if dist.get_rank():
         return None
-    with SkipInitialization():
+    with torch.device("meta"):
         copy = Transformer(model.config)
-    copy.load_state_dict(weights)
+    copy.load_state_dict(weights, assign=True)
+    copy.reset_tables()
     return copy

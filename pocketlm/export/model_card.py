@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pocketlm.config.sections import SourceConfig
 
 SCORES_FILE = "scores.json"  # beside a run's checkpoints, written by its verdict
 PICTURE_FILE = "loss.png"
+FOLDERS = r"(?<!\S)[/~]\S*/"  # of an absolute path in a text
 
 
 def picture_of(checkpoint: Checkpoint) -> Path | None:
@@ -68,7 +70,8 @@ def introduction(checkpoint: Checkpoint, class_name: str) -> str:
     return (
         f"A `{class_name}` {origin}: {model.n_parameters:,} parameters, {model.n_layers} layers, "
         f"width {model.d_model}, context of {model.max_seq_len:,} tokens, vocabulary of "
-        f"{checkpoint.tokenizer.vocab_size:,} tokens (`{checkpoint.tokenizer.name}`)."
+        f"{checkpoint.tokenizer.vocab_size:,} tokens "
+        f"(`{without_folders(checkpoint.tokenizer.name)}`)."
     )
 
 
@@ -80,18 +83,28 @@ def data_section(checkpoint: Checkpoint) -> str:
     if not separate:
         lines.append(f"- {data.val_share:.0%} of the documents held out for validation")
     if checkpoint.tokenizer.note:
-        lines.append(f"- {checkpoint.tokenizer.note}")
+        lines.append(f"- {re.sub(FOLDERS, '', checkpoint.tokenizer.note)}")
     return "\n".join(lines)
 
 
 def source_line(source: SourceConfig) -> str:
-    return f"`{source.path}`" if source.path else f"`{source.source}`"
+    return f"`{without_folders(source.path or source.source)}`"
+
+
+def without_folders(value: Any) -> Any:
+    """Return a setting with the names alone of absolute paths, which tell of a user's computer."""
+    if isinstance(value, dict):
+        return {key: without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_folders(each) for each in value]
+    is_absolute = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
+    return Path(value).name if is_absolute else value
 
 
 def recipe_section(checkpoint: Checkpoint) -> str:
     """Return the settings of training and of the architecture as YAML: `train.py` reads them."""
     sections = checkpoint.config.to_dict()
-    recipe = {name: sections[name] for name in ("model", "data", "training")}
+    recipe = {name: without_folders(sections[name]) for name in ("model", "data", "training")}
     return f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```"
 
 

@@ -11,6 +11,7 @@ Inputs and outputs have the names that Hugging Face's optimum and transformers.j
 The tokenizer.json, the ids that begin and end a text, and the chat template are in its metadata.
 """
 
+import gc
 import json
 import logging
 import math
@@ -28,9 +29,11 @@ from torch import Tensor
 
 from model import KVCache, ModelConfig, Transformer
 from pocketlm.checkpoint.loading import Checkpoint
+from pocketlm.conversion.stored import progress_bar
 from pocketlm.errors import UserError
 from pocketlm.export.huggingface import generation_values
 from pocketlm.export.proof import (
+    Array,
     Reference,
     Step,
     compare,
@@ -41,10 +44,17 @@ from pocketlm.export.tokenizers import library_tokenizer
 from pocketlm.files import atomic_write
 from pocketlm.tokenizer.base import Tokenizer
 
+Shape = tuple[int, int, int]  # batch, length, and length of the cache before it
+
 DTYPES = ("f32", "int8")
 MAX_BYTES = 2 * 10**9  # of an ONNX file, which is a protobuf message
 EXAMPLE = 2, 3, 4  # batch, sequence and past of the export; any other works
-OTHER_SHAPES = (1, 1, 0), (3, 5, 0), (2, 7, 6)  # with which the graph is checked
+# with which the graph is checked
+OTHER_SHAPES: tuple[Shape, ...] = (
+    (1, 1, 0),
+    (3, 5, 0),
+    (2, 7, 6),
+)  # with which the graph is checked
 
 
 class GrowingCache(KVCache):
@@ -103,11 +113,15 @@ def write_file(
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as unfinished:
+        others = other_shapes(our_step(model), reference, model.max_seq_len)
         export_graph(model, metadata_of(checkpoint), unfinished)
+        checkpoint.free_weights()
+        gc.collect()  # of the exported program, whose parts refer to each other
         step = onnx_step(unfinished, model.config)
         parity = compare(step, reference)
         require_parity(parity, reference)
-        lines = [f"onnxruntime: {parity}", check_other_shapes(step, model, reference)]
+        again = other_shapes(step, reference, model.max_seq_len)
+        lines = [f"onnxruntime: {parity}", compare_shapes(again, others, reference)]
         if dtype == "int8":
             before = bits_per_byte(step, checkpoint, texts)
             quantize_file(unfinished)
@@ -173,7 +187,48 @@ def export_graph(model: Transformer, metadata: dict[str, str], path: Path) -> No
         )
         assert program is not None
         program.model.metadata_props.update(metadata)
-        program.save(path, external_data=False)
+        write_graph(program.model, path)
+
+
+def write_graph(model: Any, path: Path) -> None:
+    """Write a model of onnx_ir, one weight at a time: its own writer copies all of them twice.
+
+    Fields of a protobuf message may come in any order, so the weights are behind all others:
+    https://protobuf.dev/programming-guides/encoding
+    """
+    import onnx
+    import onnx_ir
+
+    weights = {name: value.const_value for name, value in model.graph.initializers.items()}
+    model.graph.initializers.clear()
+    whole = onnx_ir.to_proto(model)
+    graph = whole.graph.SerializeToString()
+    whole.ClearField("graph")
+    heads = []
+    for name, weight in weights.items():
+        tensor = onnx.TensorProto(name=name, dims=list(weight.shape), data_type=weight.dtype)
+        head = tensor.SerializeToString()
+        head += field_head(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, weight.nbytes)
+        n_bytes = len(head) + weight.nbytes
+        heads.append(field_head(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, n_bytes) + head)
+    n_bytes = len(graph) + sum(map(len, heads)) + sum(weight.nbytes for weight in weights.values())
+    shapes = [list(weight.shape) for weight in weights.values()]
+    with path.open("wb") as file, progress_bar("writing", shapes) as advance:
+        file.write(whole.SerializeToString())
+        file.write(field_head(onnx.ModelProto.GRAPH_FIELD_NUMBER, n_bytes) + graph)
+        for head, weight in zip(heads, weights.values(), strict=True):
+            file.write(head)
+            file.write(np.ascontiguousarray(weight.numpy()).reshape(-1).view(np.uint8).data)
+            advance(weight.nbytes)
+
+
+def field_head(number: int, n_bytes: int) -> bytes:
+    """Return what stands before the bytes of a field of a protobuf message."""
+    head = bytearray([number << 3 | 2])
+    while n_bytes > 127:
+        head.append(n_bytes & 127 | 128)
+        n_bytes >>= 7
+    return bytes(head) + bytes([n_bytes])
 
 
 def quantize_file(path: Path) -> None:
@@ -196,10 +251,16 @@ def quantize_file(path: Path) -> None:
 
 
 def onnx_step(path: Path, config: ModelConfig) -> Step:
-    """Return the forward pass of a file in onnxruntime."""
+    """Return the forward pass of a file in onnxruntime.
+
+    The graph is run as it is written: optimised weights would be copies of those in the file.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = cache_names(config, "past_key_values")
 
     def step(ids: Any, cache: list[Any] | None) -> tuple[Any, list[Any]]:
@@ -219,23 +280,28 @@ def onnx_step(path: Path, config: ModelConfig) -> Step:
     return step
 
 
-def check_other_shapes(step: Step, model: Transformer, reference: Reference) -> str:
-    """Compare at OTHER_SHAPES that the context has room for. Raises UserError if one differs."""
-    shapes = [shape for shape in OTHER_SHAPES if shape[1] + shape[2] <= model.max_seq_len]
-    worst = 0.0
-    for batch, length, n_past in shapes:
-        row = np.resize(reference.ids, (batch, n_past + length))
-        logits = []
-        for each in (step, our_step(model)):
-            _, cache = each(row[:, :n_past], None) if n_past else (None, None)
-            logits.append(each(row[:, n_past:], cache)[0])
-        worst = max(worst, float(np.abs(logits[0] - logits[1]).max()))
+def other_shapes(step: Step, reference: Reference, context: int) -> dict[Shape, Array]:
+    """Return the logits (batch, length, V) at those of OTHER_SHAPES that a context has room for."""
+    logits = {}
+    for batch, length, n_past in OTHER_SHAPES:
+        if length + n_past <= context:
+            row = np.resize(reference.ids, (batch, n_past + length))
+            _, cache = step(row[:, :n_past], None) if n_past else (None, None)
+            logits[batch, length, n_past] = step(row[:, n_past:], cache)[0]
+    return logits
+
+
+def compare_shapes(
+    logits: dict[Shape, Array], expected: dict[Shape, Array], reference: Reference
+) -> str:
+    """Return the line that tells the largest difference. Raises UserError if it is no rounding."""
+    worst = max(float(np.abs(logits[shape] - expected[shape]).max()) for shape in expected)
     if not worst <= reference.tolerance:
         raise UserError(
             f"the graph differs by {worst:.1e} at lengths other than that of its export; nothing "
             "was written. Please report this as a bug"
         )
-    listed = ", ".join(f"{batch}x{length} after {n_past}" for batch, length, n_past in shapes)
+    listed = ", ".join(f"{batch}x{length} after {n_past}" for batch, length, n_past in expected)
     return f"onnxruntime at other shapes ({listed}): largest logit difference {worst:.1e}"
 
 

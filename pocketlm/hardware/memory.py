@@ -8,6 +8,7 @@ torch's operations.
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,9 @@ from pocketlm.model import kernels
 from pocketlm.model.attention import LONGEST, TILE
 from pocketlm.model.loss import CACHED_TOKENS
 
+if sys.platform != "win32":
+    import resource
+
 LIBRARIES = 60e6  # what is imported after the estimate, and the buffers of the matmuls
 BFLOAT16_LIBRARIES = 50e6  # code that oneDNN generates, and its copies of weights
 SAFE_SHARE = 0.9  # of the free memory that `micro_batch_size: auto` may fill
@@ -32,6 +36,8 @@ HOLES = 0.3
 # temporary tensors of a block that torch computes, in multiples of N (C + F) elements and, with
 # dropout, of B H T T
 TORCH_TEMPORARIES, DROPOUT_TEMPORARIES = 4, 7
+# bytes of holes for each parameter under FSDP on a CPU: the blocks' parameters come and go there
+FSDP_HOLES = 8
 HEAD_HOLES = 2  # holes of the size of the head, which the loss leaves in the heap
 
 
@@ -85,7 +91,7 @@ def estimate_memory(config: Config, accelerator: str, precision: str) -> MemoryE
     persistent //= count if sharded else 1
     communication = communication_buffers(model, count, sharded)
     if sharded and count > 1 and accelerator == "cpu":
-        communication += 4 * n  # the whole model, before it is divided: the heap keeps its room
+        temporary += FSDP_HOLES * n
     return MemoryEstimate(persistent, activations, temporary, communication)
 
 
@@ -145,8 +151,8 @@ def loss_bytes(config: Config, size: int, native: bool) -> int:
     model, training = config.model, config.training
     V, C = model.vocab_size or 0, model.d_model
     N = training.micro_batch * training.seq_len
-    if not training.loss_chunk:  # logits, log-probabilities and gradients, of all tokens
-        return (12 if size == 4 else 14) * N * V
+    if not training.loss_chunk:  # logits, log-probabilities, two gradients, of all tokens
+        return (16 if size == 4 else 14) * N * V
     chunk = min(training.loss_chunk, N)
     if native:
         chunk = min(chunk, CACHED_TOKENS[torch.float32 if size == 4 else torch.bfloat16])
@@ -233,7 +239,7 @@ def available_memory(accelerator: str) -> Room:
         return Room(total, free, "the GPU has")
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     rooms = [Room(memory.total + swap.total, memory.available + swap.free, "this machine has")]
-    rooms += cgroup_rooms()
+    rooms += [*cgroup_rooms(), *address_space_rooms()]
     if accelerator == "mps":
         most = torch.mps.recommended_max_memory()
         rooms.append(Room(most, most - torch.mps.driver_allocated_memory(), "MPS may use"))
@@ -268,6 +274,18 @@ def cgroup_rooms(
             if group == root:
                 break
     return rooms
+
+
+def address_space_rooms() -> list[Room]:
+    """Return what the limit of this process's address space leaves, if there is one: ulimit -v."""
+    if sys.platform == "win32":
+        return []
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return []
+    held = psutil.Process().memory_info()
+    free = max(0, limit - held.vms)  # libraries and mapped files count too, in use or not
+    return [Room(held.rss + free, free, "ulimit -v leaves this process")]
 
 
 def read_number(path: Path) -> int | None:

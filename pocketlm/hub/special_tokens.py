@@ -33,6 +33,14 @@ GPT2_DEFAULTS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TE
 LLAMA_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # by the beginning of a tokenizer_class or of a model_type, in lower case
 CLASS_DEFAULTS = {"gpt2": GPT2_DEFAULTS, "llama": LLAMA_DEFAULTS, "codellama": LLAMA_DEFAULTS}
+# of the keys that are read, the types that transformers writes
+CONFIG_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(NAMES, (str, dict)),
+    **dict.fromkeys(LISTS, (list, dict)),
+    "added_tokens_decoder": (dict,),
+    "add_bos_token": (bool,),
+}
+TYPE_NAMES = {str: "a text", dict: "an object", list: "a list", bool: "true or false"}
 USUAL = {"bos_token": ("<s>",), "eos_token": ("</s>", END_OF_TEXT)}
 
 
@@ -77,6 +85,7 @@ def read_special_tokens(folder: Path, json_text: str) -> tuple[SpecialTokens, st
     UserError for a file that is not a JSON object.
     """
     config = read_json_object(folder / "tokenizer_config.json")
+    require_types(config, CONFIG_TYPES, folder / "tokenizer_config.json")
     model = read_json_object(folder / "config.json")
     generation = read_json_object(folder / "generation_config.json")
     names, extra = read_names(folder, config, model)
@@ -92,7 +101,7 @@ def read_special_tokens(folder: Path, json_text: str) -> tuple[SpecialTokens, st
     named = {"bos_token", "eos_token"} & names.keys()
     ends: list[int] = []
     ordinary: dict[int, None] = {}
-    for name, i in model_ids(generation, model):
+    for name, i in model_ids(folder, generation, model):
         if i in spelling:
             if not named:
                 names.setdefault(name, spelling[i])
@@ -130,9 +139,20 @@ def read_json_object(path: Path) -> Values:
     return values
 
 
+def require_types(values: Values, types: dict[str, tuple[type, ...]], path: Path) -> None:
+    """Raise UserError for the first key with a value of another type; null is as no value."""
+    for key, kinds in types.items():
+        if (value := values.get(key)) is not None and type(value) not in kinds:
+            names = " or ".join(TYPE_NAMES[kind] for kind in kinds)
+            raise UserError(
+                f"{path}: {key} is {value!r}, which is not {names}; download the tokenizer again"
+            )
+
+
 def read_names(folder: Path, config: Values, model: Values) -> tuple[dict[str, str], list[str]]:
     """Return the spelling of tokens by their role, and that of others without a role."""
     older = read_json_object(folder / "special_tokens_map.json")
+    require_types(older, CONFIG_TYPES, folder / "special_tokens_map.json")
     # as in transformers, which reads the map only beside a config of before added_tokens_decoder
     merged = config if "added_tokens_decoder" in config else config | older
     names = {name: spelling_of(merged[name]) for name in NAMES if merged.get(name)}
@@ -151,7 +171,13 @@ def listed(value: Any) -> list[Any]:
 
 def spelling_of(token: Any) -> str:
     """Return the text of a token, which may be an object with the key `content`."""
-    return str(token["content"] if isinstance(token, dict) else token)
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UserError(
+            f"the files of the tokenizer have {token!r} in place of a token, which is a text or an "
+            "object with `content`; download the tokenizer again"
+        )
+    return text
 
 
 def add_tokens(spec: Values, folder: Path, config: Values, special: set[str]) -> list[str]:
@@ -163,11 +189,17 @@ def add_tokens(spec: Values, folder: Path, config: Values, special: set[str]) ->
     added = {token["content"]: token for token in spec["added_tokens"]}
     vocab = vocabulary(spec)
     older = read_json_object(folder / "added_tokens.json")
-    wanted = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
+    wanted = {i: token for i, token in (config.get("added_tokens_decoder") or {}).items()}
     for token, i in older.items():
-        wanted.setdefault(i, {"content": token, "normalized": token not in special})
+        wanted.setdefault(str(i), {"content": token, "normalized": token not in special})
+    for i, token in wanted.items():
+        if not i.isdecimal() or not isinstance(token, dict):
+            raise UserError(
+                f"{folder}: the added token {spelling_of(token)!r} has the id {i!r}, which is no "
+                "id, or is no object; download the tokenizer again"
+            )
     next_id = max([*vocab.values(), *(token["id"] for token in added.values())], default=-1) + 1
-    for i, token in sorted(wanted.items()):
+    for i, token in sorted((int(i), token) for i, token in wanted.items()):
         content = spelling_of(token)
         if content in added:
             added[content]["special"] |= bool(token.get("special"))
@@ -199,14 +231,18 @@ def vocabulary(spec: Values) -> dict[str, int]:
     return dict(vocab)
 
 
-def model_ids(*configs: Values) -> Iterator[tuple[str, int]]:
+def model_ids(folder: Path, *configs: Values) -> Iterator[tuple[str, int]]:
     """Yield (name, id) of the ids that generation_config.json and config.json give."""
     for values in configs:
         for name in ("bos_token", "eos_token"):
             ids = values.get(f"{name}_id")
-            for i in ids if isinstance(ids, list) else [ids]:
-                if isinstance(i, int):
-                    yield name, i
+            for i in ids if isinstance(ids, list) else [ids] * (ids is not None):
+                if type(i) is not int:
+                    raise UserError(
+                        f"{folder}: {name}_id of its config files is {ids!r}, which is no id and "
+                        "no list of ids; download the model again"
+                    )
+                yield name, i
 
 
 def usual_names(spec: Values, ids: dict[str, int]) -> tuple[dict[str, int], dict[str, str]]:

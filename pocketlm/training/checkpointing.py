@@ -1,7 +1,7 @@
 """Saving a run: its checkpoints, what they hold besides Lightning's state, and the random state.
 
 Files in the run's checkpoint folder: `step-N.ckpt` (the newest `keep_checkpoints` of them),
-`last.ckpt` (the newest), `best.ckpt` (the lowest validation loss) and `final.ckpt` (max_steps).
+`last.ckpt` (the newest), `best.ckpt` (the lowest validation loss) and `final.ckpt` (the last step).
 """
 
 import math
@@ -52,6 +52,7 @@ class Checkpoints(StepCallback):
         self.history = [*start.history] if start else []
         # the lowest validation loss: that of best.ckpt, and not that of a file that is lost
         self.best = start.best if start else None
+        self.waited = start.waited if start else 0  # validations in a row without a new best
         self.restored = start is None  # whether a resumed run has got as far as its first step
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,6 +71,7 @@ class Checkpoints(StepCallback):
             data_sha256=self.data_sha256,
             hardware=self.hardware,
             history=self.history,
+            waited=self.waited,
         )
         checkpoint["interval"] = progress
 
@@ -112,11 +114,13 @@ class Checkpoints(StepCallback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         loss, step = self.progress.validation["loss"], trainer.global_step
         names = []
+        self.waited += 1
         if math.isfinite(loss) and (self.best is None or loss < self.best):
-            self.best = loss
+            self.best, self.waited = loss, 0
             names.append("best.ckpt")
-        if step == self.training.steps:
+        if self.training.has_ended(step, self.waited):
             names.append("final.ckpt")
+            trainer.should_stop = True
         if names or step % self.training.save_every_steps == 0:
             self.save(trainer, "last.ckpt", *names)
 

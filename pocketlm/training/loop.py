@@ -31,9 +31,11 @@ from pocketlm.training.tensorboard import TensorBoard
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that has reached max_steps, for its verdict."""
+    """A run that has ended, for its verdict."""
 
     trainer: L.Trainer
+    step: int  # the last one
+    waited: int  # validations before it without a new lowest loss
     validation: dict[str, float]  # loss, bpb and perplexity of the last step
     best_loss: float  # the lowest validation loss of all steps
     samples: list[tuple[str, str]]  # prompts and texts of the last step
@@ -48,7 +50,7 @@ def fit(
     run: Run,
     start: ResumePoint | None,
 ) -> TrainedRun:
-    """Train `module` to max_steps, from the beginning or from `start`."""
+    """Train `module` to its last step, from the beginning or from `start`."""
     t, model, progress = config.training, module.model, module.progress
     set_torch_options(hardware)
     if hardware.compile:
@@ -75,7 +77,15 @@ def fit(
     else:
         train_steps(trainer, module, data, hardware, checkpoints, start)
     best_loss = math.inf if checkpoints.best is None else checkpoints.best
-    return TrainedRun(trainer, progress.validation, best_loss, samples.latest, tensorboard)
+    return TrainedRun(
+        trainer,
+        start.step if start and start.verdict_only else trainer.global_step,
+        checkpoints.waited,
+        progress.validation,
+        best_loss,
+        samples.latest,
+        tensorboard,
+    )
 
 
 RESTORE_ERRORS = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError)

@@ -144,7 +144,7 @@ class TrainableModule(L.LightningModule):
         """Divide the model among the processes, if the strategy is FSDP."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
-            divide(self.model, strategy.device_mesh)
+            divide(self.model, strategy.device_mesh, strategy.root_device)
 
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the summed cross-entropy of the batch's targets, in nats."""

@@ -29,6 +29,7 @@ from pocketlm.hardware.devices import Hardware
 from pocketlm.hardware.measure import device_name, matmul_rate
 from pocketlm.hardware.memory import (
     available_memory,
+    estimate_memory,
     gigabytes,
     memory_advice,
     optimizer_bytes,
@@ -97,7 +98,8 @@ def memory_row(config: Config, hardware: Hardware) -> str:
     needed = run_bytes(config, hardware.accelerator, hardware.precision)
     room = available_memory(hardware.accelerator)
     text = f"about {gigabytes(needed)}; {room.limited_by} {gigabytes(room.total)}"
-    if needed > room.free:
+    # what the process has already is not free any more
+    if estimate_memory(config, hardware.accelerator, hardware.precision).total > room.free:
         text += f", of which only {gigabytes(room.free)} are free now: {memory_advice(config)}"
     return text
 

@@ -55,7 +55,9 @@ class GracefulStop(StepCallback):
             own = torch.tensor(number, device=trainer.strategy.root_device)
             highest = trainer.strategy.reduce(own, reduce_op="max")
             assert isinstance(highest, torch.Tensor)
-            number = stop_signals.received = int(highest)
+            number = int(highest)
+            if number:  # a signal that has come meanwhile is the next step's, and is not cleared
+                stop_signals.received = number
         if number and trainer.global_step < self.checkpoints.training.steps:
             self.checkpoints.save(trainer, "last.ckpt")
             # Lightning kills the run 5 s after a process has left; the first one may still copy

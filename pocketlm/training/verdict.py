@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from pocketlm.checkpoint.runs import Run
 from pocketlm.config.sections import Config
-from pocketlm.data.loaders import build_rows, document_ends, rows_in_run
+from pocketlm.data.loaders import build_rows, document_ends, rows_per_step
 from pocketlm.data.prepare import PreparedData, PreparedSplit
 from pocketlm.export.model_card import SCORES_FILE
 from pocketlm.files import atomic_write
@@ -135,7 +136,11 @@ def print_verdict(
     """Print the scores, the diagnosis, the samples and the next commands; return loss.png."""
     out = Console(highlight=False, soft_wrap=True, emoji=False)
     duration = f"{seconds / 60:.1f} minutes" if seconds > 100 else f"{seconds:.0f} seconds"
-    out.print(f"\nDone: {config.training.steps:,} steps in {duration}.\n")
+    steps, early = f"{trained.step:,}", ""
+    if trained.step < config.training.steps:
+        steps += f" of {config.training.steps:,}"
+        early = f": no lower validation loss in {trained.waited} validations"
+    out.print(f"\nDone: {steps} steps in {duration}{early}.\n")
     validation, baseline_bits = trained.validation, baselines(data)
     nats_per_bit = validation["loss"] / validation["bpb"]  # bits per byte -> nats per token
     baseline_loss = {name: bits * nats_per_bit for name, bits in baseline_bits.items()}
@@ -147,10 +152,11 @@ def print_verdict(
     better = [name for name, bits in baseline_bits.items() if bits <= validation["bpb"]]
     if better:
         out.print(f"\nCounting ({', '.join(better)}) is still better than this model.")
-    recent = read_metrics(run.metrics_file, "train/loss")[1][-5:]
+    recent = recent_losses(*read_metrics(run.metrics_file, "train/loss"))
     epochs = None
     if not data.stream:
-        epochs = rows_in_run(config) / len(build_rows(config, data, "train"))
+        rows = trained.step * rows_per_step(config)
+        epochs = rows / len(build_rows(config, data, "train"))
     if recent:
         train_loss = float(np.mean(recent))
         out.print("\n" + diagnosis(train_loss, validation["loss"], trained.best_loss, epochs))
@@ -162,6 +168,18 @@ def print_verdict(
     lines = [f"\nLoss curve: {picture}", "Next:", *next_commands(data, run, first_prompt)]
     out.print("\n".join(lines), markup=False)
     return picture
+
+
+def recent_losses(steps: Sequence[int], losses: Sequence[float]) -> list[float]:
+    """Return the last five losses at most, of the last fifth of the steps; the last in any case.
+
+    >>> recent_losses([1, 500, 1000], [9.0, 5.0, 4.0]), recent_losses([1], [9.0])
+    ([4.0], [9.0])
+    """
+    recent = [
+        loss for step, loss in zip(steps, losses, strict=True) if step > 0.8 * max(steps, default=0)
+    ]
+    return recent[-5:]
 
 
 def score_table(split: PreparedSplit, scores: dict[str, tuple[float, float, float]]) -> Table:

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,14 @@ import pytest
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from pocketlm.checkpoint.format import FORMAT, hash_weights, read_checkpoint, save_checkpoint
+from pocketlm import files
+from pocketlm.checkpoint.format import (
+    FORMAT,
+    DamagedCheckpoint,
+    hash_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.errors import UserError
 from tests.support.checkpoints import tiny_checkpoint
@@ -122,6 +130,23 @@ def test_what_a_killed_save_left_does_not_trouble_the_next_one():
     assert leftovers() == []
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_follows(monkeypatch):
+    """A power cut could otherwise leave the new name without its content."""
+    events = []
+
+    def fsync(handle):
+        events.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+
+    def replace(source, target, original=os.replace):
+        events.append("name")
+        original(source, target)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "replace", replace)
+    save_checkpoint(tiny_checkpoint()[1], Path("x.ckpt"))
+    assert events == ["file", "name", "folder"]
+
+
 # ---- damage ----
 
 
@@ -182,6 +207,17 @@ def test_flipped_weights_are_refused_by_name(raw):
     Path("flipped.ckpt").write_bytes(flipped)
     with pytest.raises(UserError, match="flipped.ckpt is damaged at"):
         load_checkpoint("flipped.ckpt")
+
+
+def test_flipped_metadata_are_refused_where_they_alone_are_read(raw):
+    first, generator = raw.index(b"global_step"), random.Random(0)
+    for _ in range(20):
+        offset = first + generator.randrange(500)
+        Path("flipped.ckpt").write_bytes(
+            raw[:offset] + bytes([raw[offset] ^ 1]) + raw[offset + 1 :]
+        )
+        with pytest.raises(DamagedCheckpoint, match="damaged"):
+            read_checkpoint("flipped.ckpt", metadata_only=True)
 
 
 # ---- other files ----

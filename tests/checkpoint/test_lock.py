@@ -54,3 +54,18 @@ def test_runs_of_other_names_do_not_wait_for_each_other():
     with Run("").lock(), Run("a").lock(), Run("b").lock():
         for name in ("", "a", "b"):  # each is held, and by itself
             assert_refused(name)
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "logs"])
+def test_a_folder_that_cannot_be_written_to_is_refused_with_the_lock(folder):
+    Path(folder).write_text("a file")
+    with pytest.raises(UserError, match=f"cannot write {folder} to"), Run("").lock():
+        pass
+
+
+def test_what_a_killed_save_left_is_removed():
+    Path("checkpoints").mkdir()
+    leftover = Path("checkpoints/.last.ckpt.7.unfinished")
+    leftover.touch()
+    with Run("").lock():
+        assert not leftover.exists()

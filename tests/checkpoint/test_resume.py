@@ -80,6 +80,13 @@ def test_a_better_model_that_is_older_keeps_its_name():
     assert contents()["best.ckpt"] == (5, 1.5)
 
 
+def test_a_loss_that_is_not_finite_is_not_the_best():
+    write("step-00000005.ckpt", 5, 2.0)
+    write("step-00000010.ckpt", 10, math.nan)
+    SavedRun(RUN).repair(3)
+    assert contents()["best.ckpt"] == (5, 2.0)
+
+
 def test_the_final_step_gets_its_name():
     write("last.ckpt", 12, 1.5)
     assert SavedRun(RUN).repair(3)
@@ -160,6 +167,8 @@ def test_weights_without_the_state_of_a_run_are_passed_over_and_left_alone(capsy
         (("callbacks", "Checkpoints"), {"best": "low"}),
         (("interval", "targets"), -1),
         (("interval", "validation"), [1]),
+        (("loops", "fit_loop", "epoch_progress"), {"total": {"ready": -1}}),
+        (("optimizer_states", 0, "state"), {0: {"exp_avg": torch.zeros(1).expand(10**9)}}),
     ],
     ids=str,
 )

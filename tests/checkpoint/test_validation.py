@@ -16,6 +16,7 @@ import torch
 from pocketlm.checkpoint import loading
 from pocketlm.checkpoint.format import DamagedCheckpoint, read_checkpoint, save_checkpoint
 from pocketlm.checkpoint.loading import load_checkpoint
+from pocketlm.checkpoint.validation import content_problem
 from pocketlm.errors import UserError
 from pocketlm.tokenizer.bpe import JsonTokenizer
 from pocketlm.tokenizer.bytes import SeenBytesTokenizer
@@ -138,3 +139,12 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_a_damaged_one(monkeypatch)
     with pytest.raises(UserError, match="x.ckpt cannot be read") as error:
         read_checkpoint("x.ckpt")
     assert not isinstance(error.value, DamagedCheckpoint)
+
+
+def test_values_that_are_nested_too_deeply_are_refused():
+    """Python's recursion ends at a thousand levels, with an exception that names no file."""
+    value: object = 1
+    for _ in range(25):
+        value = [value]
+    state = replaced(tiny_checkpoint()[1], ("kit", "tokenizer", "note"), value)
+    assert "'tokenizer' has a value that it cannot have" in str(content_problem(state))

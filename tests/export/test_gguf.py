@@ -1,5 +1,6 @@
 """GGUF files that convert.py writes: read by transformers, by our reader, and by llama.cpp."""
 
+import unicodedata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert
+from pocketlm.checkpoint.format import read_checkpoint, save_checkpoint
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.conversion.gguf import read_gguf
+from pocketlm.export.gguf import DTYPES
 from pocketlm.export.proof import TEXTS as TEXTS_OF_PROOFS
 from pocketlm.export.proof import greedy_tokens, our_step
 from pocketlm.hub.special_tokens import SpecialTokens
@@ -177,9 +180,9 @@ HARD_TEXTS = [
     "É\u0301\u200d🇫🇷 ١٢٣ ½ Ⅷ 𝟘",
     "I'LL we've 3.14e-10 __init__ C++ ~/.x",
 ]
-# How far below the best a token of llama.cpp may be, where logits have a standard deviation of some
-# 5: it also rounds what enters a matrix, to float16 or, with q8_0, to 8 bits.
-WITHIN = {"f32": 0.0, "f16": 0.05, "q8_0": 0.5}
+# How far below the best a token of llama.cpp may be, where logits have a standard deviation of 2:
+# it also rounds what enters a matrix, to 11 bits with f16, to 8 bits with q8_0. Measured: 0, 0.1.
+WITHIN = {"f32": 0.0, "f16": 0.02, "q8_0": 0.25}
 
 
 @pytest.fixture
@@ -207,6 +210,8 @@ def test_llama_cpp_has_our_ids_and_our_greedy_text(
     file = exported(checkpoint, "gguf", tmp_path / "model.gguf")
     theirs = llama_cpp.Llama(str(file), n_ctx=96, n_threads=1, logits_all=True, verbose=False)
     for text in HARD_TEXTS:
+        if tokenizer.name == "qwen":  # llama.cpp does not normalise, as the conversion says
+            text = unicodedata.normalize("NFC", text)
         ids = theirs.tokenize(text.encode(), add_bos=False, special=False)
         assert ids == tokenizer.encode(text)
     prompt = tokenizer.document_prefix + tokenizer.encode("the cat sat")
@@ -232,6 +237,36 @@ def test_llama_cpp_chooses_the_tokens_that_are_best_in_the_file(
     before = logits[0, len(prompt) - 1 : -1]  # each token found
     chosen = before[torch.arange(64), torch.tensor(found)]
     assert (before.amax(-1) - chosen).max() <= WITHIN[dtype]
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_llama_cpp_continues_a_trained_model_in_every_type_as_this_program_in_float32(
+    tmp_path: Path, llama_cpp: ModuleType, dtype: str
+) -> None:
+    """What a model has learned is certain enough for four bits."""
+    checkpoint = trained_on_cats(a_checkpoint(tmp_path, tokenizer=BPE, d_model=64, d_ff=96))
+    file = exported(checkpoint, "gguf", tmp_path / "model.gguf", "--dtype", dtype)
+    theirs = llama_cpp.Llama(str(file), n_ctx=96, n_threads=1, logits_all=True, verbose=False)
+    prompt = BPE.document_prefix + BPE.encode("the cat")
+    ours = greedy_tokens(our_step(load_checkpoint(checkpoint).model), np.array([prompt]), 24)
+    assert CAT.startswith("the cat" + BPE.decode(ours.tolist()))
+    assert greedy_of_llama_cpp(theirs, prompt, 24) == ours.tolist()
+
+
+def trained_on_cats(path: Path) -> Path:
+    """Train a checkpoint until it knows the text."""
+    state, model = read_checkpoint(path), load_checkpoint(path).model.train()
+    ids = torch.tensor([BPE.document_prefix + BPE.encode(CAT)])[:, :64]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    weights = {f"model.{name}": each.detach() for name, each in model.state_dict().items()}
+    save_checkpoint(state | {"state_dict": weights}, path)
+    return path
 
 
 def greedy_of_llama_cpp(theirs: Any, prompt: list[int], n_tokens: int) -> list[int]:

@@ -14,6 +14,7 @@ import convert
 import quantize
 from pocketlm.checkpoint.format import read_checkpoint, save_checkpoint
 from pocketlm.checkpoint.loading import load_checkpoint
+from pocketlm.errors import UserError
 from pocketlm.export import huggingface, proof
 from pocketlm.export.proof import our_step
 from pocketlm.hub.special_tokens import SpecialTokens
@@ -152,6 +153,18 @@ def test_an_output_that_exists_is_kept_unless_forced(
     )
     exported(checkpoint, "hf", output, "--force")
     assert not (output / "precious.txt").exists() and (output / "config.json").exists()
+
+
+@pytest.mark.parametrize("output_format", ["hf", "safetensors"])
+def test_a_link_to_nothing_is_kept_unless_forced(tmp_path: Path, output_format: str) -> None:
+    checkpoint, link = a_checkpoint(tmp_path), tmp_path / "link"
+    link.symlink_to("nowhere")
+    arguments = [str(checkpoint), "--to", output_format, str(link)]
+    with pytest.raises(UserError, match="exists already"):
+        convert.main(arguments)
+    assert link.is_symlink()
+    assert convert.main([*arguments, "--force"]) == 0
+    assert link.exists() and not link.is_symlink()
 
 
 def test_a_disk_that_fills_leaves_nothing_and_what_was_there(

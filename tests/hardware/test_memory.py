@@ -13,6 +13,7 @@ from pocketlm.hardware import memory
 from pocketlm.hardware.memory import (
     BlockMemory,
     Room,
+    available_memory,
     cgroup_rooms,
     check_memory,
     choose_micro_batch,
@@ -150,6 +151,15 @@ def test_the_limits_of_a_control_group_are_found_in_both_versions(tmp_path):
     rooms = cgroup_rooms(groups, mount)
     assert [(room.total, room.free) for room in rooms] == [(1000, 500), (1000, 400)]
     assert cgroup_rooms(tmp_path / "none", mount) == []
+
+
+def test_a_limit_of_the_address_space_is_a_limit_of_the_memory(monkeypatch):
+    held = memory.psutil.Process().memory_info()
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (held.vms + 10**8, -1))
+    room = available_memory("cpu")
+    assert room.free <= 10**8 + 10**7 and room.limited_by == "ulimit -v leaves this process"
+    # what the process has already is not counted twice
+    assert room.total - room.free == pytest.approx(held.rss, rel=0.1)
 
 
 def test_a_model_that_cannot_fit_is_refused_before_its_text_is_read(tmp_path, monkeypatch):

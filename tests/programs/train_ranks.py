@@ -3,10 +3,11 @@
     python tests/programs/train_ranks.py PLAN
 
 PLAN is a JSON file: {"ranks": number of processes, "launcher": torchrun, slurm or lightning,
-"runs": a list of {"arguments": those of train.py, "interrupt": [step, signal] or null, "exit": the
-expected status}}. Each process makes all runs, one after the other, and is a fork of this one. With
-one rank, there is no launcher. The losses of each logged step go to losses/<run.name>.json, with
-all their digits. The exit status is 0 if each run of each process has had its own.
+"runs": a list of {"arguments": those of train.py, "interrupt": [step, signal, rank] or null,
+"exit": the expected status}}. Each process makes all runs, one after the other, and is a fork of
+this one. With one rank, there is no launcher. The losses of each logged step go to
+losses/<run.name>.json, with all their digits. The exit status is the number of processes of which
+a run has had another status, or which were killed.
 """
 
 import json

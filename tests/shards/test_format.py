@@ -222,6 +222,15 @@ def test_a_state_is_returned_once_all_of_it_is_on_the_disk(tmp_path, monkeypatch
     assert sizes == [1024 + 5 * 2, 2 * 8]
 
 
+def test_a_shard_is_on_the_disk_when_it_is_closed(tmp_path, monkeypatch):
+    sizes = []
+    with ShardWriter(tmp_path / "x.bin", ByteTokenizer()) as writer:
+        writer.write(BATCHES[0])
+        monkeypatch.setattr(format.os, "fsync", lambda file: sizes.append(os.fstat(file).st_size))
+        writer.close()
+    assert sizes == [(tmp_path / "x.bin").stat().st_size]
+
+
 def test_a_writer_without_a_state_starts_again(tmp_path):
     write_and_kill(tmp_path / "once.bin", 0, 1, close=True)
     write_and_kill(tmp_path / "again.bin", 0, 6, close=True)

@@ -59,18 +59,18 @@ def run(*overrides: str, flags: tuple[str, ...] = ()) -> None:
 
 
 class SignalAfter(StepCallback):
-    """Sends a signal to this process, the first one of the run, when `step` has been taken."""
+    """Sends a signal to the process of `rank` (None: every process) when `step` has been taken."""
 
-    def __init__(self, step: int, number: int):
-        self.step, self.number = step, number
+    def __init__(self, step: int, number: int, rank: int | None):
+        self.step, self.number, self.rank = step, number, rank
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_step == self.step and trainer.is_global_zero:
+        if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
             os.kill(os.getpid(), self.number)
 
 
 @contextmanager
-def signal_after(step: int, number: int = signal.SIGTERM) -> Iterator[None]:
+def signal_after(step: int, number: int = signal.SIGTERM, rank: int | None = 0) -> Iterator[None]:
     """Send a signal during the runs of this context: after the step is logged, before it is saved.
 
     The callback goes behind the first two, the random state and the metrics.
@@ -78,7 +78,7 @@ def signal_after(step: int, number: int = signal.SIGTERM) -> Iterator[None]:
     original = loop.make_trainer
 
     def make_trainer(config: Config, hardware: Hardware, callbacks: list[L.Callback]) -> L.Trainer:
-        signaller = SignalAfter(step, number)
+        signaller = SignalAfter(step, number, rank)
         return original(config, hardware, [*callbacks[:2], signaller, *callbacks[2:]])
 
     with patch.object(loop, "make_trainer", make_trainer):

@@ -3,6 +3,7 @@
 import contextlib
 
 import pytest
+import torch
 
 from tests.support.training import run, write_text_and_config
 
@@ -30,3 +31,11 @@ def finished(finished_folder, monkeypatch):
     """The finished run's folder as the working directory."""
     monkeypatch.chdir(finished_folder)
     return finished_folder
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """The files of a run: names, pruning, moving aside; a full disk and a loss that is not finite."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pocketlm import files
 from pocketlm.checkpoint.format import read_checkpoint
 from pocketlm.errors import UserError
 from pocketlm.training.checkpointing import Checkpoints
+from pocketlm.training.monitors import NonFiniteGuard
 from tests.support.training import run
 
 
@@ -86,6 +88,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(folder
         run()
     for path in Path("checkpoints").glob("*.ckpt"):
         assert all(torch.isfinite(p).all() for p in read_checkpoint(path)["state_dict"].values())
+
+
+def test_a_loss_that_is_not_finite_is_seen_where_no_gradient_is_looked_at(folder, monkeypatch):
+    """As on a GPU, where reading the norm of each step would wait for the device."""
+    original = train.LitTransformer.loss_sum
+
+    def loss_sum(self, batch):
+        return original(self, batch) * (float("nan") if self.training else 1)
+
+    monkeypatch.setattr(train.LitTransformer, "loss_sum", loss_sum)
+    monkeypatch.setattr(NonFiniteGuard, "allows_step", lambda *_: True)
+    with pytest.raises(UserError, match="the training loss is not finite at step 1"):
+        run()
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_the_best(folder, monkeypatch):
+    original = train.LitTransformer.on_validation_epoch_end
+
+    def on_validation_epoch_end(self):
+        original(self)
+        if self.trainer.global_step == 5:
+            self.progress.validation["loss"] = math.nan
+
+    monkeypatch.setattr(train.LitTransformer, "on_validation_epoch_end", on_validation_epoch_end)
+    run()
+    assert read_checkpoint("checkpoints/best.ckpt")["global_step"] == 12
 
 
 def test_a_full_disk_is_a_sentence_and_the_old_checkpoint_stays(folder, monkeypatch):

@@ -24,7 +24,7 @@ def test_a_run_killed_after_its_last_step_ends_with_all_names_and_its_verdict(
     assert not Path("checkpoints", name).exists() or name == "best.ckpt"
     again = forked_commands.run(*COMMAND)
     assert again.returncode == 0, again.stderr
-    assert "all steps are taken; what is missing is the verdict" in again.stderr
+    assert "the run has ended; what is missing is the verdict" in again.stderr
     assert "Done: 12 steps" in again.stdout and "this model" in again.stdout
     whole = finished_folder / "checkpoints"
     assert end_equal("checkpoints", whole)
@@ -52,6 +52,16 @@ def test_a_run_that_falls_back_behind_a_nan_ends_as_the_uninterrupted_one(
     assert "model.norm.weight is not finite: going back to checkpoints/step-00000006.ckpt" in output
     assert end_equal("checkpoints", finished_folder / "checkpoints")
     assert read_checkpoint("checkpoints/best.ckpt")["global_step"] == 12
+
+
+def test_the_best_model_before_a_resume_stays_the_best(folder):
+    run_stopped_after(6)
+    state = read_checkpoint("checkpoints/best.ckpt")
+    state["kit"]["val_loss"] = 0.01
+    for name in ("best.ckpt", "step-00000005.ckpt"):
+        save_checkpoint(state, Path("checkpoints", name))
+    run()
+    assert read_checkpoint("checkpoints/best.ckpt")["global_step"] == 5
 
 
 @pytest.mark.parametrize("entry", ["loops", "a counter", "optimizer_states"])
@@ -104,6 +114,7 @@ SOAK = [
     "training.grad_accum_steps=1",
     "training.optimizer=adamw",
     "training.schedule=cosine",
+    "training.ema_decay=0.99",
     f"training.max_steps={STEPS}",
     "training.val_every_steps=300",
     "training.save_every_steps=40",
@@ -114,7 +125,7 @@ SOAK = [
 
 @pytest.mark.timeout(max(600, STEPS))
 def test_soak_a_run_killed_at_random_steps_ends_as_one_that_never_was(folder, forked_commands):
-    """Some 2,000 steps in all, with dropout, by SIGKILL and SIGTERM; more of both on demand."""
+    """Some 2,000 steps, with dropout and an average, by SIGKILL and SIGTERM; more on demand."""
     generator, step, interruptions = random.Random(STEPS), 0, 0
     whole = forked_commands.run(*COMMAND, *SOAK, "run.name=whole")
     assert whole.returncode == 0, whole.stderr

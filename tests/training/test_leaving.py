@@ -17,7 +17,7 @@ from pocketlm.hardware.devices import Hardware
 from pocketlm.startup import STOP_SIGNALS, StopSignals, fast_imports
 from pocketlm.training.loop import make_trainer
 from pocketlm.training.signals import requeue
-from tests.support.training import TINY
+from tests.support.training import TINY, run, signal_after
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["--config", "config.yaml", *TINY]
@@ -85,6 +85,20 @@ def test_the_job_that_is_requeued(environment, call, scontrol, monkeypatch):
     requeue()
     calls = scontrol.read_text() if scontrol.exists() else None
     assert calls == (call and f"requeue {call}\n")
+
+
+def test_a_requeue_that_fails_is_said(scontrol, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (scontrol.parent / "bin/scontrol").write_text("#!/bin/sh\necho no such job >&2\nexit 1\n")
+    requeue()
+    message = "scontrol requeue 7 failed (no such job): submit the job again yourself"
+    assert message in capsys.readouterr().err
+
+
+def test_a_signal_in_the_last_step_leaves_a_finished_run(folder):
+    with signal_after(12):
+        run()
+    assert Path("checkpoints/loss.png").exists()
 
 
 # ---- stderr ----
@@ -176,6 +190,16 @@ def test_a_signal_after_the_work_is_done_changes_nothing(signals):
         pass
     signals.receive(signal.SIGTERM)
     assert signals.phase == "finished" and not signals.urgent > 1
+
+
+def test_a_worker_process_ends_with_its_run_and_asks_for_nothing(signals):
+    signals.process = -1  # the handler was installed by another process
+    signals.phase = "preparing"
+    with pytest.raises(SystemError, match="143"):
+        signals.receive(signal.SIGTERM)
+    signals.phase = "training"
+    signals.receive(signal.SIGTERM)
+    assert not signals.received
 
 
 def test_the_handlers_are_as_before_after_a_run(signals):

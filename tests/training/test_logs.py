@@ -111,6 +111,17 @@ def test_logs_that_cannot_be_written_any_more_are_named_once(
     assert end_equal("checkpoints", finished_folder / "checkpoints")
 
 
+@pytest.mark.parametrize("function", ["drop_rows_after", "sync_file"])
+def test_a_log_that_cannot_be_opened_or_synced_costs_no_step(folder, monkeypatch, capsys, function):
+    def refuse(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(f"pocketlm.training.metrics.{function}", refuse)
+    run("training.max_steps=4")
+    assert capsys.readouterr().err.count("metrics.csv gets no more rows: [Errno 5]") == 1
+    assert Path("checkpoints/final.ckpt").exists()
+
+
 def test_event_files_that_cannot_be_opened_are_named(folder, monkeypatch, capsys):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "logs/train")

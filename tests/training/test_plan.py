@@ -17,6 +17,7 @@ from pocketlm.data.prepare import prepare
 from pocketlm.errors import UserError
 from pocketlm.hardware import devices
 from pocketlm.hardware.devices import Hardware
+from pocketlm.hardware.memory import Room
 from pocketlm.model import kernels
 from pocketlm.training import plan
 from tests.support.training import TINY
@@ -43,6 +44,16 @@ def test_the_plan_says_whether_the_step_is_compiled_and_why(
     monkeypatch.setattr(plan, "matmul_rate", lambda *_: rate)
     monkeypatch.setattr(devices.shutil, "which", lambda name: name)
     assert re.search(f"compile {choice}: {reason}", printed_plan(capsys))
+
+
+@pytest.mark.parametrize("missing, told", [(0, False), (1, True)])
+def test_memory_that_is_not_free_is_told_without_what_the_process_has(monkeypatch, missing, told):
+    config = config_from_dict({"model": {"vocab_size": 256}, "training": {"micro_batch_size": 1}})
+    needed = plan.estimate_memory(config, "cpu", "32-true").total
+    room = Room(10**15, needed - missing, "this machine has")
+    monkeypatch.setattr(plan, "available_memory", lambda _: room)
+    row = plan.memory_row(config, Hardware("cpu", "32-true", False, {}))
+    assert ("are free now" in row) == told
 
 
 def test_the_plan_tells_of_characters_left_out_and_of_documents_that_do_not_fit(folder, capsys):

@@ -141,3 +141,8 @@ def test_the_probes_of_a_step_that_was_saved_before_a_kill_are_made_up_for(folde
     rows = [rows_without_timing(f"logs/{name}/metrics.csv") for name in ("killed", "whole")]
     assert rows[0] == rows[1]
     assert end_equal("checkpoints/killed", "checkpoints/whole")
+    run_stopped_after(5, "run.name=stopped", *options)
+    scored = [row["probe/macro"] for row in read_rows("logs/stopped/metrics.csv")]
+    run_stopped_after(6, "run.name=stopped", *options)
+    again = [row["probe/macro"] for row in read_rows("logs/stopped/metrics.csv")]
+    assert [macro for macro in again if macro] == [macro for macro in scored if macro]

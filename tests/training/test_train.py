@@ -79,6 +79,23 @@ def test_the_learning_rate_of_each_step_is_the_schedules(folder):
     assert rates == pytest.approx([4e-3 * lr_at_step(s, **schedule) for s in range(12)], rel=1e-5)
 
 
+def test_each_rate_and_the_momentum_of_the_config_reach_the_optimizer(folder, monkeypatch):
+    made = []
+    build = train.LitTransformer.configure_optimizers
+    monkeypatch.setattr(
+        train.LitTransformer,
+        "configure_optimizers",
+        lambda module: made.append(build(module)) or made[-1],
+    )
+    rates = {"matrix_lr": 1e-4, "embed_lr": 2e-4, "vector_lr": 3e-4}
+    keys = [f"training.{key}={value}" for key, value in rates.items()]
+    one_step = ["training.max_steps=1", "training.warmup_steps=0", "training.schedule=constant"]
+    run(*one_step, *keys, "training.lr=5e-4", "training.muon_momentum=0.5", "model.bias=true")
+    [optimizer] = made
+    assert optimizer.momentum == 0.5
+    assert {group["lr_key"]: group["lr"] for group in optimizer.param_groups} == rates
+
+
 def test_the_loss_is_drawn_at_the_end(finished):
     assert Path("checkpoints/loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -16,10 +16,12 @@ import torch
 import convert
 from pocketlm.checkpoint.format import DamagedCheckpoint, read_checkpoint
 from pocketlm.checkpoint.loading import load_checkpoint
+from pocketlm.checkpoint.resume import Examination
 from tests.support.forked_commands import ForkedCommands
 from tests.support.training import LINES, STREAM, TINY, are_equal, end_equal, read_rows
 from tests.support.training import weights_and_optimizer as everything
 
+ROOT = Path(__file__).parents[2]
 STEPS = ["training.max_steps=20", "training.log_every_steps=1", "training.val_every_steps=5"]
 LONG = [*STEPS, "training.save_every_steps=50", "model.dropout=0"]
 # Muon, accumulation and clipping on packed rows; AdamW and unequal numbers of targets
@@ -39,7 +41,7 @@ STOPPED = 128 + signal.SIGTERM
 def planned(*overrides: str, name: str, stop: int | None = None) -> dict[str, Any]:
     """Return a run for `run_ranks`, which a SIGTERM after step `stop` may end."""
     arguments = ["--config", "config.yaml", *TINY, *overrides, f"run.name={name}"]
-    interrupt = stop and [stop, signal.SIGTERM]
+    interrupt = stop and [stop, signal.SIGTERM, 0]
     return {"arguments": arguments, "interrupt": interrupt, "exit": STOPPED if stop else 0}
 
 
@@ -141,6 +143,42 @@ def test_fsdp_trains_with_every_optimizer_and_in_bfloat16(run_ranks):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_scaled_down_copies_of_the_large_presets_take_fsdp_steps(run_ranks):
+    """With all that the presets set but sizes, corpus and devices; they have the loss of one."""
+    small = ["n_layers=2", "d_model=16", "n_heads=2", "d_ff=32", "vocab_size=null"]
+    data = ["path=text.txt", "separator=line", "val_share=0.2", "tokenizer=byte"]
+    training = ["seq_len=16", "micro_batch_size=2", "grad_accum_steps=4", "max_steps=3"]
+    training += ["warmup_steps=1", "log_every_steps=1"]
+    sections = {"model": small, "data": data, "training": training}
+    keys = [f"{name}.{one}" for name, ones in sections.items() for one in ones]
+    keys += ["hardware.accelerator=cpu", "hardware.num_nodes=1"]
+    presets = ("gpt2_1558m", "llama_1b", "llama_7b")
+
+    def runs(devices: int) -> list[dict[str, Any]]:
+        strategy = "fsdp" if devices > 1 else "auto"
+        hardware = [f"hardware.devices={devices}", f"hardware.strategy={strategy}"]
+        return [
+            {
+                "arguments": [
+                    *("--config", str(ROOT / f"presets/{name}.yaml"), *keys, *hardware),
+                    *(["model.n_kv_heads=1"] if name == "llama_1b" else []),
+                    f"run.name={name}-{devices}",
+                ]
+            }
+            for name in presets
+        ]
+
+    run_ranks(1, *runs(1))
+    shown = run_ranks(2, *runs(2))
+    assert shown.count("bf16-mixed: as configured") == len(presets)
+    for name in presets:
+        config = read_checkpoint(f"checkpoints/{name}-2/final.ckpt", metadata_only=True)["kit"]
+        assert config["config"]["model"]["gradient_checkpointing"]
+        # sums in bfloat16, of which two processes round other parts than one
+        assert logged(f"{name}-2") == pytest.approx(logged(f"{name}-1"), rel=2e-3)
+
+
 # ---- exact resumes ----
 
 
@@ -168,8 +206,13 @@ def test_a_sharded_checkpoint_that_is_not_whole_is_named(folder, run_ranks):
     path = Path("checkpoints/a/final.ckpt")
     state = read_checkpoint(path, metadata_only=True)
     shard = path.parent / state["shards"]["folder"] / "__1_0.distcp"
-    size = shard.stat().st_size
-    shard.write_bytes(shard.read_bytes()[:-1])
+    content, size = bytearray(shard.read_bytes()), shard.stat().st_size
+    content[size // 2] ^= 1  # no size tells of it
+    shard.write_bytes(content)
+    with pytest.raises(DamagedCheckpoint, match=f"{shard} has another checksum than when it was"):
+        read_checkpoint(path)
+    assert "has another checksum" in (Examination.of(path).damage or "")
+    shard.write_bytes(content[:-1])
     with pytest.raises(DamagedCheckpoint, match=f"{shard} has {size - 1:,} of {size:,} bytes"):
         read_checkpoint(path)
     shard.unlink()

@@ -2,13 +2,16 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 from datetime import timedelta
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from pocketlm.config.loading import config_from_dict
@@ -22,14 +25,17 @@ from pocketlm.distributed.agreement import (
 from pocketlm.distributed.launch import (
     Children,
     check_launch,
+    check_machines,
     connected,
+    how_to_meet,
     is_loss,
     store_of_this_start,
 )
 from pocketlm.errors import UserError
 from pocketlm.hardware.devices import Hardware
-from pocketlm.startup import is_first_process
+from pocketlm.startup import is_first_process, stop_signals
 from pocketlm.training.loop import make_trainer
+from pocketlm.training.signals import GracefulStop
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "GROUP_RANK": "0"}
 SLURM = {"SLURM_JOB_NAME": "train", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}
@@ -58,8 +64,13 @@ SLURM = {"SLURM_JOB_NAME": "train", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}
         ),
         (SLURM | {"SLURM_NTASKS": "2"}, {"devices": 2}, "write #SBATCH --ntasks-per-node=2 "),
         ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}, {}, None),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, {"devices": 2}, "variable WORLD_SIZE is 'two', and "),
+        (TORCHRUN, {"devices": 2}, "variable WORLD_SIZE is None, and "),
+        (TORCHRUN | {"WORLD_SIZE": "2", "RANK": ""}, {"devices": 2}, "variable RANK is '', and "),
+        (SLURM | {"SLURM_NTASKS": "2(x2)"}, {"devices": 2}, "SLURM_NTASKS is '2.x2.', and "),
+        ({"MASTER_PORT": "http"}, {"devices": 2}, "variable MASTER_PORT is 'http', and "),
+        ({"MASTER_PORT": "http"}, {}, None),
     ],
-    ids=["torchrun", "torchrun, 2 x 4", "Slurm", "Slurm, other", "Slurm --ntasks", "salloc"],
 )
 def test_a_launcher_has_to_start_as_many_processes_as_devices(environment, section, message):
     with patch.dict(os.environ, environment):
@@ -68,6 +79,16 @@ def test_a_launcher_has_to_start_as_many_processes_as_devices(environment, secti
             return
         with pytest.raises(UserError, match=message):
             check_launch(HardwareConfig(**section))
+
+
+def test_several_machines_need_a_launcher():
+    two = HardwareConfig(num_nodes=2)
+    message = "no launcher .*: run torchrun --nnodes 2 --nproc-per-node 1 "
+    with pytest.raises(UserError, match=message):
+        check_machines(two)
+    for environment in (TORCHRUN, SLURM | {"SLURM_NTASKS": "2"}, {"MASTER_ADDR": "10.0.0.1"}):
+        with patch.dict(os.environ, environment):
+            check_machines(two)
 
 
 def test_torchrun_numbers_the_processes_and_not_slurm():
@@ -151,6 +172,20 @@ def test_other_processes_let_the_first_one_speak(monkeypatch):
     assert slept == [agreement.GRACE]
 
 
+def test_a_signal_that_comes_while_the_processes_compare_theirs_is_not_lost(monkeypatch):
+    """The answer, of which nobody had a signal, had replaced it."""
+    monkeypatch.setattr(stop_signals, "received", 0)
+
+    def reduce(own: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        stop_signals.received = signal.SIGTERM  # as the handler does
+        return own
+
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce)
+    trainer = SimpleNamespace(world_size=2, strategy=strategy, global_step=3)
+    GracefulStop(checkpoints=None).stop_if_signalled(trainer)
+    assert stop_signals.received == signal.SIGTERM
+
+
 def test_a_port_that_is_taken_is_one_sentence():
     config = config_from_dict({"hardware": {"accelerator": "cpu", "strategy": "ddp"}})
     trainer = make_trainer(
@@ -164,6 +199,13 @@ def test_a_port_that_is_taken_is_one_sentence():
             message = f"^the port of 127.0.0.1:{port} is taken by another program; set MASTER_PORT"
             with pytest.raises(UserError, match=message), connected(trainer, 9):
                 pass
+
+
+def test_a_machine_that_takes_its_name_for_the_loopback_is_told_what_to_set():
+    refused = "timed out connecting: SO_ERROR: Connection refused, remote=[127.0.0.1]:23962"
+    assert "set GLOO_SOCKET_IFNAME" in how_to_meet("10.77.0.1:29500", refused)
+    assert how_to_meet("127.0.0.1:29500", refused).startswith("start as many as ")
+    assert how_to_meet("10.77.0.1:29500", "timed out").startswith("start as many as ")
 
 
 def test_a_process_that_has_failed_is_named():

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from pocketlm.checkpoint.format import read_checkpoint
 from pocketlm.checkpoint.runs import Run
 from pocketlm.errors import UserError
+from pocketlm.hardware import memory
+from pocketlm.hardware.memory import Room
 from tests.support.training import (
     STREAM,
     TINY,
@@ -189,6 +192,56 @@ def test_auto_is_what_it_was_however_fast_the_machine_is_now(
     assert (resolved["precision"], resolved["compile"]) == (precision, False)
     if precision == "32-true":
         assert end_equal("checkpoints", finished_folder / "checkpoints")
+
+
+def test_a_micro_batch_that_was_chosen_is_kept_whatever_is_free_now(folder, monkeypatch):
+    auto = "training.micro_batch_size=auto"
+    run_stopped_after(2, auto)
+    chosen = read_checkpoint("checkpoints/last.ckpt")["kit"]["config"]["training"]
+    monkeypatch.setattr(memory, "available_memory", lambda _: Room(10**12, 1, "this machine has"))
+    run_stopped_after(4, auto)
+    again = read_checkpoint("checkpoints/last.ckpt")["kit"]["config"]["training"]
+    for key in ("micro_batch_size", "grad_accum_steps"):
+        assert again[key] == chosen[key]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_run_goes_on_with_its_threads_or_says_that_it_does_not(
+    folder, monkeypatch, capsys, two_threads, asked
+):
+    run_stopped_after(2)
+    torch.set_num_threads(1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    run_stopped_after(3)
+    expected = "threads 2 -> 1" if asked else "using 2 threads, as the run did"
+    assert expected in capsys.readouterr().err
+    assert torch.get_num_threads() == 1 + (not asked)
+
+
+def test_memory_is_looked_at_again_once_the_vocabulary_is_known(folder, monkeypatch):
+    sizes = []
+
+    def run_bytes(config, *_):
+        sizes.append(config.model.vocab_size)
+        return 10**18 * (sizes[-1] > 1)
+
+    monkeypatch.setattr(memory, "run_bytes", run_bytes)
+    with pytest.raises(UserError, match=r"needs about 1,000,000,000 GB of memory"):
+        run()
+    assert sizes[0] == 1 and not Path("checkpoints").exists()
+
+
+def test_memory_that_runs_out_in_a_step_ends_in_advice(folder, monkeypatch):
+    def training_step(self, *_):
+        raise MemoryError
+
+    monkeypatch.setattr(train.LitTransformer, "training_step", training_step)
+    with pytest.raises(UserError, match=r"memory has run out .*training\.micro_batch_size=2"):
+        run()
 
 
 def test_the_same_text_by_another_path_is_the_same_run(folder, finished_folder):

@@ -76,14 +76,6 @@ def test_a_killed_process_resumes_from_its_last_save_and_ends_the_same(
     assert end_equal("checkpoints/killed", finished_folder / "checkpoints")
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 def test_a_compiled_run_is_compiled_once_and_resumes_exactly(folder, two_threads):
     """Through validations, accumulation and dropout.
