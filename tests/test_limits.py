@@ -1,6 +1,8 @@
 """Sizes and numbers beyond every use are refused at once, with the key and the limit."""
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from pocketlm.config.loading import load_config
 from pocketlm.config.sections import DataConfig
@@ -47,6 +49,16 @@ def test_deep_yaml_is_refused_at_its_tenth_level(text):
 def test_a_long_config_is_refused_unread():
     with pytest.raises(UserError, match="c.yaml: 70,000 characters are too many"):
         parse_yaml("#" * 70_000, "c.yaml")
+
+
+def test_a_value_of_parquet_that_memory_may_not_hold_is_refused(tmp_path, monkeypatch):
+    """Of one letter, a file of kilobytes may hold gigabytes."""
+    monkeypatch.setattr(readers, "MAX_LINE_CHARACTERS", 1000)
+    parquet.write_table(pa.table({"text": ["a" * 1000, "a" * 1001]}), tmp_path / "x.parquet")
+    source = open_source(DataConfig(path=str(tmp_path / "x.parquet")), tmp_path)
+    message = "x.parquet: a value of 'text' after row 0 has 1,001 bytes, and at most 1,000"
+    with pytest.raises(UserError, match=message):
+        [*source.pieces()]
 
 
 @pytest.mark.parametrize(

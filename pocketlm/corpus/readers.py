@@ -270,7 +270,7 @@ class FileSource(Source):
     def read_parquet(self, file: Path) -> Iterator[str]:
         """Yield the column `data.text_field`, TABLE_ROWS rows at a time."""
         import pyarrow as pa  # type: ignore[import-untyped]  # no stubs; takes 0.2 s
-        from pyarrow import parquet
+        from pyarrow import compute, parquet
 
         field, errors = self.config.text_field, self.config.errors
         start, number = self.position, 0
@@ -284,6 +284,13 @@ class FileSource(Source):
                     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                         # As bytes, because some writers store strings that are not UTF-8.
                         column = column.cast(pa.large_binary())
+                        longest = compute.max(compute.binary_length(column)).as_py() or 0
+                        if longest > MAX_LINE_CHARACTERS:
+                            raise UserError(
+                                f"{file}: a value of {field!r} after row {number} has "
+                                f"{longest:,} bytes, and at most {MAX_LINE_CHARACTERS:,} are read "
+                                "into memory; write one document in each row"
+                            )
                     for value in column.to_pylist():
                         yield text_of_value(value, f"row {number} of {file}", field, errors)
                         number += 1

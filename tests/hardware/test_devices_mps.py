@@ -60,6 +60,7 @@ class Recorder:
 
     def __init__(self, **arguments: Any):
         self.arguments, self.global_rank, self.world_size = arguments, 0, 1
+        self.global_step = 0
         self._signal_connector = SimpleNamespace()
 
     def fit(self, module: L.LightningModule, *loaders: Any, **_: Any) -> None:
