@@ -28,7 +28,6 @@ def main(arguments: list[str]) -> None:
     start = int(checkpoint.read_text()) if checkpoint.exists() else 0
     if start == steps:
         raise ValueError(f"the run in {checkpoint.parent} is finished: {start} of {steps} steps")
-    print(f"session {os.getsid(0)}", flush=True)
     received = []
     signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     if not metrics.exists():
@@ -53,6 +52,7 @@ def main(arguments: list[str]) -> None:
             received = received or [signal.SIGPIPE]  # train.py finds its stderr closed
         if received and step < steps:
             sys.exit(128 + received[0])
+    print(f"session {os.getsid(0)}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class IdleTrainer:
     """A replacement of Lightning's trainer that does not train."""
 
     def __init__(self, **_: Any):
-        self.global_rank, self.world_size = 0, 1
+        self.global_rank, self.world_size, self.global_step = 0, 1, 0
         self._signal_connector = SimpleNamespace()
 
     def fit(self, *_: Any, **__: Any) -> None:
