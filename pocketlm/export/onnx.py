@@ -47,6 +47,7 @@ from pocketlm.tokenizer.base import Tokenizer
 Shape = tuple[int, int, int]  # batch, length, and length of the cache before it
 
 DTYPES = ("f32", "int8")
+WINDOW = 512  # most tokens at a time in which the cost of int8 is measured
 MAX_BYTES = 2 * 10**9  # of an ONNX file, which is a protobuf message
 EXAMPLE = 2, 3, 4  # batch, sequence and past of the export; any other works
 # with which the graph is checked
@@ -306,20 +307,20 @@ def compare_shapes(
 
 
 def bits_per_byte(step: Step, checkpoint: Checkpoint, texts: list[str]) -> float:
-    """Return the mean bits per byte of texts, in windows of the model's context."""
-    context = checkpoint.model.max_seq_len
-    nats = sum(text_nats(step, checkpoint.tokenizer, text, context) for text in texts)
+    """Return the mean bits per byte of texts, in windows of the context, or of WINDOW tokens."""
+    window = min(checkpoint.model.max_seq_len, WINDOW)
+    nats = sum(text_nats(step, checkpoint.tokenizer, text, window) for text in texts)
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
-def text_nats(step: Step, tokenizer: Tokenizer, text: str, context: int) -> float:
+def text_nats(step: Step, tokenizer: Tokenizer, text: str, length: int) -> float:
     """Return the summed cross-entropy of a text's tokens after the document's prefix."""
     ids = np.array(tokenizer.document_prefix + tokenizer.encode(text), np.int64)
     nats = 0.0
-    for start in range(0, len(ids) - 1, context):
-        window = ids[start : start + context + 1]
-        logits = step(window[None, :-1], None)[0][0].astype(np.float64)
-        shifted = logits - logits.max(-1, keepdims=True)
-        targets = shifted[np.arange(len(shifted)), window[1:]]
-        nats += float((np.log(np.exp(shifted).sum(-1)) - targets).sum())
+    for start in range(0, len(ids) - 1, length):
+        window = ids[start : start + length + 1]
+        logits = step(window[None, :-1], None)[0][0]
+        for row, target in zip(logits, window[1:], strict=True):  # all in float64 would be large
+            shifted = row.astype(np.float64) - row.max()
+            nats += float(np.log(np.exp(shifted).sum()) - shifted[target])
     return nats
