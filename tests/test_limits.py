@@ -52,7 +52,7 @@ def test_a_long_config_is_refused_unread():
 
 
 def test_a_value_of_parquet_that_memory_may_not_hold_is_refused(tmp_path, monkeypatch):
-    """Of one letter, a file of kilobytes may hold gigabytes."""
+    """A file of kilobytes may hold gigabytes of one letter."""
     monkeypatch.setattr(readers, "MAX_LINE_CHARACTERS", 1000)
     parquet.write_table(pa.table({"text": ["a" * 1000, "a" * 1001]}), tmp_path / "x.parquet")
     source = open_source(DataConfig(path=str(tmp_path / "x.parquet")), tmp_path)

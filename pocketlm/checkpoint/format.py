@@ -54,7 +54,7 @@ def checkpoint_metadata(
     """Return the `kit` entry of a checkpoint.
 
     counters: `tokens` (targets trained on), `val_loss` (None before the first validation) and, of a
-    training run, `data_sha256`, `hardware` (what was resolved; see `environment.py`), `history`
+    training run, `data_sha256`, `hardware` (from `describe_hardware`), `history`
     (the steps at which its config was changed) and `waited` (validations without a new best).
     """
     return {"format": FORMAT, "config": config.to_dict(), "tokenizer": tokenizer_state, **counters}

@@ -244,7 +244,7 @@ def test_llama_cpp_chooses_the_tokens_that_are_best_in_the_file(
 def test_llama_cpp_continues_a_trained_model_in_every_type_as_this_program_in_float32(
     tmp_path: Path, llama_cpp: ModuleType, dtype: str
 ) -> None:
-    """What a model has learned is certain enough for four bits."""
+    """Compare greedy text where a model is certain enough for four bits: what it has learned."""
     checkpoint = trained_on_cats(a_checkpoint(tmp_path, tokenizer=BPE, d_model=64, d_ff=96))
     file = exported(checkpoint, "gguf", tmp_path / "model.gguf", "--dtype", dtype)
     theirs = llama_cpp.Llama(str(file), n_ctx=96, n_threads=1, logits_all=True, verbose=False)
