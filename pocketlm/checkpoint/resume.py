@@ -55,8 +55,7 @@ class Saved:
         length = training.max_steps if isinstance(training.max_steps, int) else 0
         waited = metadata.get("waited", 0)
         ended = bool(length) and training.has_ended(step, waited)
-        validated = ended or bool(length) and training.validates(step)
-        loss = metadata["val_loss"] if validated else None
+        loss = metadata["val_loss"] if length and training.validates(step) else None
         return cls(path, metadata, step, length, loss, waited, ended)
 
 

@@ -294,7 +294,8 @@ def compare_shapes(
     logits: dict[Shape, Array], expected: dict[Shape, Array], reference: Reference
 ) -> str:
     """Return the line that tells the largest difference. Raises UserError if it is no rounding."""
-    worst = max(float(np.abs(logits[shape] - expected[shape]).max()) for shape in expected)
+    differences = [np.abs(logits[shape] - expected[shape]).max() for shape in expected]
+    worst = float(np.max(differences))  # NaN if one is, which Python's max may pass over
     if not worst <= LARGE_VALUES * reference.tolerance:
         raise UserError(
             f"the graph differs by {worst:.1e} at lengths other than that of its export; nothing "

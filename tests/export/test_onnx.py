@@ -1,6 +1,7 @@
 """ONNX graphs that convert.py writes, in onnxruntime: other lengths, padding, the cache, int8."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 import convert
 from model import Transformer
 from pocketlm.checkpoint.loading import load_checkpoint
+from pocketlm.errors import UserError
 from pocketlm.export import onnx as export
-from pocketlm.export.proof import greedy_tokens, our_step
+from pocketlm.export.proof import Reference, greedy_tokens, our_step
 from tests.support.checkpoints import byte_ids
 from tests.support.exports import GPT2, a_checkpoint, export_refusal
 
@@ -159,3 +161,14 @@ def test_a_graph_that_differs_or_is_too_large_is_not_kept(
 
 def zeros(ids: Any, cache: Any) -> tuple[Any, Any]:
     return np.zeros((*ids.shape, 257), np.float32), None
+
+
+@pytest.mark.parametrize("wrong", [1.0, math.nan])
+def test_a_graph_that_differs_at_another_shape_is_refused(wrong: float) -> None:
+    reference = Reference(np.zeros((2, 3), np.int64), np.ones((2, 3, 5)), np.zeros(1, np.int64))
+    expected = {shape: np.ones((*shape[:2], 5)) for shape in export.OTHER_SHAPES}
+    logits = {shape: value.copy() for shape, value in expected.items()}
+    assert "0.0e+00" in export.compare_shapes(logits, expected, reference)
+    logits[3, 5, 0].flat[0] += wrong
+    with pytest.raises(UserError, match="differs by .* at lengths other than"):
+        export.compare_shapes(logits, expected, reference)

@@ -133,6 +133,16 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(with_dropout.train()(ids), with_dropout(ids))
 
 
+@pytest.mark.parametrize("sizes", [{}, {"qk_norm": True}], ids=["in C", "in torch"])
+def test_a_model_whose_dropout_is_set_to_0_draws_no_masks(sizes: dict[str, Any]) -> None:
+    ids = random_ids()
+    model, without = random_model(dropout=0.5, **sizes), random_model(dropout=0.0, **sizes)
+    model.train().set_dropout(0.0)
+    assert torch.equal(model(ids), without.train()(ids))
+    model.set_dropout(0.5)
+    assert not torch.equal(model(ids), model(ids))
+
+
 @torch.no_grad()
 def test_the_values_of_later_blocks_are_mixed_with_those_of_the_first() -> None:
     """Where v_proj of both blocks reads the same input, the mix is one of their weights.

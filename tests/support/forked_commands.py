@@ -6,7 +6,8 @@ whose locks a fork would copy. A child is a new process in every respect that a 
 working directory, environment, arguments, output files, signal handlers, exit status. Only what a
 module reads of the environment when it is imported is the server's.
 
-The server reads a JSON object a line from its standard input, and answers with the exit status.
+The server reads a JSON object a line from its standard input, and answers with the exit status. An
+empty line ends it.
 """
 
 import atexit
@@ -63,16 +64,20 @@ class ForkedCommands:
         return subprocess.CompletedProcess(arguments, status, *output)
 
     def close(self) -> None:
+        """End the server by an empty line: a data worker forked meanwhile keeps the pipe open."""
+        self.server.stdin.write("\n")
         self.server.stdin.close()
         self.server.wait()
 
 
 def serve(modules: list[str]) -> None:
-    """Answer commands until the standard input ends."""
+    """Answer commands until an empty line, or the end of the standard input."""
     for name in modules:
         import_module(name)
     gc.freeze()  # a collection in a child would copy every page of the server
     for line in sys.stdin:
+        if not line.strip():
+            return
         child = os.fork()
         if child == 0:
             run_command(**json.loads(line))

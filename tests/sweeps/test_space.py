@@ -65,6 +65,13 @@ def test_drawn_numbers_are_in_the_range_also_when_rounded(text):
     assert all(axis.low <= value <= axis.high for value in drawn) and len(set(drawn)) == 3
 
 
+def test_a_number_that_rounding_takes_out_of_the_range_is_not_drawn():
+    """Half of the draws of each key are rounded to 0.123456, below the range."""
+    keys = ("lr", "matrix_lr", "embed_lr", "vector_lr", "weight_decay")
+    _, axes = parse_overrides([f"training.{key}=0.12345605..0.12345701" for key in keys])
+    assert [set(settings.values()) for settings in draw(axes, 1)] == [{"0.123457"}]
+
+
 # ---- successive halving ----
 
 

@@ -322,11 +322,14 @@ def test_another_sweep_in_the_same_folder_is_refused(folder):
         sweep.main([*BASE, "training.weight_decay=0.1", "training.lr=1e-3,1e-2"])
 
 
-def test_a_damaged_storage_is_a_sentence(folder):
+@pytest.mark.parametrize(
+    "line", ["no json", "null", "{}", '{"op_code": 99, "worker_id": "x"}'], ids=str
+)
+def test_a_damaged_storage_is_a_sentence(folder, line):
     command = [*BASE, "training.lr=1e-3,1e-2"]
     sweep.main(command)
     journal = Path("sweeps/tiny/study.journal")
-    journal.write_bytes(b"no json\n" + journal.read_bytes())
+    journal.write_text(f"{line}\n{journal.read_text()}")
     with pytest.raises(UserError, match=r"study.journal is damaged .*; remove it"):
         sweep.main(command)
 
