@@ -28,6 +28,7 @@ from pocketlm.errors import FieldError
 from pocketlm.limits import MODEL_SIZES
 from pocketlm.model.attention import attend, document_mask, positions_in_document
 from pocketlm.model.block import Documents, native_block, native_norm, trains_natively
+from pocketlm.model.initialization import SkipInitialization
 from pocketlm.model.rope import RopeScaling, rope_tables
 from pocketlm.model.sizes import check_heads, default_d_ff
 
@@ -110,10 +111,9 @@ class ModelConfig:
 
     @property
     def is_llama(self) -> bool:
-        """Return whether the blocks have Llama's norm, positions and MLP, and nothing else."""
+        """Return whether the blocks have Llama's norm, positions and MLP, and no biases."""
         kind = self.mlp, self.position, self.norm, self.norm_gain
-        plain = not (self.bias or self.qk_norm or self.value_residual)
-        plain = plain and self.attention_bias == "none"
+        plain = not self.bias and self.attention_bias == "none"
         return plain and kind == ("swiglu", "rope", "rmsnorm", True)
 
     @property
@@ -132,12 +132,12 @@ class ModelConfig:
 
     def _count(self, count: "Callable[[Transformer], int]") -> int:
         """Return the count for this model, from those of one and two layers: all are alike."""
-        one, two = (count(replace(self, n_layers=n)._on_meta_device()) for n in (1, 2))
+        one, two = (count(replace(self, n_layers=n).on_meta_device()) for n in (1, 2))
         return one + (self.n_layers - 1) * (two - one)
 
-    def _on_meta_device(self) -> "Transformer":
+    def on_meta_device(self) -> "Transformer":
         """Return the model on the meta device: shapes only, no storage."""
-        with torch.device("meta"):
+        with torch.device("meta"), SkipInitialization():
             return Transformer(self)
 
 
@@ -345,12 +345,16 @@ class Block(nn.Module):
         of the first block.
         """
         if documents is not None:
+            attention, mlp = self.self_attn, self.mlp
             modules: tuple[Any, ...] = (
                 *(self.input_layernorm, self.post_attention_layernorm),
-                *(self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj),
-                *(self.self_attn.o_proj, self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj),
+                *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+                *(mlp.gate_proj, mlp.up_proj, mlp.down_proj, attention.q_norm, attention.k_norm),
             )
-            return native_block(x, documents, self.norm_eps, [m.weight for m in modules])
+            weights = [getattr(module, "weight", None) for module in modules]
+            mix = attention.value_mix
+            first_values = None if mix is None else first_values
+            return native_block(x, documents, self.norm_eps, first_values, [*weights, mix])
         attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, first_values)
         x = x + self.dropout(attended)
         output: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
@@ -405,7 +409,10 @@ class Transformer(nn.Module):
         if self.config.position == "rope":
             c = self.config
             assert c.head_dim is not None
-            cos, sin = rope_tables(c.head_dim, self.max_seq_len, c.rope_theta, c.rope_scaling)
+            if self.device.type == "meta":  # computing there would import for 0.8 s
+                cos = sin = torch.empty(self.max_seq_len, c.head_dim, device="meta")
+            else:
+                cos, sin = rope_tables(c.head_dim, self.max_seq_len, c.rope_theta, c.rope_scaling)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
 

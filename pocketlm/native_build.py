@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pocketlm.instruction_sets import InstructionSet, limited_set
+from pocketlm.instruction_sets import X86_SETS, InstructionSet, limited_set
 
 FLAGS = (
     "-O3",
@@ -90,10 +90,12 @@ def source_texts(source: Path) -> list[str]:
 
 def machine_flags(isa: InstructionSet | None) -> tuple[str, ...]:
     """Return the compiler's flags for an instruction set; None: for this CPU."""
-    if isa is not None:
-        return isa.flags
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return ("-march=native",) if is_x86 else ("-mcpu=native",)
+    machine = platform.machine().lower()
+    is_x86 = isa in X86_SETS if isa else machine in ("x86_64", "amd64")
+    native = "-march=native" if is_x86 else "-mcpu=native"
+    flags = isa.flags if isa else (native,)
+    # gcc halves AVX-512's vectors by itself, for CPUs of 2017 that slow down for whole ones
+    return (*flags, "-mprefer-vector-width=512") if is_x86 else flags
 
 
 def compile_library(source: Path, compiler: str, isa: InstructionSet | None, folder: Path) -> Path:

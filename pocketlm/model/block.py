@@ -28,23 +28,24 @@ class Documents(NamedTuple):
 class NativeBlock(torch.autograd.Function):
     """The output (B, T, C) of a block for x (B, T, C), float32.
 
-    weights: those of the norms and of q, k, v, o, gate, up and down, float32.
+    weights: those of the norms and of q, k, v, o, gate, up and down, of QK-norm's two norms and of
+    the value residual, float32; of the last three, None is one that the block lacks. first_values
+    (B, T, K D): those of the first block, in the dtype of matmuls, for a value residual.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        starts: Tensor,
+        documents: Documents,
         eps: float,
-        *weights: Tensor,
+        first_values: Tensor | None,
+        *weights: Any,
     ) -> Tensor:
         dtype = matmul_dtype(x)
-        norm1, norm2, *matrices = weights
-        D = cos.size(1)
-        ctx.n_heads, ctx.n_kv_heads = (len(matrix) // D for matrix in matrices[:2])
+        norm1, norm2, *matrices = weights[:9]
+        ctx.rows = [len(matrix) for matrix in matrices[:3]]
+        ctx.eps = eps
         with torch.autocast("cpu", enabled=False):  # `dtype` decides
             q, k, v, o, gate, up, down = matrices
             qkv_weight, gate_up_weight = (
@@ -55,26 +56,27 @@ class NativeBlock(torch.autograd.Function):
             x = x.reshape(-1, x.size(-1)).contiguous()
             normed, inverse_rms = kernels.norm(x, norm1, eps, dtype)
             qkv = normed @ qkv_weight.T
-            y = kernels.attention(qkv, ctx.n_heads, ctx.n_kv_heads, (cos, sin), starts)
+            inputs = kernels.AttentionInputs._make((qkv, *documents, *weights[9:], first_values))
+            y, log_sums = kernels.attention(inputs, len(q) // documents.cos.size(1), eps)
             x2, normed2, inverse_rms2 = kernels.add_norm(x, y @ o.T, norm2, eps, dtype)
             gate_up = normed2 @ gate_up_weight.T
             hidden = kernels.swiglu(gate_up)
             output = add_product(x2, hidden, down.T)
         ctx.save_for_backward(
-            *(cos, sin, starts, norm1, norm2, qkv_weight, o, gate_up_weight, down),
-            *(x, normed, inverse_rms, qkv, y),
+            *(norm1, norm2, qkv_weight, o, gate_up_weight, down),
+            *(x, normed, inverse_rms, y, log_sums),
             *(x2, normed2, inverse_rms2, gate_up, hidden),
+            *inputs,
         )
-        return output.view(*starts.shape, -1)
+        return output.view(*documents.starts.shape, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, starts, norm1, norm2, qkv_weight, o, gate_up_weight, down, *kept = (
-            ctx.saved_tensors
-        )
-        x, normed, inverse_rms, qkv, y, x2, normed2, inverse_rms2, gate_up, hidden = kept
-        dtype = qkv.dtype
+        norm1, norm2, qkv_weight, o, gate_up_weight, down, *kept = ctx.saved_tensors
+        x, normed, inverse_rms, y, log_sums, x2, normed2, inverse_rms2, gate_up, hidden = kept[:10]
+        inputs = kernels.AttentionInputs(*kept[10:])
+        dtype = inputs.qkv.dtype
         with torch.autocast("cpu", enabled=False):
             d_output = d_output.reshape(x.shape).contiguous()
             d = d_output.to(dtype)
@@ -85,16 +87,16 @@ class NativeBlock(torch.autograd.Function):
             dx2, d_norm2 = kernels.add_norm_backward(x2, norm2, inverse_rms2, d_normed2, d_output)
             d = dx2.to(dtype)
             d_o = d.T @ y
-            d_qkv = kernels.attention_backward(qkv, ctx.n_kv_heads, (cos, sin), starts, d @ o)
+            d_attention = kernels.attention_backward(inputs, ctx.eps, log_sums, d @ o)
+            d_qkv, *d_options, d_first_values = d_attention
             d_qkv_weight = d_qkv.T @ normed
             d_normed = d_qkv @ qkv_weight
             dx, d_norm1 = kernels.add_norm_backward(x, norm1, inverse_rms, d_normed, dx2)
             matrices = (d_qkv_weight, d_o, d_gate_up_weight, d_down)
             d_qkv_weight, d_o, d_gate_up_weight, d_down = (d.to(dx.dtype) for d in matrices)
-        D = cos.size(1)
-        d_q, d_k, d_v = d_qkv_weight.split([n * D for n in (ctx.n_heads, *[ctx.n_kv_heads] * 2)])
-        d_weights = d_norm1, d_norm2, d_q, d_k, d_v, d_o, *d_gate_up_weight.chunk(2), d_down
-        return dx.view(*starts.shape, -1), None, None, None, None, *d_weights
+        d_matrices = *d_qkv_weight.split(ctx.rows), d_o, *d_gate_up_weight.chunk(2), d_down
+        dx = dx.view(*inputs.starts.shape, -1)
+        return dx, None, None, d_first_values, d_norm1, d_norm2, *d_matrices, *d_options
 
 
 class NativeNorm(torch.autograd.Function):
@@ -139,9 +141,20 @@ def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(x, a, b) if a.dtype == x.dtype else x + a @ b
 
 
-def native_block(x: Tensor, documents: Documents, eps: float, weights: list[Tensor]) -> Tensor:
-    """Return the output (B, T, C) of a block for x (B, T, C); see NativeBlock for the weights."""
+def native_block(
+    x: Tensor,
+    documents: Documents,
+    eps: float,
+    first_values: Tensor | None,
+    weights: list[Tensor | None],
+) -> Tensor:
+    """Return the output (B, T, C) of a block for x (B, T, C); see NativeBlock for the weights.
+
+    first_values (B, K, T, D): the first block's values, or None.
+    """
+    if first_values is not None:
+        first_values = first_values.transpose(1, 2).flatten(2).to(matmul_dtype(x)).contiguous()
     output: Tensor = NativeBlock.apply(  # type: ignore[no-untyped-call]
-        x, *documents, eps, *weights
+        x, documents, eps, first_values, *weights
     )
     return output

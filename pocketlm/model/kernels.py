@@ -1,10 +1,10 @@
 """The functions of training.c for contiguous CPU tensors; float32 where no dtype is named."""
 
 import sys
-from ctypes import Structure, byref, c_float, c_int, c_int64, c_void_p
+from ctypes import Structure, byref, c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,43 +111,70 @@ class AttentionArguments(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("B", "T", "H", "K", "D", "half")),
-        *((name, c_void_p) for name in ("qkv", "cos", "sin", "starts", "y", "dy", "d_qkv")),
+        *((name, c_void_p) for name in ("qkv", "cos", "sin", "starts", "q_norm", "k_norm")),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("value_mix", "first_values", "log_sums", "y", "dy")),
+        *((name, c_void_p) for name in ("d_qkv", "d_norms", "d_value_mix", "d_first_values")),
     ]
 
 
-def attention(
-    qkv: Tensor, n_heads: int, n_kv_heads: int, rope: tuple[Tensor, Tensor], starts: Tensor
-) -> Tensor:
-    """Return causal attention within documents (B T, H D).
+class AttentionInputs(NamedTuple):
+    """Causal attention within documents, of queries and keys which RoPE has not rotated yet.
 
-    qkv (B T, (H + 2 K) D): queries, keys and values, which RoPE has not rotated yet.
-    starts (B, T): index of the first token of each token's document.
+    qkv (B T, (H + 2 K) D): queries, keys and values. cos, sin (positions, D): RoPE's tables. starts
+    (B, T): index of the first token of each token's document. q_norm, k_norm (D): weights of
+    QK-norm, or None. value_mix (2): factors of the values and of first_values (B T, K D), or None.
     """
-    y = qkv.new_empty(len(qkv), n_heads * rope[0].size(1))
-    call_attention(qkv, (n_heads, n_kv_heads), rope, starts, y=y)
-    return y
+
+    qkv: Tensor
+    cos: Tensor
+    sin: Tensor
+    starts: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    value_mix: Tensor | None = None
+    first_values: Tensor | None = None
+
+    def n_kv_heads(self, n_heads: int) -> int:
+        return (self.qkv.size(1) // self.cos.size(1) - n_heads) // 2
+
+
+def attention(inputs: AttentionInputs, n_heads: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Return attention (B T, H D), and what its gradient needs (B, H, T); eps: of QK-norm."""
+    B, T = inputs.starts.shape
+    y = inputs.qkv.new_empty(B * T, n_heads * inputs.cos.size(1))
+    log_sums = inputs.cos.new_empty(B, n_heads, T)
+    call_attention(inputs, n_heads, eps, log_sums=log_sums, y=y)
+    return y, log_sums
 
 
 def attention_backward(
-    qkv: Tensor, n_kv_heads: int, rope: tuple[Tensor, Tensor], starts: Tensor, dy: Tensor
-) -> Tensor:
-    """Return the gradient by qkv."""
-    d_qkv = torch.empty_like(qkv)
-    heads = dy.size(1) // rope[0].size(1), n_kv_heads
-    call_attention(qkv, heads, rope, starts, dy=dy, d_qkv=d_qkv)
-    return d_qkv
+    inputs: AttentionInputs, eps: float, log_sums: Tensor, dy: Tensor
+) -> tuple[Any, ...]:
+    """Return the gradients by qkv, q_norm, k_norm, value_mix and first_values."""
+    B, n_heads, _ = log_sums.shape
+    n_kv_heads, D = inputs.n_kv_heads(n_heads), inputs.cos.size(1)
+    *options, first_values = inputs[4:]
+    outputs = {
+        "d_qkv": torch.empty_like(inputs.qkv),
+        "d_norms": dy.new_zeros(B * n_kv_heads, 2, D, dtype=torch.float32),
+        "d_value_mix": dy.new_zeros(B * n_kv_heads, 2, dtype=torch.float32),
+    }
+    if first_values is not None:
+        outputs["d_first_values"] = torch.empty_like(first_values)
+    call_attention(inputs, n_heads, eps, log_sums=log_sums, dy=dy, **outputs)
+    d_q_norm, d_k_norm = outputs["d_norms"].sum(0)
+    gradients = d_q_norm, d_k_norm, outputs["d_value_mix"].sum(0)
+    given = (None if option is None else d for option, d in zip(options, gradients, strict=True))
+    return outputs["d_qkv"], *given, outputs.get("d_first_values")
 
 
-def call_attention(
-    qkv: Tensor,
-    heads: tuple[int, int],
-    rope: tuple[Tensor, Tensor],
-    starts: Tensor,
-    **others: Tensor,
-) -> None:
+def call_attention(inputs: AttentionInputs, n_heads: int, eps: float, **others: Tensor) -> None:
     """Call `attention` of training.c: forward with y, or backward with dy and d_qkv."""
-    tensors = dict(zip(("qkv", "cos", "sin", "starts"), (qkv, *rope, starts), strict=True)) | others
-    assert all(x.is_contiguous() for x in tensors.values())
-    pointers = {name: x.data_ptr() for name, x in tensors.items()}
-    sizes = *starts.shape, *heads, rope[0].size(1), qkv.dtype == torch.bfloat16
-    call("attention", AttentionArguments(*sizes, **pointers), "d_qkv" in others)
+    tensors = inputs._asdict() | others
+    pointers = {name: x.data_ptr() for name, x in tensors.items() if x is not None}
+    assert all(x is None or x.is_contiguous() for x in tensors.values())
+    sizes = *inputs.starts.shape, n_heads, inputs.n_kv_heads(n_heads), inputs.cos.size(1)
+    half = inputs.qkv.dtype == torch.bfloat16
+    arguments = AttentionArguments(*sizes, half, eps=eps, **pointers)
+    call("attention", arguments, "d_qkv" in others)

@@ -103,6 +103,34 @@ void cross_entropy(int64_t N, int64_t V, int64_t stride, int half, void *logits,
 
 /* ---- norm and activation ---- */
 
+/* normed = x / rms(x) * weight; return 1 / rms(x). */
+static float norm_row(float *normed, const float *x, const float *weight, int64_t n, float eps)
+{
+    float inverse_rms = 1 / sqrtf(dot(x, x, n) / n + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++)
+        normed[i] = x[i] * inverse_rms * weight[i];
+    return inverse_rms;
+}
+
+/* Replace dy, the gradient by `normed`, by that by x; add that by the weight to d_weight. */
+static void norm_row_backward(float *restrict dy, const float *restrict x,
+                              const float *restrict weight, float inverse_rms,
+                              float *restrict d_weight, int64_t n)
+{
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) {
+        d_weight[i] += dy[i] * x[i] * inverse_rms;
+        dy[i] *= weight[i];
+        sum += dy[i] * x[i];
+    }
+    float along = sum * inverse_rms * inverse_rms / n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++)
+        dy[i] = inverse_rms * (dy[i] - x[i] * along);
+}
+
 /* normed = RMSNorm(x) = x / rms(x) * weight; if `added` is not NULL, of sum = x + added instead.
 
 x and sum (N, C) are float32. */
@@ -122,10 +150,7 @@ void add_norm(int64_t N, int64_t C, int half, const float *x, const void *added,
                     sum[n * C + i] = at[i] + row[i];
                 at = sum + n * C;
             }
-            float inverse = inverse_rms[n] = 1 / sqrtf(dot(at, at, C) / C + eps);
-#pragma omp simd
-            for (int64_t i = 0; i < C; i++)
-                row[i] = at[i] * inverse * weight[i];
+            inverse_rms[n] = norm_row(row, at, weight, C, eps);
             write_row(normed, n * C, row, C, half);
         }
         free(row);
@@ -144,21 +169,14 @@ void add_norm_backward(int64_t N, int64_t C, int half, const float *x, const flo
         float *dy = malloc(C * sizeof(float));
 #pragma omp for
         for (int64_t part = 0; part < (N + NORM_ROWS - 1) / NORM_ROWS; part++) {
-            float *restrict dw = d_weight + part * C;
+            float *dw = d_weight + part * C;
             memset(dw, 0, C * sizeof(float));
             for (int64_t n = part * NORM_ROWS; n < N && n < (part + 1) * NORM_ROWS; n++) {
-                const float *restrict at = x + n * C, *restrict direct = d_sum + n * C;
-                float *restrict out = dx + n * C, inverse = inverse_rms[n], sum = 0;
                 read_row(dy, d_normed, n * C, C, half);
-#pragma omp simd reduction(+ : sum)
-                for (int64_t i = 0; i < C; i++) {
-                    dw[i] += dy[i] * at[i] * inverse;
-                    dy[i] *= weight[i];
-                    sum += dy[i] * at[i];
-                }
-                float along = sum * inverse * inverse / C;
+                norm_row_backward(dy, x + n * C, weight, inverse_rms[n], dw, C);
+#pragma omp simd
                 for (int64_t i = 0; i < C; i++)
-                    out[i] = direct[i] + inverse * (dy[i] - at[i] * along);
+                    dx[n * C + i] = d_sum[n * C + i] + dy[i];
             }
         }
         free(dy);
@@ -228,60 +246,86 @@ enum { WIDTH = 4, BLOCK = 4 };
 enum { TILE = 32, PAD = 16 }; /* query rows of a tile; all sizes are multiples of PAD */
 typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
-INLINE void block(int vecs, float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_col,
-      const float *b, int64_t b_row, int64_t inner)
+/* A matrix whose neighbours in a column are `row` apart, and in a row `col`. */
+struct matrix {
+    float *at;
+    int64_t row, col;
+};
+
+INLINE void block(int vecs, int add, float *c, int64_t c_row, struct matrix a, const float *b,
+                  int64_t b_row, int64_t inner)
 {
     vec sum[BLOCK][2];
     for (int r = 0; r < BLOCK; r++)
         for (int j = 0; j < vecs; j++)
-            sum[r][j] = *(vec *)(c + r * c_row + j * WIDTH);
+            sum[r][j] = add ? *(vec *)(c + r * c_row + j * WIDTH) : (vec){0};
     for (int64_t k = 0; k < inner; k++)
         for (int r = 0; r < BLOCK; r++)
             for (int j = 0; j < vecs; j++)
-                sum[r][j] += a[r * a_row + k * a_col] * *(vec *)(b + k * b_row + j * WIDTH);
+                sum[r][j] += a.at[r * a.row + k * a.col] * *(vec *)(b + k * b_row + j * WIDTH);
     for (int r = 0; r < BLOCK; r++)
         for (int j = 0; j < vecs; j++)
             *(vec *)(c + r * c_row + j * WIDTH) = sum[r][j];
 }
 
-/* c (rows, cols) += a (rows, inner) b (inner, cols). Neighbours in a are a_row and a_col apart. */
-static void multiply(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_col,
-                     const float *b, int64_t b_row, int64_t rows, int64_t inner, int64_t cols)
+/* c (rows, cols) = a (rows, inner) b (inner, cols), or += if `add`. Columns of b and c are 1 apart. */
+INLINE void multiply(int add, float *c, int64_t c_row, struct matrix a, const float *b,
+                     int64_t b_row, int64_t rows, int64_t inner, int64_t cols)
 {
-    for (int64_t i = 0; i < rows; i += BLOCK) {
+    for (int64_t i = 0; i < rows; i += BLOCK, a.at += BLOCK * a.row) {
         int64_t j = 0;
         for (; j + 2 * WIDTH <= cols; j += 2 * WIDTH)
-            block(2, c + i * c_row + j, c_row, a + i * a_row, a_row, a_col, b + j, b_row, inner);
+            block(2, add, c + i * c_row + j, c_row, a, b + j, b_row, inner);
         for (; j < cols; j += WIDTH)
-            block(1, c + i * c_row + j, c_row, a + i * a_row, a_row, a_col, b + j, b_row, inner);
+            block(1, add, c + i * c_row + j, c_row, a, b + j, b_row, inner);
     }
 }
 
-/* ---- attention with RoPE ---- */
+/* ---- attention with RoPE, QK-norm and value residual ---- */
 
-/* The arguments of both passes. A token's row of qkv has its H queries, K keys and K values. */
+/* The arguments of both passes. A token's row of qkv has its H queries, K keys and K values.
+
+Without QK-norm, q_norm and k_norm are NULL; without a value residual, value_mix is. */
 struct attention {
     int64_t B, T, H, K, D, half;
     const void *qkv;        /* (B, T, H + 2 K, D) */
     const float *cos, *sin; /* (positions, D) */
     const int64_t *starts;  /* (B, T): index of the first token of each token's document */
+    const float *q_norm, *k_norm; /* (D): weights of the norms of each query and key */
+    double eps;                   /* of these norms */
+    const float *value_mix;       /* (2): factors of a token's own values and of first_values */
+    const void *first_values;     /* (B, T, K, D) */
+    float *log_sums;        /* (B, H, T): log of the sum of e^score, from forward to backward */
     void *y;                /* (B, T, H, D) */
     const void *dy;         /* as y */
     void *d_qkv;            /* as qkv */
+    float *d_norms;         /* (B, K, 2, D): by q_norm and k_norm, a sum for each task */
+    float *d_value_mix;     /* (B, K, 2) */
+    void *d_first_values;   /* as first_values */
 };
 
 /* The float32 copies that a thread needs for a key/value head; sizes are padded with zeros. */
 struct scratch {
-    int64_t d, t;               /* padded D and T */
-    float *k, *k_t, *v, *v_t;   /* (t, d) and transposed (d, t) */
-    float *dk, *dv;             /* (t, d) */
-    float *q, *y, *dq, *p, *ds; /* of a tile: (TILE, d) and (TILE, t) */
+    int64_t d;                            /* padded D */
+    float *k, *v, *dk, *dv;               /* (T, d) */
+    float *q, *dq, *y, *q_t, *y_t;        /* of a tile: (TILE, d) and transposed (d, TILE) */
+    float *p, *ds;                        /* of a tile: (T, TILE), a column for each query */
+    float *raw;                           /* (d) */
 };
 
-/* A tile: the query rows [start, end) of a head, and the keys [from, to) that any of them sees. */
+/* A tile: the query rows [start, end) of a head, and the keys [from, to) that any of them sees.
+
+The i-th query sees keys [first[i], last[i]]; those after `end` see none. */
 struct tile {
     int64_t b, head, start, end, from, to;
+    int32_t first[TILE], last[TILE];
 };
+
+/* Return 1 if the i-th query sees a key, else 0: a factor, since branches are not vectorised. */
+INLINE float sees(const struct tile *tile, int64_t i, int32_t key)
+{
+    return (tile->first[i] <= key) & (key <= tile->last[i]);
+}
 
 static int64_t round_up(int64_t n)
 {
@@ -290,14 +334,15 @@ static int64_t round_up(int64_t n)
 
 static struct scratch allocate(const struct attention *a)
 {
-    /* PAD more: rows that are a power of two apart would share the same few lines of the cache. */
-    struct scratch s = {.d = round_up(a->D), .t = round_up(a->T) + PAD};
-    int64_t matrix = s.t * s.d, tile = TILE * s.d;
-    float *at = calloc(6 * matrix + 3 * tile + 2 * TILE * s.t, sizeof(float));
-    float **matrices[] = {&s.k, &s.k_t, &s.v, &s.v_t, &s.dk, &s.dv};
-    for (int i = 0; i < 6; i++, at += matrix)
-        *matrices[i] = at;
-    s.q = at, s.y = s.q + tile, s.dq = s.y + tile, s.p = s.dq + tile, s.ds = s.p + TILE * s.t;
+    struct scratch s = {.d = round_up(a->D)};
+    int64_t t = round_up(a->T), rows = t * s.d, tile = TILE * s.d;
+    float *at = calloc(4 * rows + 5 * tile + 2 * TILE * t + s.d, sizeof(float));
+    float **of_rows[] = {&s.k, &s.v, &s.dk, &s.dv}, **of_tile[] = {&s.q, &s.dq, &s.y, &s.q_t, &s.y_t};
+    for (int i = 0; i < 4; i++, at += rows)
+        *of_rows[i] = at;
+    for (int i = 0; i < 5; i++, at += tile)
+        *of_tile[i] = at;
+    s.p = at, s.ds = at + TILE * t, s.raw = s.ds + TILE * t;
     return s;
 }
 
@@ -311,9 +356,14 @@ static int64_t qkv_at(const struct attention *a, int64_t b, int64_t t, int64_t h
     return ((b * a->T + t) * (a->H + 2 * a->K) + head) * a->D;
 }
 
-static int64_t y_at(const struct attention *a, struct tile tile, int64_t t)
+static int64_t first_value_at(const struct attention *a, int64_t b, int64_t t, int64_t head)
 {
-    return ((tile.b * a->T + t) * a->H + tile.head) * a->D;
+    return ((b * a->T + t) * a->K + head) * a->D;
+}
+
+static int64_t y_at(const struct attention *a, const struct tile *tile, int64_t t)
+{
+    return ((tile->b * a->T + t) * a->H + tile->head) * a->D;
 }
 
 /* Rotate each pair (x[i], x[i + D/2]) by its angle at token t; direction -1 rotates back. */
@@ -329,17 +379,40 @@ static void rotate(const struct attention *a, float *x, int64_t b, int64_t t, fl
     }
 }
 
+/* Read a query or key (D), and norm and rotate it. */
+static void read_head(const struct attention *a, float *x, const float *norm, int64_t b, int64_t t,
+                      int64_t head)
+{
+    read_row(x, a->qkv, qkv_at(a, b, t, head), a->D, a->half);
+    if (norm)
+        norm_row(x, x, norm, a->D, a->eps);
+    rotate(a, x, b, t, 1);
+}
+
+/* Write the gradient by a query or key, of that by what `read_head` made of it; `raw` is scratch. */
+static void write_head_gradient(const struct attention *a, float *d, float *raw, const float *norm,
+                                float *d_norm, int64_t b, int64_t t, int64_t head)
+{
+    rotate(a, d, b, t, -1);
+    if (norm) {
+        read_row(raw, a->qkv, qkv_at(a, b, t, head), a->D, a->half);
+        float inverse_rms = 1 / sqrtf(dot(raw, raw, a->D) / a->D + (float)a->eps);
+        norm_row_backward(d, raw, norm, inverse_rms, d_norm, a->D);
+    }
+    write_row(a->d_qkv, qkv_at(a, b, t, head), d, a->D, a->half);
+}
+
 static void read_keys_and_values(const struct attention *a, const struct scratch *s, int64_t b,
                                  int64_t head)
 {
     for (int64_t t = 0; t < a->T; t++) {
         float *k = s->k + t * s->d, *v = s->v + t * s->d;
-        read_row(k, a->qkv, qkv_at(a, b, t, a->H + head), a->D, a->half);
+        read_head(a, k, a->k_norm, b, t, a->H + head);
         read_row(v, a->qkv, qkv_at(a, b, t, a->H + a->K + head), a->D, a->half);
-        rotate(a, k, b, t, 1);
-        for (int64_t i = 0; i < a->D; i++) {
-            s->k_t[i * s->t + t] = k[i];
-            s->v_t[i * s->t + t] = v[i];
+        if (a->value_mix) {
+            read_row(s->raw, a->first_values, first_value_at(a, b, t, head), a->D, a->half);
+            for (int64_t i = 0; i < a->D; i++)
+                v[i] = a->value_mix[0] * v[i] + a->value_mix[1] * s->raw[i];
         }
     }
 }
@@ -347,70 +420,128 @@ static void read_keys_and_values(const struct attention *a, const struct scratch
 static void write_key_and_value_gradients(const struct attention *a, const struct scratch *s,
                                           int64_t b, int64_t head)
 {
+    float *d_norm = a->d_norms + ((b * a->K + head) * 2 + 1) * a->D;
+    float *d_mix = a->d_value_mix + (b * a->K + head) * 2;
     for (int64_t t = 0; t < a->T; t++) {
         float *dk = s->dk + t * s->d, *dv = s->dv + t * s->d;
-        rotate(a, dk, b, t, -1);
-        write_row(a->d_qkv, qkv_at(a, b, t, a->H + head), dk, a->D, a->half);
-        write_row(a->d_qkv, qkv_at(a, b, t, a->H + a->K + head), dv, a->D, a->half);
+        int64_t value = qkv_at(a, b, t, a->H + a->K + head), first = first_value_at(a, b, t, head);
+        write_head_gradient(a, dk, s->raw, a->k_norm, d_norm, b, t, a->H + head);
+        if (a->value_mix) {
+            read_row(s->raw, a->qkv, value, a->D, a->half);
+            d_mix[0] += dot(dv, s->raw, a->D);
+            read_row(s->raw, a->first_values, first, a->D, a->half);
+            d_mix[1] += dot(dv, s->raw, a->D);
+            memcpy(s->raw, dv, a->D * sizeof(float));
+            scale(s->raw, a->D, a->value_mix[1]);
+            write_row(a->d_first_values, first, s->raw, a->D, a->half);
+            scale(dv, a->D, a->value_mix[0]);
+        }
+        write_row(a->d_qkv, value, dv, a->D, a->half);
     }
 }
 
-/* Set s->q to the tile's rotated and scaled queries, and s->p to their attention weights. */
-static void weigh_keys(const struct attention *a, const struct scratch *s, struct tile tile)
+static struct tile tile_at(const struct attention *a, int64_t b, int64_t head, int64_t start)
 {
-    memset(s->q, 0, TILE * s->d * sizeof(float));
-    memset(s->p, 0, TILE * s->t * sizeof(float));
-    for (int64_t t = tile.start; t < tile.end; t++) {
-        float *q = s->q + (t - tile.start) * s->d;
-        read_row(q, a->qkv, qkv_at(a, tile.b, t, tile.head), a->D, a->half);
-        rotate(a, q, tile.b, t, 1);
+    int64_t end = start + TILE < a->T ? start + TILE : a->T;
+    struct tile tile = {b, head, start, end, start_of(a, b, start) / PAD * PAD, round_up(end)};
+    for (int64_t i = 0; i < TILE; i++) {
+        int within = start + i < end;
+        tile.first[i] = within ? start_of(a, b, start + i) : 0;
+        tile.last[i] = within ? start + i : -1;
+    }
+    return tile;
+}
+
+/* Set x (TILE, d) and its transposed copy to rows of queries or of their gradients. */
+static void transpose(const float *x, float *x_t, int64_t d)
+{
+    for (int64_t i = 0; i < d; i++)
+        for (int64_t r = 0; r < TILE; r++)
+            x_t[i * TILE + r] = x[r * d + i];
+}
+
+/* Set s->q to the tile's rotated and scaled queries, and s->p to their products with the keys. */
+static void score_keys(const struct attention *a, const struct scratch *s, const struct tile *tile)
+{
+    for (int64_t t = tile->start; t < tile->end; t++) {
+        float *q = s->q + (t - tile->start) * s->d;
+        read_head(a, q, a->q_norm, tile->b, t, tile->head);
         scale(q, a->D, 1 / sqrtf(a->D));
     }
-    multiply(s->p, s->t, s->q, s->d, 1, s->k_t + tile.from, s->t, TILE, a->D, tile.to - tile.from);
-    for (int64_t t = tile.start; t < tile.end; t++) {
-        float *row = s->p + (t - tile.start) * s->t;
-        int64_t first = start_of(a, tile.b, t) - tile.from, end = t + 1 - tile.from;
-        memset(row, 0, first * sizeof(float));
-        memset(row + end, 0, (tile.to - tile.from - end) * sizeof(float));
-        float sum = exponentials(row + first, end - first, largest(row + first, end - first));
-        scale(row + first, end - first, 1 / sum);
-    }
+    transpose(s->q, s->q_t, s->d);
+    struct matrix k = {s->k + tile->from * s->d, s->d, 1};
+    multiply(0, s->p, TILE, k, s->q_t, TILE, tile->to - tile->from, a->D, TILE);
 }
 
-static void attend(const struct attention *a, const struct scratch *s, struct tile tile)
+static void attend(const struct attention *a, const struct scratch *s, const struct tile *tile)
 {
-    weigh_keys(a, s, tile);
-    memset(s->y, 0, TILE * s->d * sizeof(float));
-    multiply(s->y, s->d, s->p, s->t, 1, s->v + tile.from * s->d, s->d, TILE, tile.to - tile.from,
-             s->d);
-    for (int64_t t = tile.start; t < tile.end; t++)
-        write_row(a->y, y_at(a, tile, t), s->y + (t - tile.start) * s->d, a->D, a->half);
+    float top[TILE], sum[TILE] = {0};
+    score_keys(a, s, tile);
+    for (int64_t i = 0; i < TILE; i++)
+        top[i] = -INFINITY;
+    for (int32_t key = tile->from; key < tile->to; key++) {
+        const float *p = s->p + (key - tile->from) * TILE;
+#pragma omp simd
+        for (int64_t i = 0; i < TILE; i++) {
+            float x = sees(tile, i, key) ? p[i] : -INFINITY;
+            top[i] = larger(x, top[i]);
+        }
+    }
+    for (int32_t key = tile->from; key < tile->to; key++) {
+        float *p = s->p + (key - tile->from) * TILE;
+#pragma omp simd
+        for (int64_t i = 0; i < TILE; i++) {
+            p[i] = exponential(p[i] - top[i]) * sees(tile, i, key);
+            sum[i] += p[i];
+        }
+    }
+    struct matrix p_t = {s->p, 1, TILE};
+    multiply(0, s->y, s->d, p_t, s->v + tile->from * s->d, s->d, TILE, tile->to - tile->from, s->d);
+    float *log_sums = a->log_sums + (tile->b * a->H + tile->head) * a->T;
+    for (int64_t t = tile->start, i = 0; t < tile->end; t++, i++) {
+        log_sums[t] = top[i] + logf(sum[i]);
+        scale(s->y + i * s->d, a->D, 1 / sum[i]);
+        write_row(a->y, y_at(a, tile, t), s->y + i * s->d, a->D, a->half);
+    }
 }
 
 /* Write the gradients of a tile's queries; add those of its keys and values to s->dk and s->dv. */
-static void attend_backward(const struct attention *a, const struct scratch *s, struct tile tile)
+static void attend_backward(const struct attention *a, const struct scratch *s,
+                            const struct tile *tile)
 {
-    int64_t keys = tile.to - tile.from, at = tile.from * s->d;
-    weigh_keys(a, s, tile);
-    memset(s->y, 0, TILE * s->d * sizeof(float));
-    memset(s->dq, 0, TILE * s->d * sizeof(float));
-    memset(s->ds, 0, TILE * s->t * sizeof(float));
-    for (int64_t t = tile.start; t < tile.end; t++)
-        read_row(s->y + (t - tile.start) * s->d, a->dy, y_at(a, tile, t), a->D, a->half);
-    multiply(s->ds, s->t, s->y, s->d, 1, s->v_t + tile.from, s->t, TILE, a->D, keys);
-    for (int64_t row = 0; row < TILE; row++) {
-        float *p = s->p + row * s->t, *ds = s->ds + row * s->t, mean = dot(p, ds, keys);
-        for (int64_t i = 0; i < keys; i++)
-            ds[i] = p[i] * (ds[i] - mean);
+    int64_t keys = tile->to - tile->from, at = tile->from * s->d;
+    float log_sums[TILE] = {0}, mean[TILE] = {0};
+    const float *forward = a->log_sums + (tile->b * a->H + tile->head) * a->T;
+    score_keys(a, s, tile);
+    for (int64_t t = tile->start, i = 0; t < tile->end; t++, i++) {
+        log_sums[i] = forward[t];
+        read_row(s->y + i * s->d, a->dy, y_at(a, tile, t), a->D, a->half);
     }
-    multiply(s->dv + at, s->d, s->p, 1, s->t, s->y, s->d, keys, TILE, s->d);
-    multiply(s->dk + at, s->d, s->ds, 1, s->t, s->q, s->d, keys, TILE, s->d);
-    multiply(s->dq, s->d, s->ds, s->t, 1, s->k + at, s->d, TILE, keys, s->d);
-    for (int64_t t = tile.start; t < tile.end; t++) {
-        float *dq = s->dq + (t - tile.start) * s->d;
-        rotate(a, dq, tile.b, t, -1);
+    transpose(s->y, s->y_t, s->d);
+    multiply(0, s->ds, TILE, (struct matrix){s->v + at, s->d, 1}, s->y_t, TILE, keys, a->D, TILE);
+    for (int32_t key = tile->from; key < tile->to; key++) {
+        float *p = s->p + (key - tile->from) * TILE, *ds = s->ds + (key - tile->from) * TILE;
+#pragma omp simd
+        for (int64_t i = 0; i < TILE; i++) {
+            p[i] = exponential(p[i] - log_sums[i]) * sees(tile, i, key);
+            mean[i] += p[i] * ds[i];
+        }
+    }
+    for (int64_t key = 0; key < keys; key++) {
+        float *p = s->p + key * TILE, *ds = s->ds + key * TILE;
+#pragma omp simd
+        for (int64_t i = 0; i < TILE; i++)
+            ds[i] = p[i] * (ds[i] - mean[i]);
+    }
+    multiply(1, s->dv + at, s->d, (struct matrix){s->p, TILE, 1}, s->y, s->d, keys, TILE, s->d);
+    multiply(1, s->dk + at, s->d, (struct matrix){s->ds, TILE, 1}, s->q, s->d, keys, TILE, s->d);
+    multiply(0, s->dq, s->d, (struct matrix){s->ds, 1, TILE}, s->k + at, s->d, TILE, keys, s->d);
+    int64_t task = tile->b * a->K + tile->head / (a->H / a->K);
+    for (int64_t t = tile->start; t < tile->end; t++) {
+        float *dq = s->dq + (t - tile->start) * s->d;
         scale(dq, a->D, 1 / sqrtf(a->D));
-        write_row(a->d_qkv, qkv_at(a, tile.b, t, tile.head), dq, a->D, a->half);
+        write_head_gradient(a, dq, s->raw, a->q_norm, a->d_norms + task * 2 * a->D, tile->b, t,
+                            tile->head);
     }
 }
 
@@ -424,13 +555,12 @@ void attention(const struct attention *a, int backward, int threads)
         for (int64_t task = 0; task < a->B * a->K; task++) {
             int64_t b = task / a->K, head = task % a->K, group = a->H / a->K;
             read_keys_and_values(a, &s, b, head);
-            memset(s.dk, 0, s.t * s.d * sizeof(float));
-            memset(s.dv, 0, s.t * s.d * sizeof(float));
+            memset(s.dk, 0, a->T * s.d * sizeof(float));
+            memset(s.dv, 0, a->T * s.d * sizeof(float));
             for (int64_t h = head * group; h < (head + 1) * group; h++)
                 for (int64_t t = 0; t < a->T; t += TILE) {
-                    int64_t end = t + TILE < a->T ? t + TILE : a->T;
-                    struct tile tile = {b, h, t, end, start_of(a, b, t) / PAD * PAD, round_up(end)};
-                    (backward ? attend_backward : attend)(a, &s, tile);
+                    struct tile tile = tile_at(a, b, h, t);
+                    (backward ? attend_backward : attend)(a, &s, &tile);
                 }
             if (backward)
                 write_key_and_value_gradients(a, &s, b, head);

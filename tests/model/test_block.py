@@ -29,6 +29,8 @@ from tests.support.parity import BFLOAT16
 NATIVE_MODELS: list[dict[str, Any]] = [
     {"n_kv_heads": 1},
     {"n_kv_heads": 4, "d_ff": 37},
+    {"qk_norm": True},
+    {"qk_norm": True, "value_residual": True, "n_kv_heads": 1, "n_layers": 3},
     {"head_dim": 6, "rope_scaling": RopeScaling("yarn", 3.0, original_max_seq_len=12)},
 ]
 
@@ -59,10 +61,11 @@ def test_loss_and_every_gradient_are_those_of_torch(
 
 @documents
 @chunks
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=str)
 def test_under_bfloat16_autocast_gradients_and_ten_steps_are_those_of_float32_within_its_rounding(
-    packed: bool, chunk: int
+    packed: bool, chunk: int, options: dict[str, Any]
 ) -> None:
-    batches, model = make_batches(2, packed, length=40), random_model(max_seq_len=40)
+    batches, model = make_batches(2, packed, length=40), random_model(max_seq_len=40, **options)
     expected = compute(model, loss_function(model, chunk), batches)
     result = compute(model, loss_function(model, chunk), batches, bfloat16=True)
     assert relative_error(result.loss, expected.loss) < BFLOAT16.loss
@@ -70,7 +73,7 @@ def test_under_bfloat16_autocast_gradients_and_ten_steps_are_those_of_float32_wi
     assert 1e-4 < max(errors.values()) < BFLOAT16.gradients, errors  # autocast did something
     losses = []
     for bfloat16 in (True, False):
-        model = random_model(max_seq_len=40)
+        model = random_model(max_seq_len=40, **options)
         losses.append(ten_clipped_losses(model, loss_function(model, chunk), batches, bfloat16))
     assert_same_losses(*losses, BFLOAT16.ten_losses)
 
@@ -127,7 +130,6 @@ OTHER_MODELS = [
     {"position": "learned"},
     {"bias": True},
     {"attention_bias": "qkv"},
-    {"qk_norm": True},
     {"dropout": 0.1},
 ]
 

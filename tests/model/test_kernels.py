@@ -141,8 +141,10 @@ def test_attention_within_documents_and_its_gradient(
     qkv = draw(2 * T, (H + 2 * K) * D, dtype=dtype, scale=2)
     dy = draw(2 * T, H * D, dtype=dtype)
     rope = rope_tables(D, T + 3, 100.0)
-    y = kernels.attention(qkv, H, K, rope, starts)
-    d_qkv = kernels.attention_backward(qkv, K, rope, starts, dy)
+    inputs = kernels.AttentionInputs(qkv, *rope, starts)
+    y, log_sums = kernels.attention(inputs, H, 1e-5)
+    d_qkv, *others = kernels.attention_backward(inputs, 1e-5, log_sums, dy)
+    assert others == [None] * 4
 
     exact = qkv.double().requires_grad_()
     expected = exact_attention(exact, H, K, starts, 100.0)
@@ -154,7 +156,8 @@ def test_attention_within_documents_and_its_gradient(
 def test_large_scores_stay_finite_and_choose_the_largest() -> None:
     """Scores of thousands: their exponentials overflow every float."""
     qkv = draw(26, 32, scale=100)
-    y = kernels.attention(qkv, 2, 1, rope_tables(8, 13, 100.0), starts_of(13, [5]))
+    inputs = kernels.AttentionInputs(qkv, *rope_tables(8, 13, 100.0), starts_of(13, [5]))
+    y, _ = kernels.attention(inputs, 2, 1e-5)
     exact = exact_attention(qkv.double(), 2, 1, starts_of(13, [5]), 100.0)
     # a score of 1e4 has an error of 1e-3 in float32
     assert_near(y, exact, 0.01)
@@ -176,9 +179,11 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
     hidden = kernels.swiglu(draw(N, 2 * size, dtype=dtype))
     d_gate_up = kernels.swiglu_backward(draw(N, 2 * size, dtype=dtype), hidden)
     qkv = draw(N, 8 * 8, dtype=dtype)
-    y = kernels.attention(qkv, 4, 2, rope, starts)
-    d_qkv = kernels.attention_backward(qkv, 2, rope, starts, y)
-    return [logits, losses, total, normed, *d_norm, hidden, d_gate_up, y, d_qkv]
+    options = 1 + draw(8), 1 + draw(8), draw(2), draw(N, 2 * 8, dtype=dtype)
+    inputs = kernels.AttentionInputs(qkv, *rope, starts, *options)
+    y, log_sums = kernels.attention(inputs, 4, 1e-5)
+    gradients = kernels.attention_backward(inputs, 1e-5, log_sums, y)
+    return [logits, losses, total, normed, *d_norm, hidden, d_gate_up, y, log_sums, *gradients]
 
 
 @pytest.fixture
