@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -34,6 +34,9 @@ from pocketlm.model.sizes import check_heads, default_d_ff
 
 # Apple M1/M2, torch 2.13: a matmul whose inner dimension reaches this is silently wrong.
 MPS_INNER_LIMIT = 32_767
+
+# what the parameters begin with that are neither matrices, biases nor norms' gains
+FIRST_VALUES = {"value_mix": [0.5, 0.5], "input_mix": [1.0, 0.0], "shift_gain": [0.0]}
 
 Rotary = tuple[Tensor, Tensor] | None  # cosine and sine of each position's angles; None: no RoPE
 
@@ -67,6 +70,10 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys before RoPE; true: Qwen3
     # blocks after the first mix its values with their own, by trained weights (ResFormer)
     value_residual: bool = False
+    # blocks after the first mix the embeddings with their input, by trained weights
+    embedding_shortcut: bool = False
+    # a token's embedding plus that of the token before it, by a trained gain in each channel (RWKV)
+    token_shift: bool = False
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # rmsnorm; layernorm: GPT-2
     norm_gain: bool = True  # a trained gain in each norm; false: microgpt, randyGPT
     norm_eps: float = 1e-5  # added to the mean square (RMSNorm) or the variance (LayerNorm)
@@ -150,7 +157,8 @@ def count_matmul_weights(model: "Transformer") -> int:
 class KVCache:
     """Keys and values of the tokens so far, preallocated and owned by the caller.
 
-    keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled.
+    keys, values: (n_layers, B, K, max_len, D); the first `length` positions are filled. tokens
+    (B, max_len): their ids, for `token_shift`.
     `SlotCache` in pocketlm/inference/backend.py has rows of different lengths.
     """
 
@@ -167,11 +175,12 @@ class KVCache:
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
         self.keys = self.zeros(shape, dtype, device)
         self.values = self.zeros(shape, dtype, device)
+        self.tokens = self.zeros((batch_size, max_len), torch.long, device)
         self.length = 0
 
     @staticmethod
     def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate the keys or the values; subclasses may allocate them in another way."""
+        """Allocate keys, values or tokens; subclasses may allocate them in another way."""
         return torch.zeros(shape, dtype=dtype, device=device)
 
     @property
@@ -185,6 +194,14 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end].to(k), self.values[layer, :, :, :end].to(v)
 
+    def previous_tokens(self, input_ids: Tensor) -> Tensor:
+        """Append input_ids (B, T); return the token before each of them, -1 if there is none."""
+        start, end = self.length, self.length + input_ids.size(1)
+        self.tokens[:, start:end] = input_ids
+        if start == 0:
+            return tokens_before(input_ids)
+        return self.tokens[:, start - 1 : end - 1]
+
     def mask(self, T: int) -> Tensor | None:
         """Return the mask (T, S) of T new tokens for `attend`, or None if it needs none."""
         if self.length == 0 or T == 1:
@@ -195,6 +212,15 @@ class KVCache:
     def advance(self, T: int) -> None:
         """Count T more tokens as cached, once every layer has stored them."""
         self.length += T
+
+
+def tokens_before(input_ids: Tensor) -> Tensor:
+    """Return the token before each of a row's (B, T); -1 before the first.
+
+    >>> tokens_before(torch.tensor([[5, 6, 7]])).tolist()
+    [[-1, 5, 6]]
+    """
+    return F.pad(input_ids[:, :-1], (1, 0), value=-1)
 
 
 class RMSNorm(nn.Module):
@@ -318,8 +344,18 @@ class MLP(nn.Module):
         return output
 
 
+class FromFirst(NamedTuple):
+    """What later blocks read of the first one: its input (B, T, C) and its values (B, K, T, D)."""
+
+    embedded: Tensor
+    values: Tensor | None
+
+
 class Block(nn.Module):
-    """Attention and an MLP; each normalises its input and adds to the residual stream."""
+    """Attention and an MLP; each normalises its input and adds to the residual stream.
+
+    Embedding shortcut: x0 of modded-nanogpt (Jordan et al. 2024).
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -328,6 +364,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.norm_eps = config.norm_eps
         self.mlp = MLP(config)
+        # of the block's input and of the embeddings
+        mixes = config.embedding_shortcut and layer > 0
+        self.input_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if mixes else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -337,13 +376,17 @@ class Block(nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
         documents: Documents | None = None,
-        first_values: Tensor | None = None,
+        first: FromFirst | None = None,
     ) -> Tensor:
         """Return the output (B, T, C); training.c computes it from `documents`, if given.
 
-        There is then neither rotary nor mask nor cache. first_values: with `value_residual`, those
-        of the first block.
+        There is then neither rotary nor mask nor cache. first: with `value_residual` or
+        `embedding_shortcut`.
         """
+        first_values = first.values if first is not None else None
+        if self.input_mix is not None:
+            assert first is not None
+            x = self.input_mix[0] * x + self.input_mix[1] * first.embedded
         if documents is not None:
             attention, mlp = self.self_attn, self.mlp
             modules: tuple[Any, ...] = (
@@ -401,6 +444,7 @@ class Transformer(nn.Module):
         self.norm = make_norm(config) if config.final_norm else nn.Identity()
         self.lm_head = None if config.tie_embeddings else nn.Linear(C, V, bias=False)
         self.dropout = nn.Dropout(config.dropout)
+        self.shift_gain = nn.Parameter(torch.zeros(C)) if config.token_shift else None
         self.reset_tables()
         self.reset_parameters()
 
@@ -435,7 +479,9 @@ class Transformer(nn.Module):
         elif name.endswith("bias"):
             nn.init.zeros_(p)
         else:
-            nn.init.constant_(p, 0.5 if name.endswith("value_mix") else 1)
+            first = FIRST_VALUES.get(name.rpartition(".")[2], [1.0])
+            with torch.no_grad():
+                p.copy_(torch.tensor(first).expand(p.shape))
 
     @property
     def device(self) -> torch.device:
@@ -475,7 +521,12 @@ class Transformer(nn.Module):
         natively = positions is None and cache is None and self._trains_natively()
         if doc_ids is not None and positions is None:
             positions = positions_in_document(doc_ids)
-        x = self._embed(input_ids, positions, start)
+        previous: Tensor | None = None
+        if self.shift_gain is not None:
+            before = tokens_before(input_ids) if cache is None else cache.previous_tokens(input_ids)
+            begins = torch.zeros_like(before) if doc_ids is None else positions == 0
+            previous = before.masked_fill(begins.bool(), -1)
+        x = self._embed(input_ids, previous, positions, start)
         context: tuple[Rotary, Tensor | None, KVCache | None, Documents | None]
         if natively:
             one_document = torch.zeros_like(input_ids, dtype=torch.long)
@@ -486,20 +537,25 @@ class Transformer(nn.Module):
             if doc_ids is not None:
                 mask = document_mask(doc_ids)  # (B, 1, T, T)
             context = self._rotary(positions, start, T), mask, cache, None
-        first_values: Tensor | None = None
-        if self.config.value_residual:
-            first_block = self.layers[0]
-            assert isinstance(first_block, Block)
-            first_values = first_block.values(x)
+        first = self._from_first(x)
         for layer in self.layers:
             if self.config.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, *context, first_values, use_reentrant=False)
+                x = checkpoint(layer, x, *context, first, use_reentrant=False)
             else:
-                x = layer(x, *context, first_values)
+                x = layer(x, *context, first)
         if cache is not None:
             cache.advance(T)
         output: Tensor = self.norm(x)
         return output
+
+    def _from_first(self, x: Tensor) -> FromFirst | None:
+        """Return what blocks after the first read of it, for the embeddings x (B, T, C)."""
+        first_block = self.layers[0]
+        assert isinstance(first_block, Block)
+        values = first_block.values(x) if self.config.value_residual else None
+        return (
+            FromFirst(x, values) if values is not None or self.config.embedding_shortcut else None
+        )
 
     def set_dropout(self, probability: float) -> None:
         """Drop out with another probability than the config's from here on."""
@@ -518,9 +574,14 @@ class Transformer(nn.Module):
             and trains_natively(self.embed_tokens.weight)
         )
 
-    def _embed(self, input_ids: Tensor, positions: Tensor | None, start: int) -> Tensor:
-        """Return the vectors (B, T, C) that enter the first block."""
+    def _embed(
+        self, input_ids: Tensor, previous: Tensor | None, positions: Tensor | None, start: int
+    ) -> Tensor:
+        """Return the vectors (B, T, C) that enter the first block; previous: for `token_shift`."""
         x = self.embed_tokens(input_ids)
+        if previous is not None:
+            before = self.embed_tokens(previous.clamp(min=0))
+            x = x + self.shift_gain * before.masked_fill((previous < 0)[..., None], 0)
         if self.embed_positions is not None and positions is None:
             x = x + self.embed_positions.weight[start : start + input_ids.size(1)]
         elif self.embed_positions is not None:

@@ -91,7 +91,9 @@ def is_llama(config: ModelConfig) -> bool:
     kind = (config.mlp, config.position, config.norm)
     flags = (config.norm_gain, config.embed_norm, config.final_norm, config.qk_norm)
     plain = (
-        config.attention_bias != "qkv" and config.rope_scaling is None and not config.value_residual
+        config.attention_bias != "qkv"
+        and config.rope_scaling is None
+        and not (config.value_residual or config.embedding_shortcut or config.token_shift)
     )
     return kind == ("swiglu", "rope", "rmsnorm") and flags == (True, False, True, False) and plain
 

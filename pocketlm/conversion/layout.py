@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import ModelConfig, Transformer
+from model import ModelConfig
 from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sections import Config, TrainingConfig
 from pocketlm.conversion.stored import StoredTensors, is_finite, progress_bar
@@ -66,13 +66,13 @@ class Layout:
 
     def foreign_name(self, name: str) -> str:
         """Return the foreign name of our parameter."""
-        match = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name)
+        match = re.fullmatch(r"(?:layers\.(\d+)\.)?(?:(.+)\.)?(\w+)", name)
         assert match is not None
         layer, module, kind = match.groups()
         prefix = "" if module == "lm_head" else self.prefix
         if layer is not None:
             prefix += f"{self.names.get('layers', 'layers')}.{layer}."
-        return f"{prefix}{self.names.get(module, module)}.{kind}"
+        return prefix + (f"{self.names.get(module, module)}.{kind}" if module else kind)
 
     def convert_tensor(self, name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
         """Return our parameter `name` from the foreign tensor, in float32."""
@@ -92,8 +92,7 @@ class Layout:
 
     def convert(self, tensors: StoredTensors, config: ModelConfig, origin: str) -> Tensors:
         """Return all our parameters. Raises UserError that names the first tensor that is wrong."""
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
+        shapes = {name: p.shape for name, p in config.on_meta_device().named_parameters()}
         known = {self.foreign_name(name) for name in shapes}
         unexpected = {
             name for name in tensors if name not in known and not re.fullmatch(self.buffers, name)

@@ -160,6 +160,7 @@ def extend_cache(model: Transformer, cache: KVCache, rows: list[int], max_len: i
     index = torch.tensor(rows, device=cache.keys.device)
     extended.keys[:, :, :, : cache.length] = cache.keys[:, index]
     extended.values[:, :, :, : cache.length] = cache.values[:, index]
+    extended.tokens[:, : cache.length] = cache.tokens[index, : cache.length]
     extended.length = cache.length
     return extended
 

@@ -180,7 +180,8 @@ class BlockMemory:
         C, F, D = model.d_model, model.d_ff or 0, model.head_dim or 0
         A, key_values = model.n_heads * D, 2 * (model.n_kv_heads or 0) * D
         gated = model.mlp == "swiglu"
-        residual = 8 * C  # the inputs of both norms, in float32
+        # the inputs of both norms, in float32, and of what mixes embeddings in
+        residual = (12 if model.embedding_shortcut else 8) * C
         if self.native:
             per_token = residual + size * (2 * C + 2 * A + key_values + 3 * F)
             copies = self.weights if size == 2 else self.weights - C * A - C * F

@@ -67,6 +67,13 @@ class SlotCache(KVCache):
         self.values[layer, slots, :, self.positions] = v[:, :, 0].to(self.values)
         return self.keys[layer, :n, :, :end].to(k), self.values[layer, :n, :, :end].to(v)
 
+    def previous_tokens(self, input_ids: Tensor) -> Tensor:
+        n, device = len(input_ids), self.tokens.device
+        slots = torch.arange(n, device=device)
+        self.tokens[slots, self.positions] = input_ids[:, 0]
+        before = self.tokens[slots, (self.positions - 1).clamp(min=0)]
+        return torch.where(self.positions > 0, before, -1)[:, None]
+
     def mask(self, T: int) -> Tensor:
         """Return (n, 1, 1, S): each slot attends to its filled positions and its new token."""
         columns = torch.arange(self.length + T, device=self.keys.device)
@@ -82,6 +89,7 @@ class SlotCache(KVCache):
         view = object.__new__(KVCache)
         view.keys = self.keys[:, b : b + 1]
         view.values = self.values[:, b : b + 1]
+        view.tokens = self.tokens[b : b + 1]
         view.length = int(self.lengths[b])
         return view
 
@@ -90,6 +98,7 @@ class SlotCache(KVCache):
         length = int(self.lengths[source])
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        self.tokens[target, :length] = self.tokens[source, :length]
         self.lengths[target] = length
 
 

@@ -219,8 +219,9 @@ def native_unavailable_reason(model: Transformer) -> str:
 
 def check_supported(model: Transformer) -> None:
     """Raise NativeUnavailable for a device, dtype or architecture that decode.c does not have."""
-    if model.config.value_residual:
-        raise NativeUnavailable("decode.c has no value_residual")
+    for name in ("value_residual", "embedding_shortcut", "token_shift"):
+        if getattr(model.config, name):
+            raise NativeUnavailable(f"decode.c has no {name}")
     if model.device.type != "cpu" or model.dtype not in KINDS:
         raise NativeUnavailable(
             "decode.c supports float32 and bfloat16 on a CPU, "

@@ -13,12 +13,13 @@ from model import ModelConfig, Transformer
 from pocketlm.checkpoint.sharded import failures_as_sentences
 from pocketlm.distributed.sharding import UndrawnTransformer, divide, whole_model
 from pocketlm.errors import UserError
+from tests.support.models import MIXED
 
 SIZES = {"vocab_size": 40, "d_model": 8, "n_heads": 2, "n_layers": 3, "max_seq_len": 8}
 KINDS = {
     "llama": {},
     "gpt2": {"mlp": "gelu", "position": "learned", "norm": "layernorm", "bias": True},
-    "all": {"value_residual": True, "qk_norm": True, "embed_norm": True, "tie_embeddings": False},
+    "all": MIXED | {"qk_norm": True, "embed_norm": True, "tie_embeddings": False},
 }
 
 

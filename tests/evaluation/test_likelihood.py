@@ -15,7 +15,7 @@ from pocketlm.tokenizer.bytes import ByteTokenizer
 from pocketlm.tokenizer.characters import CharTokenizer
 from tests.support.bigrams import bigram_model, bigram_table
 from tests.support.gpt2 import gpt2_pair
-from tests.support.models import reference_of
+from tests.support.models import MIXED, reference_of
 from tests.support.probes import NO_PREFIX, ROUNDING, logprobs_of, make_model, scores_of
 
 CASES = [
@@ -123,12 +123,13 @@ def plain_likelihood(model: Transformer, query: Query, top_k: int) -> Likelihood
     )
 
 
+@pytest.mark.parametrize("options", [{}, MIXED], ids=["plain", "mixed"])
 @pytest.mark.parametrize("tokens, positions", [(4096, 256), (4096, 2), (16, 3), (1, 1)])
-def test_likelihoods_equal_a_plain_loop_over_whole_texts(monkeypatch, tokens, positions):
+def test_likelihoods_equal_a_plain_loop_over_whole_texts(monkeypatch, tokens, positions, options):
     """The size of a batch makes no difference."""
     monkeypatch.setattr(likelihood, "MAX_BATCH_TOKENS", tokens)
     monkeypatch.setattr(likelihood, "MAX_LOGIT_ROWS", positions)
-    model, queries = make_model(61), random_queries(61)
+    model, queries = make_model(61, **options), random_queries(61)
     likelihoods = query_likelihoods(model, queries + queries[:5], top_k=3)
     assert list(likelihoods) == list(dict.fromkeys(queries))
     for query, result in likelihoods.items():

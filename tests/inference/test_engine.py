@@ -13,6 +13,7 @@ from pocketlm.inference.backend import Chunk, SlotCache, TorchBackend
 from pocketlm.inference.engine import Engine, GenerationRequest, Token
 from pocketlm.inference.native import NativeBackend
 from tests.support.checkpoints import confident_model
+from tests.support.models import MIXED
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)
 
@@ -80,9 +81,10 @@ def test_requests_that_join_and_leave_get_what_they_get_alone(seed):
         assert [token.end for token in tokens] == [None] * (len(tokens) - 1) + ["length"]
 
 
-def test_the_batch_in_torch_gets_the_same_text():
+@pytest.mark.parametrize("options", [{}, MIXED], ids=["plain", "mixed"])
+def test_the_batch_in_torch_gets_the_same_text(options):
     """Decoding is greedy: a rounding may move a draw from one token's share to the next one's."""
-    model = confident_model()
+    model = confident_model(**options)
     requests = random_requests(8, 5, temperature=0)
     engine = Engine(model, max_slots=3, backend=TorchBackend(model))
     for request in requests:

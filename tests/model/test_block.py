@@ -31,6 +31,7 @@ NATIVE_MODELS: list[dict[str, Any]] = [
     {"n_kv_heads": 4, "d_ff": 37},
     {"qk_norm": True},
     {"qk_norm": True, "value_residual": True, "n_kv_heads": 1, "n_layers": 3},
+    {"n_layers": 3, "embedding_shortcut": True, "token_shift": True},
     {"head_dim": 6, "rope_scaling": RopeScaling("yarn", 3.0, original_max_seq_len=12)},
 ]
 

@@ -22,6 +22,7 @@ SIZES = [
     dict(d_ff=100, d_model=48, n_heads=2, n_kv_heads=2),
     dict(head_dim=6, d_model=30, qk_norm=True, attention_bias="qkv"),
     dict(n_layers=3, value_residual=True),
+    dict(n_layers=3, embedding_shortcut=True, token_shift=True),
 ]
 
 
@@ -163,6 +164,44 @@ def test_the_values_of_later_blocks_are_mixed_with_those_of_the_first() -> None:
     weight.mul_(own).add_(plain.layers[0].self_attn.v_proj.weight, alpha=of_first)
     assert first.self_attn.value_mix is None
     assert (model(ids) - plain(ids)).abs().max() < 1e-4  # float32, at logits of 10
+
+
+def entering(model: Transformer, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    """Return what enters the attention's norm of a block."""
+    found: list[torch.Tensor] = []
+    norm = model.layers[layer].input_layernorm
+    hook = norm.register_forward_pre_hook(lambda _, arguments: found.append(arguments[0]))
+    model(ids)
+    hook.remove()
+    return found[-1]
+
+
+@torch.no_grad()
+def test_a_token_gets_the_embedding_of_the_token_before_it_times_the_gain() -> None:
+    model, ids = random_model(token_shift=True).eval(), random_ids()
+    expected = model.embed_tokens.weight[ids]
+    expected[:, 1:] += model.shift_gain * model.embed_tokens.weight[ids[:, :-1]]
+    torch.testing.assert_close(entering(model, ids, 0), expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_later_block_reads_the_embeddings_beside_its_input() -> None:
+    model, ids = random_model(embedding_shortcut=True).eval(), random_ids()
+    assert model.layers[0].input_mix is None
+    own, of_embeddings = model.layers[1].input_mix.tolist()
+    mixed = entering(model, ids, 1)
+    model.layers[1].input_mix.copy_(torch.tensor([1.0, 0.0]))  # as it begins
+    expected = own * entering(model, ids, 1) + of_embeddings * model.embed_tokens.weight[ids]
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_new_model_that_shifts_and_mixes_computes_what_one_without_does() -> None:
+    torch.manual_seed(0)
+    plain = Transformer(ModelConfig(**TINY)).eval()
+    mixed = Transformer(ModelConfig(**TINY, embedding_shortcut=True, token_shift=True)).eval()
+    mixed.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(plain(random_ids()), mixed(random_ids()))
 
 
 def test_one_batch_is_learnt_by_heart() -> None:

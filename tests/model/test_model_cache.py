@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import KVCache, Transformer, positions_in_document
-from tests.support.models import PACKED, TINY, T, random_ids, random_model
+from tests.support.models import MIXED, PACKED, TINY, T, random_ids, random_model
 
 heads = pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 CHUNKS = {"whole": [T], "chunks": [5, 4, 4], "uneven": [6, 1, 6], "tokens": [1] * T}
@@ -26,8 +26,8 @@ def other_tokens(ids: torch.Tensor) -> torch.Tensor:
 @heads
 @torch.no_grad()
 def test_cached_logits_equal_the_full_forward_pass(chunks: list[int], n_kv_heads: int) -> None:
-    """With a value residual for a single key/value head, whose cache then has mixed values."""
-    model = random_model(n_kv_heads=n_kv_heads, value_residual=n_kv_heads == 1).eval()
+    """For a single key/value head with what mixes tokens and blocks; the cache has mixed values."""
+    model = random_model(n_kv_heads=n_kv_heads, **MIXED if n_kv_heads == 1 else {}).eval()
     ids = random_ids(batch=3)
     cache = new_cache(model, batch_size=3)
     pieces, lengths = [], []
@@ -87,7 +87,7 @@ def test_changing_a_row_of_the_batch_changes_no_other_row() -> None:
 @pytest.mark.parametrize("document", [4, 9, 2])
 @torch.no_grad()
 def test_changing_a_document_changes_no_logit_of_another(document: int) -> None:
-    model, ids = random_model().eval(), random_ids()
+    model, ids = random_model(**MIXED).eval(), random_ids()
     inside = document == PACKED
     changed = torch.where(inside, other_tokens(ids), ids)
     before, after = model(ids, doc_ids=PACKED), model(changed, doc_ids=PACKED)
@@ -98,7 +98,8 @@ def test_changing_a_document_changes_no_logit_of_another(document: int) -> None:
 @heads
 @torch.no_grad()
 def test_a_packed_document_has_the_logits_of_the_document_alone(n_kv_heads: int) -> None:
-    model, ids = random_model(n_kv_heads=n_kv_heads).eval(), random_ids()
+    model = random_model(n_kv_heads=n_kv_heads, **MIXED if n_kv_heads == 1 else {}).eval()
+    ids = random_ids()
     packed = model(ids, doc_ids=PACKED)
     for row, document in [(0, 4), (0, 9), (0, 2), (1, 0), (1, 1)]:
         inside = PACKED[row] == document

@@ -36,6 +36,8 @@ INEXPRESSIBLE: dict[str, dict[str, Any]] = {
     "final_norm": dict(final_norm=False),
     "norm_gain": dict(norm_gain=False),
     "value_residual": dict(value_residual=True),
+    "embedding_shortcut": dict(embedding_shortcut=True),
+    "token_shift": dict(token_shift=True),
     "position": GPT2 | dict(position="rope"),
 }
 

@@ -15,6 +15,9 @@ TINY: dict[str, Any] = dict(
     vocab_size=61, max_seq_len=T, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2
 )
 
+# all that blocks read beside their input, and tokens beside themselves
+MIXED: dict[str, Any] = dict(value_residual=True, embedding_shortcut=True, token_shift=True)
+
 # Document ids of two rows of T tokens, of three and of two documents.
 PACKED = torch.tensor([[4] * 5 + [9] * 6 + [2] * 2, [0] * 1 + [1] * 12])
 
