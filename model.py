@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from pocketlm.errors import FieldError
 from pocketlm.limits import MODEL_SIZES
 from pocketlm.model.attention import attend, document_mask, positions_in_document
-from pocketlm.model.block import Documents, native_block, native_norm, trains_natively
+from pocketlm.model.block import Documents, Options, native_block, native_norm, trains_natively
 from pocketlm.model.initialization import SkipInitialization
 from pocketlm.model.rope import RopeScaling, rope_tables
 from pocketlm.model.sizes import check_heads, default_d_ff
@@ -397,7 +397,9 @@ class Block(nn.Module):
             weights = [getattr(module, "weight", None) for module in modules]
             mix = attention.value_mix
             first_values = None if mix is None else first_values
-            return native_block(x, documents, self.norm_eps, first_values, [*weights, mix])
+            probability = self.dropout.p if self.training else 0.0
+            options = Options.draw(self.norm_eps, probability)
+            return native_block(x, documents, options, first_values, [*weights, mix])
         attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, first_values)
         x = x + self.dropout(attended)
         output: Tensor = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
@@ -567,12 +569,8 @@ class Transformer(nn.Module):
 
     def _trains_natively(self) -> bool:
         """Return whether training.c computes the blocks: those of the Llama family, on a CPU."""
-        return (
-            self.config.is_llama
-            and not (self.dropout.p and self.training)
-            and self.rope_cos.dtype == torch.float32
-            and trains_natively(self.embed_tokens.weight)
-        )
+        llama = self.config.is_llama and self.rope_cos.dtype == torch.float32
+        return llama and trains_natively(self.embed_tokens.weight)
 
     def _embed(
         self, input_ids: Tensor, previous: Tensor | None, positions: Tensor | None, start: int

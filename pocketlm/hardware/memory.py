@@ -67,7 +67,7 @@ def estimate_memory(config: Config, accelerator: str, precision: str) -> MemoryE
     average = training.ema_decay > 0
     persistent = 4 * n + gradients + optimizer_bytes(model, training.optimizer, average=average)
     native = accelerator == "cpu" and kernels.available(torch.device("cpu"), torch.float32)
-    blocks = BlockMemory(config, size, native and model.is_llama and not model.dropout)
+    blocks = BlockMemory(config, size, native and model.is_llama)
     layers = model.n_layers
     inputs = 4 * model.d_model * tokens
     if model.gradient_checkpointing:

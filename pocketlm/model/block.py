@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pocketlm.model import kernels
+from pocketlm.model.kernels import Dropout
+
+NO_DROPOUT = Dropout()
 
 
 class Documents(NamedTuple):
@@ -23,6 +26,23 @@ class Documents(NamedTuple):
     cos: Tensor
     sin: Tensor
     starts: Tensor
+
+
+class Options(NamedTuple):
+    """What a block computes with beside tensors."""
+
+    eps: float  # of its norms
+    of_weights: Dropout = NO_DROPOUT  # of the attention weights
+    of_attention: Dropout = NO_DROPOUT  # of what attention adds to the residual stream
+    of_mlp: Dropout = NO_DROPOUT  # of what the MLP adds
+
+    @classmethod
+    def draw(cls, eps: float, dropout: float) -> "Options":
+        """Return options with seeds of torch's generator, for a probability of dropout."""
+        if not dropout:
+            return cls(eps)
+        seeds = torch.randint(2**32, (3,)).tolist()
+        return cls(eps, *(Dropout(dropout, seed) for seed in seeds))
 
 
 class NativeBlock(torch.autograd.Function):
@@ -38,14 +58,15 @@ class NativeBlock(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         documents: Documents,
-        eps: float,
+        options: Options,
         first_values: Tensor | None,
         *weights: Any,
     ) -> Tensor:
         dtype = matmul_dtype(x)
         norm1, norm2, *matrices = weights[:9]
         ctx.rows = [len(matrix) for matrix in matrices[:3]]
-        ctx.eps = eps
+        ctx.options = options
+        eps = options.eps
         with torch.autocast("cpu", enabled=False):  # `dtype` decides
             q, k, v, o, gate, up, down = matrices
             qkv_weight, gate_up_weight = (
@@ -57,11 +78,13 @@ class NativeBlock(torch.autograd.Function):
             normed, inverse_rms = kernels.norm(x, norm1, eps, dtype)
             qkv = normed @ qkv_weight.T
             inputs = kernels.AttentionInputs._make((qkv, *documents, *weights[9:], first_values))
-            y, log_sums = kernels.attention(inputs, len(q) // documents.cos.size(1), eps)
-            x2, normed2, inverse_rms2 = kernels.add_norm(x, y @ o.T, norm2, eps, dtype)
+            n_heads = len(q) // documents.cos.size(1)
+            y, log_sums = kernels.attention(inputs, n_heads, eps, options.of_weights)
+            attended = kernels.drop_(y @ o.T, options.of_attention)
+            x2, normed2, inverse_rms2 = kernels.add_norm(x, attended, norm2, eps, dtype)
             gate_up = normed2 @ gate_up_weight.T
             hidden = kernels.swiglu(gate_up)
-            output = add_product(x2, hidden, down.T)
+            output = add_product(x2, hidden, down.T, options.of_mlp)
         ctx.save_for_backward(
             *(norm1, norm2, qkv_weight, o, gate_up_weight, down),
             *(x, normed, inverse_rms, y, log_sums),
@@ -79,16 +102,18 @@ class NativeBlock(torch.autograd.Function):
         dtype = inputs.qkv.dtype
         with torch.autocast("cpu", enabled=False):
             d_output = d_output.reshape(x.shape).contiguous()
-            d = d_output.to(dtype)
+            options = ctx.options
+            d = dropped(d_output, dtype, options.of_mlp)
             d_down = d.T @ hidden
             d_gate_up = kernels.swiglu_backward(gate_up, d @ down)
             d_gate_up_weight = d_gate_up.T @ normed2
             d_normed2 = d_gate_up @ gate_up_weight
             dx2, d_norm2 = kernels.add_norm_backward(x2, norm2, inverse_rms2, d_normed2, d_output)
-            d = dx2.to(dtype)
+            d = dropped(dx2, dtype, options.of_attention)
             d_o = d.T @ y
-            d_attention = kernels.attention_backward(inputs, ctx.eps, log_sums, d @ o)
-            d_qkv, *d_options, d_first_values = d_attention
+            d_qkv, *d_others, d_first_values = kernels.attention_backward(
+                inputs, options.eps, options.of_weights, log_sums, d @ o
+            )
             d_qkv_weight = d_qkv.T @ normed
             d_normed = d_qkv @ qkv_weight
             dx, d_norm1 = kernels.add_norm_backward(x, norm1, inverse_rms, d_normed, dx2)
@@ -96,7 +121,7 @@ class NativeBlock(torch.autograd.Function):
             d_qkv_weight, d_o, d_gate_up_weight, d_down = (d.to(dx.dtype) for d in matrices)
         d_matrices = *d_qkv_weight.split(ctx.rows), d_o, *d_gate_up_weight.chunk(2), d_down
         dx = dx.view(*inputs.starts.shape, -1)
-        return dx, None, None, d_first_values, d_norm1, d_norm2, *d_matrices, *d_options
+        return dx, None, None, d_first_values, d_norm1, d_norm2, *d_matrices, *d_others
 
 
 class NativeNorm(torch.autograd.Function):
@@ -136,15 +161,23 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return x + a @ b, in the dtype of x."""
-    return torch.addmm(x, a, b) if a.dtype == x.dtype else x + a @ b
+def add_product(x: Tensor, a: Tensor, b: Tensor, dropout: Dropout) -> Tensor:
+    """Return x + a @ b, in the dtype of x; numbers of the product are dropped."""
+    if a.dtype == x.dtype and not dropout.kept_from:
+        return torch.addmm(x, a, b)
+    return x + kernels.drop_(a @ b, dropout)
+
+
+def dropped(d: Tensor, dtype: torch.dtype, dropout: Dropout) -> Tensor:
+    """Return the gradient by what was dropped out and added, in `dtype`, for that of the sum."""
+    copy = d.clone() if dropout.kept_from and d.dtype == dtype else d.to(dtype)
+    return kernels.drop_(copy, dropout)
 
 
 def native_block(
     x: Tensor,
     documents: Documents,
-    eps: float,
+    options: Options,
     first_values: Tensor | None,
     weights: list[Tensor | None],
 ) -> Tensor:
@@ -155,6 +188,6 @@ def native_block(
     if first_values is not None:
         first_values = first_values.transpose(1, 2).flatten(2).to(matmul_dtype(x)).contiguous()
     output: Tensor = NativeBlock.apply(  # type: ignore[no-untyped-call]
-        x, documents, eps, first_values, *weights
+        x, documents, options, first_values, *weights
     )
     return output

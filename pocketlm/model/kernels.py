@@ -1,7 +1,7 @@
 """The functions of training.c for contiguous CPU tensors; float32 where no dtype is named."""
 
 import sys
-from ctypes import Structure, byref, c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import Structure, byref, c_double, c_float, c_int, c_int64, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +106,25 @@ def swiglu_backward(gate_up: Tensor, d_hidden: Tensor) -> Tensor:
     return d_gate_up
 
 
+class Dropout(Structure):
+    """`struct dropout` of training.c: numbers are dropped with a probability below 1.
+
+    Which ones depends on the seed and on their place only.
+    """
+
+    _fields_ = [("seed", c_uint32), ("kept_from", c_uint32), ("factor", c_float)]
+
+    def __init__(self, probability: float = 0.0, seed: int = 0):
+        super().__init__(seed, int(probability * 2**32), 1 / (1 - probability))
+
+
+def drop_(x: Tensor, dropout: Dropout) -> Tensor:
+    """Drop numbers of x (N, C) in place, and return it."""
+    if dropout.kept_from:
+        call("drop", *x.shape, x.dtype == torch.bfloat16, x, dropout)
+    return x
+
+
 class AttentionArguments(Structure):
     """`struct attention` of training.c."""
 
@@ -113,7 +132,9 @@ class AttentionArguments(Structure):
         *((name, c_int64) for name in ("B", "T", "H", "K", "D", "half")),
         *((name, c_void_p) for name in ("qkv", "cos", "sin", "starts", "q_norm", "k_norm")),
         ("eps", c_double),
-        *((name, c_void_p) for name in ("value_mix", "first_values", "log_sums", "y", "dy")),
+        *((name, c_void_p) for name in ("value_mix", "first_values")),
+        ("dropout", Dropout),
+        *((name, c_void_p) for name in ("log_sums", "y", "dy")),
         *((name, c_void_p) for name in ("d_qkv", "d_norms", "d_value_mix", "d_first_values")),
     ]
 
@@ -139,17 +160,19 @@ class AttentionInputs(NamedTuple):
         return (self.qkv.size(1) // self.cos.size(1) - n_heads) // 2
 
 
-def attention(inputs: AttentionInputs, n_heads: int, eps: float) -> tuple[Tensor, Tensor]:
+def attention(
+    inputs: AttentionInputs, n_heads: int, eps: float, dropout: Dropout
+) -> tuple[Tensor, Tensor]:
     """Return attention (B T, H D), and what its gradient needs (B, H, T); eps: of QK-norm."""
     B, T = inputs.starts.shape
     y = inputs.qkv.new_empty(B * T, n_heads * inputs.cos.size(1))
     log_sums = inputs.cos.new_empty(B, n_heads, T)
-    call_attention(inputs, n_heads, eps, log_sums=log_sums, y=y)
+    call_attention(inputs, n_heads, eps, dropout, log_sums=log_sums, y=y)
     return y, log_sums
 
 
 def attention_backward(
-    inputs: AttentionInputs, eps: float, log_sums: Tensor, dy: Tensor
+    inputs: AttentionInputs, eps: float, dropout: Dropout, log_sums: Tensor, dy: Tensor
 ) -> tuple[Any, ...]:
     """Return the gradients by qkv, q_norm, k_norm, value_mix and first_values."""
     B, n_heads, _ = log_sums.shape
@@ -162,19 +185,21 @@ def attention_backward(
     }
     if first_values is not None:
         outputs["d_first_values"] = torch.empty_like(first_values)
-    call_attention(inputs, n_heads, eps, log_sums=log_sums, dy=dy, **outputs)
+    call_attention(inputs, n_heads, eps, dropout, log_sums=log_sums, dy=dy, **outputs)
     d_q_norm, d_k_norm = outputs["d_norms"].sum(0)
     gradients = d_q_norm, d_k_norm, outputs["d_value_mix"].sum(0)
     given = (None if option is None else d for option, d in zip(options, gradients, strict=True))
     return outputs["d_qkv"], *given, outputs.get("d_first_values")
 
 
-def call_attention(inputs: AttentionInputs, n_heads: int, eps: float, **others: Tensor) -> None:
+def call_attention(
+    inputs: AttentionInputs, n_heads: int, eps: float, dropout: Dropout, **others: Tensor
+) -> None:
     """Call `attention` of training.c: forward with y, or backward with dy and d_qkv."""
     tensors = inputs._asdict() | others
     pointers = {name: x.data_ptr() for name, x in tensors.items() if x is not None}
     assert all(x is None or x.is_contiguous() for x in tensors.values())
     sizes = *inputs.starts.shape, n_heads, inputs.n_kv_heads(n_heads), inputs.cos.size(1)
     half = inputs.qkv.dtype == torch.bfloat16
-    arguments = AttentionArguments(*sizes, half, eps=eps, **pointers)
+    arguments = AttentionArguments(*sizes, half, eps=eps, dropout=dropout, **pointers)
     call("attention", arguments, "d_qkv" in others)

@@ -53,6 +53,35 @@ static void scale(float *x, int64_t n, float factor)
         x[i] *= factor;
 }
 
+/* Return 32 bits that look random and depend on x (Wellons 2018, lowbias32). */
+INLINE uint32_t hash(uint32_t x)
+{
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+/* Dropout of some numbers: each is dropped with the same probability, the others are divided by
+   that of being kept. Which ones depends on the seed, the row and the column only, so that the
+   backward pass drops the same. */
+struct dropout {
+    uint32_t seed, kept_from; /* a number is kept if its hash is at least `kept_from` */
+    float factor;             /* of those kept: 1 without dropout */
+};
+
+INLINE uint32_t row_seed(const struct dropout *d, int64_t row)
+{
+    return hash(d->seed + hash(row));
+}
+
+/* Return the factor of column i of a row: 0, or that of those kept. */
+INLINE float kept(const struct dropout *d, uint32_t seed, uint32_t i)
+{
+    return hash(seed + i) >= d->kept_from ? d->factor : 0;
+}
+
 static float dot(const float *a, const float *b, int64_t n)
 {
     float sum = 0;
@@ -101,7 +130,26 @@ void cross_entropy(int64_t N, int64_t V, int64_t stride, int half, void *logits,
     }
 }
 
-/* ---- norm and activation ---- */
+/* ---- dropout, norm and activation ---- */
+
+/* Drop numbers of x (N, C). */
+void drop(int64_t N, int64_t C, int half, void *x, const struct dropout *d, int threads)
+{
+#pragma omp parallel num_threads(threads)
+    {
+        float *row = malloc(C * sizeof(float));
+#pragma omp for
+        for (int64_t n = 0; n < N; n++) {
+            uint32_t seed = row_seed(d, n);
+            read_row(row, x, n * C, C, half);
+#pragma omp simd
+            for (int64_t i = 0; i < C; i++)
+                row[i] *= kept(d, seed, i);
+            write_row(x, n * C, row, C, half);
+        }
+        free(row);
+    }
+}
 
 /* normed = x / rms(x) * weight; return 1 / rms(x). */
 static float norm_row(float *normed, const float *x, const float *weight, int64_t n, float eps)
@@ -295,6 +343,7 @@ struct attention {
     double eps;                   /* of these norms */
     const float *value_mix;       /* (2): factors of a token's own values and of first_values */
     const void *first_values;     /* (B, T, K, D) */
+    struct dropout dropout;       /* of the attention weights */
     float *log_sums;        /* (B, H, T): log of the sum of e^score, from forward to backward */
     void *y;                /* (B, T, H, D) */
     const void *dy;         /* as y */
@@ -319,6 +368,7 @@ The i-th query sees keys [first[i], last[i]]; those after `end` see none. */
 struct tile {
     int64_t b, head, start, end, from, to;
     int32_t first[TILE], last[TILE];
+    uint32_t seed[TILE]; /* of dropout */
 };
 
 /* Return 1 if the i-th query sees a key, else 0: a factor, since branches are not vectorised. */
@@ -448,6 +498,7 @@ static struct tile tile_at(const struct attention *a, int64_t b, int64_t head, i
         int within = start + i < end;
         tile.first[i] = within ? start_of(a, b, start + i) : 0;
         tile.last[i] = within ? start + i : -1;
+        tile.seed[i] = row_seed(&a->dropout, (b * a->H + head) * a->T + start + i);
     }
     return tile;
 }
@@ -494,6 +545,10 @@ static void attend(const struct attention *a, const struct scratch *s, const str
             p[i] = exponential(p[i] - top[i]) * sees(tile, i, key);
             sum[i] += p[i];
         }
+        if (a->dropout.kept_from)
+#pragma omp simd
+            for (int64_t i = 0; i < TILE; i++)
+                p[i] *= kept(&a->dropout, tile->seed[i], key);
     }
     struct matrix p_t = {s->p, 1, TILE};
     multiply(0, s->y, s->d, p_t, s->v + tile->from * s->d, s->d, TILE, tile->to - tile->from, s->d);
@@ -511,6 +566,7 @@ static void attend_backward(const struct attention *a, const struct scratch *s,
 {
     int64_t keys = tile->to - tile->from, at = tile->from * s->d;
     float log_sums[TILE] = {0}, mean[TILE] = {0};
+    int dropout = a->dropout.kept_from > 0;
     const float *forward = a->log_sums + (tile->b * a->H + tile->head) * a->T;
     score_keys(a, s, tile);
     for (int64_t t = tile->start, i = 0; t < tile->end; t++, i++) {
@@ -524,14 +580,19 @@ static void attend_backward(const struct attention *a, const struct scratch *s,
 #pragma omp simd
         for (int64_t i = 0; i < TILE; i++) {
             p[i] = exponential(p[i] - log_sums[i]) * sees(tile, i, key);
+            if (dropout)
+                ds[i] *= kept(&a->dropout, tile->seed[i], key);
             mean[i] += p[i] * ds[i];
         }
     }
-    for (int64_t key = 0; key < keys; key++) {
-        float *p = s->p + key * TILE, *ds = s->ds + key * TILE;
+    for (int32_t key = tile->from; key < tile->to; key++) {
+        float *p = s->p + (key - tile->from) * TILE, *ds = s->ds + (key - tile->from) * TILE;
 #pragma omp simd
-        for (int64_t i = 0; i < TILE; i++)
+        for (int64_t i = 0; i < TILE; i++) {
             ds[i] = p[i] * (ds[i] - mean[i]);
+            if (dropout)
+                p[i] *= kept(&a->dropout, tile->seed[i], key);
+        }
     }
     multiply(1, s->dv + at, s->d, (struct matrix){s->p, TILE, 1}, s->y, s->d, keys, TILE, s->d);
     multiply(1, s->dk + at, s->d, (struct matrix){s->ds, TILE, 1}, s->q, s->d, keys, TILE, s->d);

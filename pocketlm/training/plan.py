@@ -85,7 +85,7 @@ def compilable_seconds(config: Config, hardware: Hardware) -> float:
     """
     model, training = config.model, config.training
     natively = kernels.available(torch.device(hardware.accelerator), torch.float32)
-    if natively and model.is_llama and not model.dropout:
+    if natively and model.is_llama:
         return 0.0
     assert model.vocab_size is not None
     flops = model.flops_per_token(training.seq_len) - 6 * model.vocab_size * model.d_model

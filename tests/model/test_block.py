@@ -103,6 +103,35 @@ def test_recomputed_blocks_have_the_same_gradients() -> None:
     assert_equal(*results, tolerance=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "value_residual": True}], ids=str)
+def test_the_gradients_of_a_model_that_drops_out_are_the_slopes_of_its_loss(
+    options: dict[str, Any],
+) -> None:
+    """Along 20 random directions, by differences of losses with the same seed."""
+    model = random_model(dropout=0.3, **options).train()
+    loss, batch = loss_function(model, 0), make_batches(1)[0]
+
+    def loss_of_seed() -> torch.Tensor:
+        torch.manual_seed(3)
+        return loss(batch)
+
+    loss_of_seed().backward()
+    parameters, generator = list(model.parameters()), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        directions = [
+            torch.randn(p.shape, generator=generator) * p.detach().square().mean().sqrt()
+            for p in parameters
+        ]
+        slopes = [(p.grad * d).sum() for p, d in zip(parameters, directions, strict=True)]
+        losses = []
+        for step in (1e-3, -2e-3, 1e-3):
+            with torch.no_grad():
+                torch._foreach_add_(parameters, directions, alpha=step)
+            losses.append(loss_of_seed().detach())
+        difference = (losses[0] - losses[1]) / 2e-3
+        torch.testing.assert_close(torch.stack(slopes).sum(), difference, rtol=0.01, atol=0.03)
+
+
 # ---- when it is used ----
 
 
@@ -131,7 +160,6 @@ OTHER_MODELS = [
     {"position": "learned"},
     {"bias": True},
     {"attention_bias": "qkv"},
-    {"dropout": 0.1},
 ]
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from model import rotate
 from pocketlm.model import kernels
+from pocketlm.model.block import NO_DROPOUT
+from pocketlm.model.kernels import Dropout
 from pocketlm.model.loss import IGNORE_INDEX
 from pocketlm.model.rope import rope_tables
 
@@ -114,8 +116,10 @@ def starts_of(T: int, borders: list[int]) -> Tensor:
     return starts
 
 
-def exact_attention(qkv: Tensor, H: int, K: int, starts: Tensor, rope_base: float) -> Tensor:
-    """Compute attention from the full matrix of scores."""
+def exact_attention(
+    qkv: Tensor, H: int, K: int, starts: Tensor, rope_base: float, kept: Tensor | float = 1.0
+) -> Tensor:
+    """Compute attention from the full matrix of scores; `kept` (B, H, T, T): dropout's factors."""
     B, T = starts.shape
     D = qkv.size(1) // (H + 2 * K)
     q, k, v = qkv.view(B, T, -1, D).transpose(1, 2).split([H, K, K], dim=1)
@@ -126,7 +130,7 @@ def exact_attention(qkv: Tensor, H: int, K: int, starts: Tensor, rope_base: floa
     index = torch.arange(T)
     visible = (index <= index[:, None]) & (index >= starts[:, :, None])
     scores = (q @ k.mT / D**0.5).masked_fill(~visible[:, None], -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B * T, H * D)
+    return (scores.softmax(-1) * kept @ v).transpose(1, 2).reshape(B * T, H * D)
 
 
 @dtypes
@@ -142,8 +146,8 @@ def test_attention_within_documents_and_its_gradient(
     dy = draw(2 * T, H * D, dtype=dtype)
     rope = rope_tables(D, T + 3, 100.0)
     inputs = kernels.AttentionInputs(qkv, *rope, starts)
-    y, log_sums = kernels.attention(inputs, H, 1e-5)
-    d_qkv, *others = kernels.attention_backward(inputs, 1e-5, log_sums, dy)
+    y, log_sums = kernels.attention(inputs, H, 1e-5, NO_DROPOUT)
+    d_qkv, *others = kernels.attention_backward(inputs, 1e-5, NO_DROPOUT, log_sums, dy)
     assert others == [None] * 4
 
     exact = qkv.double().requires_grad_()
@@ -157,10 +161,64 @@ def test_large_scores_stay_finite_and_choose_the_largest() -> None:
     """Scores of thousands: their exponentials overflow every float."""
     qkv = draw(26, 32, scale=100)
     inputs = kernels.AttentionInputs(qkv, *rope_tables(8, 13, 100.0), starts_of(13, [5]))
-    y, _ = kernels.attention(inputs, 2, 1e-5)
+    y, _ = kernels.attention(inputs, 2, 1e-5, NO_DROPOUT)
     exact = exact_attention(qkv.double(), 2, 1, starts_of(13, [5]), 100.0)
     # a score of 1e4 has an error of 1e-3 in float32
     assert_near(y, exact, 0.01)
+
+
+# ---- dropout ----
+
+
+@dtypes
+def test_dropout_keeps_the_expected_share_and_the_sum(dtype: torch.dtype) -> None:
+    """Other rows, columns and seeds drop other numbers, and the same ones the same every time."""
+    ones = torch.ones(500, 400, dtype=dtype)
+    masks = [kernels.drop_(ones.clone(), Dropout(0.3, seed)) for seed in (7, 7, 8)]
+    kept = masks[0] != 0
+    assert torch.equal(masks[0][kept], torch.full_like(masks[0][kept], 1 / 0.7))
+    assert torch.equal(masks[0], masks[1])
+    # 200,000 draws: a standard deviation of 0.001; of pairs that agree, of 0.0011
+    assert abs(kept.float().mean() - 0.7) < 0.005
+    for other in (masks[2] != 0, kept.roll(1, 0), kept.roll(1, 1)):
+        assert abs((kept == other).float().mean() - (0.7**2 + 0.3**2)) < 0.006
+    # 400 draws a row and 500 a column: 5 standard deviations
+    assert (kept.float().mean(1) - 0.7).abs().max() < 5 * (0.21 / 400) ** 0.5
+    assert (kept.float().mean(0) - 0.7).abs().max() < 5 * (0.21 / 500) ** 0.5
+
+
+def factors_of_attention(H: int, K: int, T: int, dropout: Dropout) -> Tensor:
+    """Return what attention multiplies its weights (2, H, T, T) with.
+
+    Keys of zero have equal weights, and values of a unit matrix return them one by one.
+    """
+    qkv = torch.zeros(2, T, H + 2 * K, T)
+    qkv[:, :, H + K :] = torch.eye(T)[:, None]
+    inputs = kernels.AttentionInputs(
+        qkv.view(2 * T, -1), *rope_tables(T, T, 100.0), starts_of(T, [])
+    )
+    y, _ = kernels.attention(inputs, H, 1e-5, dropout)
+    return y.view(2, T, H, T).transpose(1, 2) * torch.arange(1, T + 1)[:, None]
+
+
+@dtypes
+def test_dropout_of_attention_weights_and_its_gradient(dtype: torch.dtype) -> None:
+    H, K, T, dropout = 4, 2, 40, Dropout(0.25, 3)
+    kept = factors_of_attention(H, K, T, dropout)
+    past = kept[..., torch.ones(T, T).tril().bool()]
+    assert abs((past != 0).float().mean() - 0.75) < 0.03  # 6,560 draws: 5 standard deviations
+    torch.testing.assert_close(past[past != 0], torch.full_like(past[past != 0], 1 / 0.75))
+    assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[:, 0], kept[:, 1])
+
+    qkv, dy = draw(2 * T, (H + 2 * K) * 8, dtype=dtype, scale=2), draw(2 * T, H * 8, dtype=dtype)
+    inputs = kernels.AttentionInputs(qkv, *rope_tables(8, T, 100.0), starts_of(T, [17]))
+    y, log_sums = kernels.attention(inputs, H, 1e-5, dropout)
+    d_qkv, *_ = kernels.attention_backward(inputs, 1e-5, dropout, log_sums, dy)
+    exact = qkv.double().requires_grad_()
+    expected = exact_attention(exact, H, K, inputs.starts, 100.0, kept.double())
+    (gradient,) = torch.autograd.grad(expected, exact, dy.double())
+    assert_near(y, expected.detach(), TOLERANCE[dtype])
+    assert_near(d_qkv, gradient, TOLERANCE[dtype])
 
 
 # ---- threads ----
@@ -181,8 +239,10 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
     qkv = draw(N, 8 * 8, dtype=dtype)
     options = 1 + draw(8), 1 + draw(8), draw(2), draw(N, 2 * 8, dtype=dtype)
     inputs = kernels.AttentionInputs(qkv, *rope, starts, *options)
-    y, log_sums = kernels.attention(inputs, 4, 1e-5)
-    gradients = kernels.attention_backward(inputs, 1e-5, log_sums, y)
+    dropout = Dropout(0.3, 5)
+    y, log_sums = kernels.attention(inputs, 4, 1e-5, dropout)
+    gradients = kernels.attention_backward(inputs, 1e-5, dropout, log_sums, y)
+    kernels.drop_(hidden, dropout)
     return [logits, losses, total, normed, *d_norm, hidden, d_gate_up, y, log_sums, *gradients]
 
 
