@@ -526,8 +526,10 @@ class Transformer(nn.Module):
         previous: Tensor | None = None
         if self.shift_gain is not None:
             before = tokens_before(input_ids) if cache is None else cache.previous_tokens(input_ids)
-            begins = torch.zeros_like(before) if doc_ids is None else positions == 0
-            previous = before.masked_fill(begins.bool(), -1)
+            previous = before
+            if doc_ids is not None:
+                assert positions is not None
+                previous = before.masked_fill(positions == 0, -1)
         x = self._embed(input_ids, previous, positions, start)
         context: tuple[Rotary, Tensor | None, KVCache | None, Documents | None]
         if natively:
