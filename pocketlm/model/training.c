@@ -316,7 +316,7 @@ INLINE void block(int vecs, int add, float *c, int64_t c_row, struct matrix a, c
             *(vec *)(c + r * c_row + j * WIDTH) = sum[r][j];
 }
 
-/* c (rows, cols) = a (rows, inner) b (inner, cols), or += if `add`. Columns of b and c are 1 apart. */
+/* c (rows, cols) = a (rows, inner) b (inner, cols), or += if `add`. In b and c, columns are 1 apart. */
 INLINE void multiply(int add, float *c, int64_t c_row, struct matrix a, const float *b,
                      int64_t b_row, int64_t rows, int64_t inner, int64_t cols)
 {
@@ -336,30 +336,30 @@ INLINE void multiply(int add, float *c, int64_t c_row, struct matrix a, const fl
 Without QK-norm, q_norm and k_norm are NULL; without a value residual, value_mix is. */
 struct attention {
     int64_t B, T, H, K, D, half;
-    const void *qkv;        /* (B, T, H + 2 K, D) */
-    const float *cos, *sin; /* (positions, D) */
-    const int64_t *starts;  /* (B, T): index of the first token of each token's document */
+    const void *qkv;              /* (B, T, H + 2 K, D) */
+    const float *cos, *sin;       /* (positions, D) */
+    const int64_t *starts;        /* (B, T): index of the first token of each token's document */
     const float *q_norm, *k_norm; /* (D): weights of the norms of each query and key */
     double eps;                   /* of these norms */
     const float *value_mix;       /* (2): factors of a token's own values and of first_values */
     const void *first_values;     /* (B, T, K, D) */
     struct dropout dropout;       /* of the attention weights */
-    float *log_sums;        /* (B, H, T): log of the sum of e^score, from forward to backward */
-    void *y;                /* (B, T, H, D) */
-    const void *dy;         /* as y */
-    void *d_qkv;            /* as qkv */
-    float *d_norms;         /* (B, K, 2, D): by q_norm and k_norm, a sum for each task */
-    float *d_value_mix;     /* (B, K, 2) */
-    void *d_first_values;   /* as first_values */
+    float *log_sums;              /* (B, H, T): log of the sum of e^score, kept for backward */
+    void *y;                      /* (B, T, H, D) */
+    const void *dy;               /* as y */
+    void *d_qkv;                  /* as qkv */
+    float *d_norms;               /* (B, K, 2, D): by q_norm and k_norm, a sum for each task */
+    float *d_value_mix;           /* (B, K, 2) */
+    void *d_first_values;         /* as first_values */
 };
 
 /* The float32 copies that a thread needs for a key/value head; sizes are padded with zeros. */
 struct scratch {
-    int64_t d;                            /* padded D */
-    float *k, *v, *dk, *dv;               /* (T, d) */
-    float *q, *dq, *y, *q_t, *y_t;        /* of a tile: (TILE, d) and transposed (d, TILE) */
-    float *p, *ds;                        /* of a tile: (T, TILE), a column for each query */
-    float *raw;                           /* (d) */
+    int64_t d;                     /* padded D */
+    float *k, *v, *dk, *dv;        /* (T, d) */
+    float *q, *dq, *y, *q_t, *y_t; /* of a tile: (TILE, d) and transposed (d, TILE) */
+    float *p, *ds;                 /* of a tile: (T, TILE), a column for each query */
+    float *raw;                    /* (d) */
 };
 
 /* A tile: the query rows [start, end) of a head, and the keys [from, to) that any of them sees.
@@ -387,7 +387,8 @@ static struct scratch allocate(const struct attention *a)
     struct scratch s = {.d = round_up(a->D)};
     int64_t t = round_up(a->T), rows = t * s.d, tile = TILE * s.d;
     float *at = calloc(4 * rows + 5 * tile + 2 * TILE * t + s.d, sizeof(float));
-    float **of_rows[] = {&s.k, &s.v, &s.dk, &s.dv}, **of_tile[] = {&s.q, &s.dq, &s.y, &s.q_t, &s.y_t};
+    float **of_rows[] = {&s.k, &s.v, &s.dk, &s.dv};
+    float **of_tile[] = {&s.q, &s.dq, &s.y, &s.q_t, &s.y_t};
     for (int i = 0; i < 4; i++, at += rows)
         *of_rows[i] = at;
     for (int i = 0; i < 5; i++, at += tile)
@@ -439,7 +440,7 @@ static void read_head(const struct attention *a, float *x, const float *norm, in
     rotate(a, x, b, t, 1);
 }
 
-/* Write the gradient by a query or key, of that by what `read_head` made of it; `raw` is scratch. */
+/* Write the gradient by a query or key from that by what `read_head` made of it; raw: scratch. */
 static void write_head_gradient(const struct attention *a, float *d, float *raw, const float *norm,
                                 float *d_norm, int64_t b, int64_t t, int64_t head)
 {
@@ -493,7 +494,8 @@ static void write_key_and_value_gradients(const struct attention *a, const struc
 static struct tile tile_at(const struct attention *a, int64_t b, int64_t head, int64_t start)
 {
     int64_t end = start + TILE < a->T ? start + TILE : a->T;
-    struct tile tile = {b, head, start, end, start_of(a, b, start) / PAD * PAD, round_up(end)};
+    struct tile tile = {.b = b, .head = head, .start = start, .end = end};
+    tile.from = start_of(a, b, start) / PAD * PAD, tile.to = round_up(end);
     for (int64_t i = 0; i < TILE; i++) {
         int within = start + i < end;
         tile.first[i] = within ? start_of(a, b, start + i) : 0;
@@ -503,7 +505,7 @@ static struct tile tile_at(const struct attention *a, int64_t b, int64_t head, i
     return tile;
 }
 
-/* Set x (TILE, d) and its transposed copy to rows of queries or of their gradients. */
+/* Set x_t (d, TILE) to the transpose of x (TILE, d). */
 static void transpose(const float *x, float *x_t, int64_t d)
 {
     for (int64_t i = 0; i < d; i++)

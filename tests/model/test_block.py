@@ -57,7 +57,8 @@ def test_loss_and_every_gradient_are_those_of_torch(
 ) -> None:
     ours, theirs = both(request, chunk, packed, **options)
     assert any((ours.gradients[n] != theirs.gradients[n]).any() for n in ours.gradients)
-    assert_equal(ours, theirs, tolerance=1e-5)  # 100 roundings of 6e-8 in another order
+    # 100 roundings of 6e-8 in another order; the terms of a mix's gradient cancel to a hundredth
+    assert_equal(ours, theirs, tolerance=1e-4 if options.get("value_residual") else 1e-5)
 
 
 @documents
