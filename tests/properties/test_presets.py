@@ -1,5 +1,6 @@
-"""Presets have the settings that their systems state."""
+"""Presets have the settings that their systems state, or learning rates by docs/recipes.md."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,24 @@ def test_microgpts_learning_rate_falls_in_a_straight_line_from_its_first_step(st
         schedule=t.schedule,
     )
     assert t.lr * factor == pytest.approx(0.01 * (1 - step / 1000), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["nnzig_head", *(f"randygpt_{size}" for size in ("tiny", "small", "medium", "large"))]
+)
+def test_muons_learning_rate_falls_with_the_root_of_the_width_and_of_the_steps(name: str) -> None:
+    """docs/recipes.md has the rule; 2 % for the preset's two digits."""
+    config = load_config(ROOT / f"presets/{name}.yaml")
+    rule = 6e-3 * math.sqrt(128 / config.model.d_model * 1000 / config.training.steps)
+    assert config.training.optimizer == "muon"
+    assert config.training.lr == pytest.approx(rule, rel=0.02)
+
+
+def test_the_names_preset_has_makemores_size_and_measure() -> None:
+    """Rows of one name, as long as the longest of 15 letters with its end; 0.2 M parameters."""
+    config = load_config(ROOT / "presets/names.yaml").with_vocab_size(27)
+    model = config.model
+    assert (model.n_layers, model.d_model, model.n_heads, config.training.seq_len) == (4, 64, 4, 16)
+    assert model.n_parameters == pytest.approx(200_000, rel=0.01)
+    assert (config.data.packing, config.data.separator) == ("padded", "line")
+    assert config.data.tokenizer == "seen-bytes"
