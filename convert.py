@@ -27,8 +27,10 @@ from pocketlm.conversion.stored import is_finite
 from pocketlm.conversion.torch_checkpoints import TokenizerSource
 from pocketlm.errors import UserError, run_main
 from pocketlm.evaluation.quantization_report import validation_texts
-from pocketlm.export import gguf, huggingface, onnx, safetensors
+from pocketlm.export import gguf, huggingface, safetensors
+from pocketlm.export.onnx import conversion as onnx
 from pocketlm.export.proof import reference_of
+from pocketlm.hardware.memory import return_large_blocks
 
 FORMATS = {  # of --to: its data types, the first by default
     "ckpt": ("f32",),
@@ -180,4 +182,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    return_large_blocks()
     run_main(main)

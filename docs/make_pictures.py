@@ -2,10 +2,10 @@
 
     python docs/make_pictures.py               # all of them, after the default run
     python docs/make_pictures.py page          # or by name: page, loss, probes, data, sweep,
-                                               # tensorboard
+                                               # scaling, tensorboard
 
 Needs `pip install -r requirements-dev.txt`, Chromium for `page` and `tensorboard`, and the
-checkpoints and logs of the default run in `checkpoints/` and `logs/`, and the sweep of
+checkpoints and logs of the default run in `checkpoints/` and `logs/`, the sweep and the study of
 docs/sweep.md in `sweeps/`; another folder with all of them is `--run FOLDER`.
 """
 
@@ -118,6 +118,11 @@ def make_sweep(run: Path) -> Path:
     return save_small(run / "sweeps" / "microgpt" / "loss.png", "sweep")
 
 
+def make_scaling(run: Path) -> Path:
+    """Copy the picture of the scaling study of docs/sweep.md."""
+    return save_small(run / "sweeps" / "scaling" / "loss.png", "scaling")
+
+
 def make_probes(run: Path) -> Path:
     """Score the run's checkpoints on all suites and plot accuracy against steps."""
     shot = IMAGES / "probes.full.png"
@@ -182,6 +187,7 @@ PICTURES = {
     "data": make_data,
     "tensorboard": make_tensorboard,
     "sweep": make_sweep,
+    "scaling": make_scaling,
 }
 
 

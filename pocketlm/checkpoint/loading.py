@@ -13,9 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch.nn as nn
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from model import ModelConfig, Transformer
 from pocketlm.checkpoint.format import (
@@ -30,26 +28,11 @@ from pocketlm.checkpoint.validation import sizes_problem, tokenizer_problem
 from pocketlm.config.loading import config_from_dict
 from pocketlm.config.sections import Config
 from pocketlm.errors import UserError
+from pocketlm.model.initialization import SkipInitialization
 from pocketlm.model.quantization import quantize
 from pocketlm.tokenizer.base import Tokenizer
 from pocketlm.tokenizer.bpe import GPT2_SIZE
 from pocketlm.tokenizer.build import build_tokenizer, from_state, is_trained
-
-
-class SkipInitialization(TorchFunctionMode):
-    """Leave new parameters as they are allocated: loading weights replaces all of them.
-
-    Drawing random ones takes 18 ms per million. The meta device would do as well, but what it
-    imports takes 0.8 s.
-    """
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in (nn.init.normal_, nn.init.kaiming_uniform_):
-            return kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 @dataclass

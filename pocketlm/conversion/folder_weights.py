@@ -1,5 +1,6 @@
 """The weights of a Hugging Face folder: safetensors, or pytorch_model.bin, in one or more files."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from pocketlm.conversion.layout import require_key
 from pocketlm.conversion.stored import StoredTensors
 from pocketlm.conversion.torch_files import add_torch_tensors, require_tensors
 from pocketlm.errors import UserError
-from pocketlm.hub.special_tokens import read_json_object
+from pocketlm.hub.special_tokens import read_json_object, unique_keys
 
 # names of a single file; that of its index, for several, ends in .index.json
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
@@ -67,7 +68,10 @@ def add_safetensors(tensors: StoredTensors, file: Path) -> None:
     try:
         with safe_open(file, "pt") as opened:
             names = list(opened.keys())
-    except (SafetensorError, OSError) as error:
+        with file.open("rb") as raw:  # the library takes one of two tensors of a name
+            length = int.from_bytes(raw.read(8), "little")
+            json.loads(raw.read(length), object_pairs_hook=unique_keys)
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{file} is damaged or not a safetensors file ({error}); "
             "download or save the model again"

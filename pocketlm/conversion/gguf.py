@@ -4,10 +4,9 @@ The tensors may be quantised; they become float32.
 """
 
 import contextlib
-import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
@@ -145,9 +144,22 @@ def read_gguf(path: Path, name: str) -> Pretrained:
     else:  # the missing tensor is reported later
         settings["vocab_size"] = tokenizer.vocab_size
     notes += unread_note(unread_keys(kind, values), origin)
+    notes += vocabulary_note(kind, values, settings["vocab_size"], origin)
     template, template_notes = read_chat_template(values, origin)
+    values.clear()  # lists of all tokens, beside which the weights are read
     source = Source(origin, settings, tokenizer, template, (*notes, *template_notes))
     return assemble(source, tensors, layout)
+
+
+def vocabulary_note(kind: str, values: Values, size: int, origin: str) -> list[str]:
+    """Return a note on a size of the vocabulary that is not the embedding's; llama.cpp reads none.
+
+    Raises UserError if it is no size.
+    """
+    key = f"{kind}.vocab_size"
+    if key not in values or require_key(values, key, int, origin) == size:
+        return []
+    return [f"{origin}: {key} is {values[key]}, and the embedding has {size} rows, which count"]
 
 
 def read_biases(tensors: StoredTensors, layout: Layout) -> Values:
@@ -178,14 +190,18 @@ def read_part(path: Path, tensors: StoredTensors) -> Values:
     """Return the keys of a file, and add its tensors. Raises UserError."""
     with damage_named(path), np.errstate(over="raise"):  # of offsets
         reader = gguf.GGUFReader(path)
-        for entry in reader.tensors:
+        end, previous = 0, ""
+        for entry in sorted(reader.tensors, key=lambda entry: entry.data_offset):
             require_dequantizable(entry, path)
+            problem = ""
             if entry.data_offset % reader.alignment:
-                raise UserError(
-                    f"{path} is damaged: {entry.name} is at an offset that is no multiple of "
-                    f"{reader.alignment}; download it again"
-                )
-            tensors.add(entry.name, str(path), functools.partial(dequantize, path, entry))
+                problem = f"is at an offset that is no multiple of {reader.alignment}"
+            elif entry.data_offset < end:
+                problem = f"begins before the end of {previous}"
+            if problem:
+                raise UserError(f"{path} is damaged: {entry.name} {problem}; download it again")
+            end, previous = entry.data_offset + entry.n_bytes, entry.name
+            tensors.add(entry.name, str(path), read_later(path, entry))
         return {key: entry.contents() for key, entry in reader.fields.items()}
 
 
@@ -225,11 +241,21 @@ def require_dequantizable(entry: gguf.ReaderTensor, path: Path) -> None:
         ) from None
 
 
-def dequantize(path: Path, entry: gguf.ReaderTensor) -> torch.Tensor:
-    """Return a tensor in float32. The file is read, as the memory of one that is mapped counts."""
-    stored = np.fromfile(path, np.uint8, entry.n_bytes, offset=entry.data_offset)
-    data = stored.view(entry.data.dtype).reshape(entry.data.shape)
-    return torch.from_numpy(gguf.dequantize(data, entry.tensor_type).astype(np.float32, copy=False))
+def read_later(path: Path, entry: gguf.ReaderTensor) -> Callable[[], torch.Tensor]:
+    """Return a function that reads a tensor in float32.
+
+    It keeps nothing of the reader, which has an array for each token of the vocabulary. float32 is
+    mapped: its pages are those of the file.
+    """
+    kind, shape, stored_type = entry.tensor_type, entry.data.shape, entry.data.dtype
+    offset, n_bytes = entry.data_offset, entry.n_bytes
+
+    def read() -> torch.Tensor:
+        stored = np.memmap(path, np.uint8, "c", offset, (n_bytes,))  # writing would copy a page
+        values = gguf.dequantize(stored.view(stored_type).reshape(shape), kind)
+        return torch.from_numpy(values.astype(np.float32, copy=False))
+
+    return read
 
 
 def read_model_settings(kind: str, values: Values, origin: str) -> Values:

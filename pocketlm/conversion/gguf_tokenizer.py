@@ -85,7 +85,7 @@ def read_tokenizer(values: Values, name: str, origin: str) -> JsonTokenizer:
     model = keys.get("model")
     if model == "llama":
         keys = SENTENCEPIECE_DEFAULTS | keys
-    require_kinds(keys, len(tokens), origin)
+    require_vocabulary(keys, len(tokens), origin)
     types = keys.get("token_type") or guess_types(keys, tokens)
     if model == "gpt2":
         backend = byte_level_bpe(keys, tokens, origin)
@@ -102,8 +102,8 @@ def read_tokenizer(values: Values, name: str, origin: str) -> JsonTokenizer:
     return JsonTokenizer(backend.to_str(), name, special.bos_id, special.eos_id, note, special)
 
 
-def require_kinds(keys: Values, n_tokens: int, origin: str) -> None:
-    """Raise UserError for a key of another type, or a list that has no value for each token."""
+def require_vocabulary(keys: Values, n_tokens: int, origin: str) -> None:
+    """Raise UserError for a key or a token that makes no sense, or a list that lacks one."""
     for name in ("add_bos_token", "add_space_prefix"):
         require_key({name: True} | keys, name, bool, origin)
     for name, kinds in (("tokens", str), ("token_type", int), ("scores", (int, float))):
@@ -117,22 +117,40 @@ def require_kinds(keys: Values, n_tokens: int, origin: str) -> None:
                 f"{origin}: {KEY_PREFIX}{name} has no value of the right type for each of the "
                 f"{n_tokens:,} tokens; download it again"
             )
+    known = [kind.value for kind in gguf.TokenType]
+    for i, kind in enumerate(keys.get("token_type", [])):
+        if kind not in known:
+            raise UserError(
+                f"{origin}: the token {keys['tokens'][i]!r} has the type {kind}, which is none of "
+                f"{min(known)} to {max(known)}; download it again"
+            )
+    vocab = {token: i for i, token in enumerate(keys["tokens"])}
+    if len(vocab) < n_tokens:
+        twice = next(token for i, token in enumerate(keys["tokens"]) if vocab[token] != i)
+        raise UserError(f"{origin} has the token {twice!r} twice; download it again")
+    unknown = keys.get("unknown_token_id", 0)
+    if keys.get("model") == "llama" and not 0 <= unknown < n_tokens:
+        raise UserError(
+            f"{origin}: {KEY_PREFIX}unknown_token_id is {unknown}, beyond the vocabulary of "
+            f"{n_tokens:,} tokens, which needs one for unknown characters; download it again"
+        )
 
 
 def read_special_tokens(
     keys: Values, tokens: list[str], types: list[int], origin: str
 ) -> SpecialTokens:
     """Return the special tokens that the keys name."""
-    names, notes = {}, []
+    names, notes, ends = {}, [], []
     ids = {token: i for i, token in enumerate(tokens) if types[i] != NORMAL}
-    for key, name in TOKEN_KEYS.items():
-        i = keys.get(f"{key}_token_id")
-        if i is not None and 0 <= i < len(tokens):
-            names[name] = tokens[i]
-            ids[tokens[i]] = i
+    for key in (*(f"{key}_token_id" for key in TOKEN_KEYS), *END_KEYS):
+        i = keys.get(key)
+        if i is not None and not 0 <= i < len(tokens):
+            notes.append(f"{origin}: {key} is {i}, beyond the vocabulary; it is ignored")
+        elif i is not None and key in END_KEYS:
+            ends.append(i)
         elif i is not None:
-            notes.append(f"{origin}: {key}_token_id is {i}, beyond the vocabulary; it is ignored")
-    ends = [keys[key] for key in END_KEYS if 0 <= keys.get(key, -1) < len(tokens)]
+            names[TOKEN_KEYS[key.removesuffix("_token_id")]] = tokens[i]
+            ids[tokens[i]] = i
     special = choose_special_tokens(ids, names, ends, keys.get("add_bos_token", True))
     special.notes = notes
     return special
@@ -167,9 +185,6 @@ def byte_level_bpe(keys: Values, tokens: list[str], origin: str) -> hf.Tokenizer
             f"only {', '.join(SPLITTERS)} can be converted"
         )
     vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise UserError(f"{origin} has the token {twice!r} twice; download it again")
     merges = []
     for merge in require_key(keys, "merges", list, origin):
         left, right = merge.split(" ")

@@ -203,7 +203,9 @@ def llama_settings(values: Values, origin: str) -> Values:
         | read_rope(values, origin)
         | {
             "n_kv_heads": values["num_key_value_heads"],
-            "head_dim": values["head_dim"] or sizes["d_model"] // sizes["n_heads"],
+            "head_dim": sizes["d_model"] // sizes["n_heads"]
+            if values["head_dim"] is None
+            else values["head_dim"],
             "attention_bias": {"mistral": "none", "qwen2": "qkv"}.get(kind, in_attention),
             "bias": values.get("mlp_bias", False) if kind == "llama" else False,
             "qk_norm": kind == "qwen3",
@@ -245,8 +247,13 @@ def read_rope(values: Values, origin: str) -> Values:
     As in transformers, rope_scaling goes before rope_parameters, and what either says before the
     keys beside it; but for the context of pretraining, which is first read beside them.
     """
-    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    options = require_key(values, key, dict, origin) if values.get(key) else {}
+    given = {
+        key: require_key(values, key, dict, origin)
+        for key in ("rope_parameters", "rope_scaling")
+        if values.get(key) is not None
+    }
+    key = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
+    options = given.get(key, {})
     where = f"{origin}: {key}"
     type_key = "rope_type" if "rope_type" in options else "type"
     choices = {type_key: tuple(ROPE_OPTIONS), "partial_rotary_factor": (None, 1.0)}

@@ -52,35 +52,45 @@ def write_file(checkpoint: Checkpoint, reference: Reference, path: Path, dtype: 
     """
     kind = architecture(checkpoint)
     tokenizer = gguf_tokenizer(checkpoint)
-    tensors = foreign_tensors(checkpoint.model, LAYOUTS[kind])
-    tensors += factor_tensors(checkpoint.model.config)
-    types = {tensor.name: stored_type(tensor, dtype) for tensor in tensors}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as unfinished:
         writer = gguf.GGUFWriter(unfinished, kind)
         add_model(writer, checkpoint, path.stem)
         writer.add_file_type(DTYPES[dtype][1])
         add_tokenizer(writer, tokenizer, checkpoint)
+        tensors = foreign_tensors(checkpoint.model, LAYOUTS[kind])
+        tensors += factor_tensors(checkpoint.model.config)
+        types = {tensor.name: stored_type(tensor, dtype) for tensor in tensors}
         write_tensors(writer, tensors, types)
-        sha256 = checkpoint.weights_sha256 if dtype == "f32" else None
-        checkpoint.free_weights()
-        again = read_gguf(unfinished, checkpoint.tokenizer.name)
-        if sha256 is not None and hash_weights(again.weights) != sha256:
-            raise UserError(
-                "the weights are not read back as they were written; nothing was kept. "
-                "Please report this as a bug"
-            )
-        weights = {WEIGHT_PREFIX + name: tensor for name, tensor in again.weights.items()}
-        model = load_model(again.config.model, None, weights, unfinished, assign=True)
-        parity = compare(our_step(model), reference)
-        if dtype == "f32":
-            require_parity(parity, reference)
-        n_texts = require_same_ids(checkpoint.tokenizer, again.tokenizer.encode)
-    lines = [f"read back: {parity}", f"read back: the same ids for {n_texts} texts"]
-    half = sum(types[tensor.name] == GGMLQuantizationType.F16 for tensor in tensors)
+        notes = tokenizer.notes
+        del tokenizer, writer  # lists of all tokens, beside which a second model is read
+        lines = read_back(unfinished, checkpoint, reference, dtype)
+    half = sum(kind == GGMLQuantizationType.F16 for kind in types.values())
     if dtype.startswith("q") and half:
         lines.append(f"{half} matrices are f16, since blocks of 32 weights do not fit their rows")
-    return [*lines, *tokenizer.notes]
+    return [*lines, *notes]
+
+
+def read_back(path: Path, checkpoint: Checkpoint, reference: Reference, dtype: str) -> list[str]:
+    """Return the lines of the proof of a file, and free the weights of its checkpoint.
+
+    Raises UserError if what is read back differs.
+    """
+    sha256 = checkpoint.weights_sha256 if dtype == "f32" else None
+    checkpoint.free_weights()
+    again = read_gguf(path, checkpoint.tokenizer.name)
+    if sha256 is not None and hash_weights(again.weights) != sha256:
+        raise UserError(
+            "the weights are not read back as they were written; nothing was kept. "
+            "Please report this as a bug"
+        )
+    weights = {WEIGHT_PREFIX + name: tensor for name, tensor in again.weights.items()}
+    model = load_model(again.config.model, None, weights, path, assign=True)
+    parity = compare(our_step(model), reference)
+    if dtype == "f32":
+        require_parity(parity, reference)
+    n_texts = require_same_ids(checkpoint.tokenizer, again.tokenizer.encode)
+    return [f"read back: {parity}", f"read back: the same ids for {n_texts} texts"]
 
 
 def architecture(checkpoint: Checkpoint) -> str:

@@ -172,9 +172,10 @@ def suitable_class(config: ModelConfig, origin: str) -> ModelClass:
     if not nearest.differing:
         return nearest
     listed = ", ".join(f"{name} {getattr(config, name)!r}" for name in nearest.differing)
+    others = "safetensors" if config.token_shift else "onnx or safetensors"
     raise UserError(
         f"{origin} is a model that no class of transformers expresses; it differs from the "
-        f"nearest, {nearest.name}, by {listed}; convert it to onnx or safetensors"
+        f"nearest, {nearest.name}, by {listed}; convert it to {others}"
     )
 
 
@@ -282,7 +283,7 @@ def check_in_new_process(folder: Path, reference: Reference, tokenizer: Tokenize
             texts=json.dumps(texts),
         )
         module = "pocketlm.export.transformers_check"
-        command = [sys.executable, "-m", module, str(folder), str(file)]
+        command = [sys.executable, "-P", "-m", module, str(folder), str(file)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -67,11 +67,17 @@ def introduction(checkpoint: Checkpoint, class_name: str) -> str:
         if checkpoint.tokens
         else "converted from a pretrained model"
     )
+    decay = checkpoint.config.training.ema_decay if checkpoint.tokens else 0
+    average = (
+        f" The weights are their moving average (`ema_decay` {decay}), which was validated."
+        if decay
+        else ""
+    )
     return (
         f"A `{class_name}` {origin}: {model.n_parameters:,} parameters, {model.n_layers} layers, "
         f"width {model.d_model}, context of {model.max_seq_len:,} tokens, vocabulary of "
         f"{checkpoint.tokenizer.vocab_size:,} tokens "
-        f"(`{without_folders(checkpoint.tokenizer.name)}`)."
+        f"(`{without_folders(checkpoint.tokenizer.name)}`).{average}"
     )
 
 

@@ -6,6 +6,7 @@ has the measurements) are those of the C library's heap, which keeps holes betwe
 torch's operations.
 """
 
+import ctypes
 import math
 import re
 import sys
@@ -27,6 +28,7 @@ from pocketlm.model.loss import CACHED_TOKENS
 if sys.platform != "win32":
     import resource
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
 LIBRARIES = 60e6  # what is imported after the estimate, and the buffers of the matmuls
 BFLOAT16_LIBRARIES = 50e6  # code that oneDNN generates, and its copies of weights
 SAFE_SHARE = 0.9  # of the free memory that `micro_batch_size: auto` may fill
@@ -393,3 +395,12 @@ def gigabytes(size: float) -> str:
     ('0.73 GB', '12.3 GB', '4,000,000 GB')
     """
     return f"{size / 1e9:,.{2 if size < 10e9 else 1 if size < 100e9 else 0}f} GB"
+
+
+def return_large_blocks() -> None:
+    """Have glibc give freed blocks of 1 MB or more back to the system at once.
+
+    It would keep those of up to 32 MB, and the holes between them.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)

@@ -97,22 +97,8 @@ def read_special_tokens(folder: Path, json_text: str) -> tuple[SpecialTokens, st
         listed = ", ".join(f"{name} {names[name]!r}" for name in missing)
         notes.append(f"the vocabulary of {folder} lacks the {listed}, which is ignored")
         names = {name: token for name, token in names.items() if name not in missing}
-    spelling = {i: token for token, i in ids.items()}
-    named = {"bos_token", "eos_token"} & names.keys()
-    ends: list[int] = []
-    ordinary: dict[int, None] = {}
-    for name, i in model_ids(folder, generation, model):
-        if i in spelling:
-            if not named:
-                names.setdefault(name, spelling[i])
-            ends += [i] * (name == "eos_token")
-        elif name == "eos_token":
-            ordinary[i] = None
-    if ordinary:
-        notes.append(
-            f"the config files of {folder} end a text at id {', '.join(map(str, ordinary))}, "
-            "which is no special token of tokenizer.json; it ends nothing here"
-        )
+    ends, more = read_model_ids(spec, ids, names, folder, (generation, model))
+    notes += more
     says_nothing = not names and not any(name in config for name in NAMES)
     if says_nothing:
         ids, names = usual_names(spec, ids)
@@ -126,16 +112,62 @@ def read_special_tokens(folder: Path, json_text: str) -> tuple[SpecialTokens, st
     return special, json.dumps(spec, ensure_ascii=False)
 
 
+def read_model_ids(
+    spec: Values,
+    ids: dict[str, int],
+    names: dict[str, str],
+    folder: Path,
+    configs: tuple[Values, ...],
+) -> tuple[list[int], list[str]]:
+    """Return the ids that end a text, and notes on those of no token; complete the names."""
+    notes = []
+    spelling = {i: token for token, i in ids.items()}
+    named = {"bos_token", "eos_token"} & names.keys()
+    ends: list[int] = []
+    ordinary: dict[int, None] = {}
+    beyond: dict[int, None] = {}
+    known_ids = {*vocabulary(spec).values(), *spelling}
+    for name, i in model_ids(folder, *configs):
+        if i in spelling:
+            if not named:
+                names.setdefault(name, spelling[i])
+            ends += [i] * (name == "eos_token")
+        elif name == "eos_token":
+            ordinary[i] = None
+        elif i not in known_ids:
+            beyond[i] = None
+    if beyond:
+        notes.append(
+            f"the config files of {folder} begin a text with id {', '.join(map(str, beyond))}, "
+            "which is no token of tokenizer.json; it is ignored"
+        )
+    if ordinary:
+        notes.append(
+            f"the config files of {folder} end a text at id {', '.join(map(str, ordinary))}, "
+            "which is no special token of tokenizer.json; it ends nothing here"
+        )
+    return ends, notes
+
+
 def read_json_object(path: Path) -> Values:
     """Return the object in a JSON file; empty if there is no such file. Raises UserError."""
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object")
+    return values
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> Values:
+    """Return a JSON object. Raises ValueError if it has a key twice, of which json takes one."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
     return values
 
 

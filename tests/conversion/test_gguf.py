@@ -7,6 +7,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -367,3 +368,75 @@ def test_a_type_that_the_gguf_package_does_not_dequantise_is_refused(
     assert f"output_norm.weight is stored as {name}, which is not supported" in refusal(
         capsys, path
     )
+
+
+# ---- files that llama.cpp's own converter would not write ----
+
+
+def rewritten(path: Path, **keys: Any) -> Path:
+    """Write the file again with other values of keys, "__" for "."; lists keep their length."""
+    reader = gguf.GGUFReader(path)
+    output = path.with_name("changed.gguf")
+    writer = gguf.GGUFWriter(output, "llama")
+    values = {name.replace("__", "."): value for name, value in keys.items()}
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = values.pop(name, field.contents())
+        writer.add_key_value(name, value, field.types[0], *field.types[1:2])
+    for name, value in values.items():
+        writer.add_uint32(name, value)
+    for entry in reader.tensors:
+        writer.add_tensor(entry.name, entry.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return output
+
+
+@pytest.mark.parametrize(
+    "keys, note",
+    [
+        ({"tokenizer__ggml__eot_token_id": 9999}, "eot_token_id is 9999, beyond the vocabulary"),
+        ({"tokenizer__ggml__bos_token_id": 9999}, "bos_token_id is 9999, beyond the vocabulary"),
+        ({"llama__vocab_size": 5}, "llama.vocab_size is 5, and the embedding has"),
+    ],
+    ids=["eot", "bos", "size"],
+)
+def test_an_id_or_size_that_others_ignore_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture, keys: dict[str, int], note: str
+) -> None:
+    path = rewritten(write_gguf(tmp_path / "llama.gguf", llama()), **keys)
+    assert convert.main([str(path), "--to", "ckpt", str(tmp_path / "model.ckpt")]) == 0
+    assert note in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_makes_no_sense_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = write_gguf(tmp_path / "llama.gguf", llama())
+    fields = gguf.GGUFReader(path).fields
+    tokens, types = (
+        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type")
+    )
+    changed = rewritten(path, tokenizer__ggml__token_type=[*types[:-1], 9])
+    assert "has the type 9, which is none of 1 to 6" in refusal(capsys, changed)
+    changed = rewritten(path, tokenizer__ggml__tokens=[*tokens[:-1], tokens[5]])
+    assert "twice" in refusal(capsys, changed)
+    changed = rewritten(path, llama__vocab_size=0)
+    assert "llama.vocab_size is 0" in refusal(capsys, changed)
+
+
+def test_tensors_that_share_bytes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = write_gguf(tmp_path / "llama.gguf", llama())
+    reader = gguf.GGUFReader(path)
+    first, last = reader.tensors[0], reader.tensors[-1]
+    offset = last.field.offset + sum(int(part.nbytes) for part in last.field.parts) - 8
+    data = bytearray(path.read_bytes())
+    shifted = first.data_offset - reader.data_offset + reader.alignment
+    data[offset : offset + 8] = shifted.to_bytes(8, "little")
+    path.write_bytes(data)
+    assert f"{last.name} begins before the end of {first.name}" in refusal(capsys, path)

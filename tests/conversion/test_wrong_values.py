@@ -1,5 +1,6 @@
 """Files of a model whose values have another type or meaning than their format says."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_special_tokens_of_another_type_are_refused_by_name(tmp_path: Path, word
         ({"model_type": ["llama"]}, "is of a model of type ['llama']"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', but a model needs true"),
         ({"attention_bias": 1}, "attention_bias is 1, but a model needs true or false"),
+        ({"rope_parameters": []}, "rope_parameters is [], but a model needs an object"),
+        ({"head_dim": 0}, "model.head_dim is 0"),
     ],
 )
 def test_a_config_of_another_type_is_refused_by_key(
@@ -163,3 +166,28 @@ def test_a_split_count_that_is_no_number_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(UserError, match="split.count is 'x'"):
         read_gguf(tmp_path / "model.gguf", "name")
+
+
+def test_a_key_or_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """json and safetensors take one of the two."""
+    save(llama(), tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    text, data = config.read_text(), weights.read_bytes()
+    config.write_text(text.replace("{", '{"hidden_size": 8,', 1))
+    with pytest.raises(UserError, match="it has 'hidden_size' twice"):
+        read_folder(tmp_path)
+    config.write_text(text)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    entry = f'"model.norm.weight": {json.dumps(header["model.norm.weight"])}, '.encode()
+    twice = b"{" + entry + data[9 : 8 + length]
+    weights.write_bytes(len(twice).to_bytes(8, "little") + twice + data[8 + length :])
+    with pytest.raises(UserError, match="it has 'model.norm.weight' twice"):
+        read_folder(tmp_path)
+
+
+def test_an_id_of_bos_beyond_the_vocabulary_is_named(tmp_path: Path) -> None:
+    for i in (99_999, -3):
+        (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": i}))
+        special, _ = read_special_tokens(tmp_path, SPEC)
+        assert f"begin a text with id {i}, which is no token" in "; ".join(special.notes)

@@ -17,6 +17,15 @@ def test_the_card_has_data_recipe_and_loss_beside_the_uniform_guess(tmp_path: Pa
     assert "AutoModelForCausalLM.from_pretrained('my-model')" in card
 
 
+def test_the_card_says_that_the_weights_are_an_average(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(changed_checkpoint(a_checkpoint(tmp_path), tokens=1))
+    assert "moving average" not in model_card(checkpoint, "LlamaForCausalLM", "my-model")
+    training = replace(checkpoint.config.training, ema_decay=0.99)
+    checkpoint.config = replace(checkpoint.config, training=training)
+    card = model_card(checkpoint, "LlamaForCausalLM", "my-model")
+    assert "The weights are their moving average (`ema_decay` 0.99), which was validated." in card
+
+
 def test_the_card_has_no_folders_of_the_computer_that_trained_the_model(tmp_path: Path) -> None:
     path = changed_checkpoint(a_checkpoint(tmp_path), tokens=1, val_loss=2.5)
     checkpoint = load_checkpoint(path)

@@ -12,12 +12,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 import convert
 from model import Transformer
 from pocketlm.checkpoint.loading import load_checkpoint
 from pocketlm.errors import UserError
-from pocketlm.export import onnx as export
+from pocketlm.export.onnx import conversion as export
+from pocketlm.export.onnx.files import mapped_model, quantize_file
 from pocketlm.export.proof import Reference, greedy_tokens, our_step
 from tests.support.checkpoints import byte_ids
 from tests.support.exports import GPT2, a_checkpoint, export_refusal
@@ -116,7 +118,7 @@ def test_int8_is_smaller_and_its_cost_is_that_of_the_two_graphs(converted: Conve
     checkpoint = load_checkpoint(converted.file.with_name("model.ckpt"))
     small = converted.file.with_name("int8.onnx")
     small.write_bytes(converted.file.read_bytes())
-    export.quantize_file(small)
+    quantize_file(small)
     saved = converted.file.stat().st_size - small.stat().st_size
     assert saved > 2 * checkpoint.model.config.n_parameters  # of 4 bytes each, at most 3 are saved
     step = export.onnx_step(converted.file, checkpoint.model.config)
@@ -141,15 +143,42 @@ def test_int8_is_smaller_and_its_cost_is_that_of_the_two_graphs(converted: Conve
     assert cost != bits and cost == pytest.approx(bits, rel=0.2)
 
 
+def test_int8_is_what_onnxruntimes_quantizer_makes_of_the_whole_file(converted: Converted) -> None:
+    """The quantiser is given one weight at a time, and the file is written without its writer."""
+    small = converted.file.with_name("small.onnx")
+    small.write_bytes(converted.file.read_bytes())
+    quantize_file(small)
+    whole = converted.file.with_name("whole.onnx")
+    quantize_dynamic(converted.file, whole, weight_type=QuantType.QUInt8, per_channel=True)
+    found, expected = onnx.load(small), onnx.load(whole)
+    assert sorted(map(str, found.graph.node)) == sorted(map(str, expected.graph.node))
+    weights = [
+        {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+        for model in (found, expected)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name, expected_weight in weights[1].items():
+        np.testing.assert_array_equal(weights[0][name], expected_weight, strict=True)
+
+
+def test_a_file_that_is_cut_anywhere_is_not_read_as_a_graph(converted: Converted) -> None:
+    data = converted.file.read_bytes()
+    cut = converted.file.with_name("cut.onnx")
+    for length in (len(data) - 1, len(data) // 2):
+        cut.write_bytes(data[:length])
+        with pytest.raises(UserError, match="not read back as it was written"):
+            mapped_model(cut)
+
+
 def test_a_graph_that_differs_or_is_too_large_is_not_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = a_checkpoint(tmp_path)
 
-    def other(model: Transformer, metadata: dict[str, str], path: Path) -> None:
+    def other(checkpoint: Path, path: Path) -> None:
         path.touch()
 
-    monkeypatch.setattr(export, "export_graph", other)
+    monkeypatch.setattr(export, "export_in_new_process", other)
     monkeypatch.setattr(export, "onnx_step", lambda path, config: zeros)
     assert "the converted model is not the same" in export_refusal(capsys, checkpoint, "onnx")
     monkeypatch.setattr(export, "MAX_BYTES", 1000)
@@ -157,6 +186,13 @@ def test_a_graph_that_differs_or_is_too_large_is_not_kept(
     assert "x.txt" in export_refusal(
         capsys, checkpoint, "onnx", "--dtype", "int8", "--text", str(tmp_path / "x.txt")
     )
+
+
+def test_token_shift_is_refused_for_the_graphs_cache_has_no_ids(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint = a_checkpoint(tmp_path, token_shift=True)
+    assert "token_shift" in export_refusal(capsys, checkpoint, "onnx")
 
 
 def zeros(ids: Any, cache: Any) -> tuple[Any, Any]:

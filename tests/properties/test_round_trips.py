@@ -57,16 +57,27 @@ def test_weights_and_evaluation_are_the_same_after_the_way_there_and_back(
     assert results[0] == results[1]
 
 
-def test_a_model_that_came_back_is_trained_further_on_a_new_text(
+def losses_of_a_run(start: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Train further on a new text; return the losses of steps and of validations as written."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    write_text_and_config(folder)
+    steps = ("training.max_steps=6", "training.val_every_steps=3", "training.optimizer=adamw")
+    run(f"training.init_from={start}", *steps)
+    return [[row[name] for row in read_rows() if row[name]] for name in ("train/loss", "val/loss")]
+
+
+def test_a_model_that_came_back_is_trained_further_on_a_new_text_as_the_first_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    again = there_and_back(a_checkpoint(tmp_path, n_layers=3, d_model=24), "gguf", tmp_path)
-    write_text_and_config(tmp_path)
-    steps = ("training.max_steps=30", "training.val_every_steps=10", "training.optimizer=adamw")
-    run(f"training.init_from={again}", *steps)
-    losses = [float(row["val/loss"]) for row in read_rows() if row["val/loss"]]
-    assert losses[0] > losses[1] > losses[2]
-    trained = load_checkpoint("checkpoints/final.ckpt")
-    assert trained.config.model.n_layers == 3  # the file's, where TINY says 2
-    assert trained.tokenizer.fingerprint == load_checkpoint(again).tokenizer.fingerprint
+    first = a_checkpoint(tmp_path, n_layers=3, d_model=24)
+    expected = losses_of_a_run(first, tmp_path / "first", monkeypatch)
+    validations = [float(loss) for loss in expected[1]]
+    assert len(expected[0]) > 1 and validations[0] > validations[-1]
+    again = {name: there_and_back(first, name, tmp_path) for name in ("hf", "gguf")}
+    again["safetensors"] = exported(first, "safetensors", tmp_path / "model.safetensors")
+    for name, start in again.items():
+        assert losses_of_a_run(start, tmp_path / f"run of {name}", monkeypatch) == expected
+        trained = load_checkpoint("checkpoints/final.ckpt")
+        assert trained.config.model.n_layers == 3  # the file's, where TINY says 2
+        assert trained.tokenizer.fingerprint == load_checkpoint(start).tokenizer.fingerprint
