@@ -184,7 +184,8 @@ def test_whether_to_compile_changes_nothing_else_of_the_hardware(machine):
         ("presets/microgpt.yaml", True, False),
         ("presets/nnzig.yaml", True, False),  # training.c is as fast
         ("presets/nnzig.yaml", False, True),
-        ("presets/shakespeare_char_gpu.yaml", True, True),  # its dropout is torch's
+        ("presets/shakespeare_char_gpu.yaml", True, False),  # with dropout
+        ("presets/randygpt_large.yaml", True, True),  # its squared ReLU is torch's
     ],
 )
 def test_long_runs_outside_the_head_are_compiled_on_a_cpu_unless_training_c_computes_them(
