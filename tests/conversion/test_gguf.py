@@ -225,9 +225,13 @@ def quick_reader(monkeypatch: pytest.MonkeyPatch) -> None:
 
     They take fewer from an array in memory, as a slice of a memmap costs more than one of an array.
     """
-    reader = functools.cache(gguf.GGUFReader)
+    reader, memmap = functools.cache(gguf.GGUFReader), np.memmap
+
+    def whole_or_part(path: Path, *part: Any, **options: Any) -> np.ndarray:
+        return memmap(path, *part, **options) if part else np.fromfile(path, np.uint8)
+
     monkeypatch.setattr(gguf, "GGUFReader", lambda path: reader(str(path)))
-    monkeypatch.setattr(np, "memmap", lambda path, **_: np.fromfile(path, np.uint8))
+    monkeypatch.setattr(np, "memmap", whole_or_part)
 
 
 @pytest.mark.slow
