@@ -345,7 +345,7 @@ class MLP(nn.Module):
 
 
 class FromFirst(NamedTuple):
-    """What later blocks read of the first one: its input (B, T, C) and its values (B, K, T, D)."""
+    """Input (B, T, C) and values (B, K, T, D) of the first block, which later ones read."""
 
     embedded: Tensor
     values: Tensor | None
@@ -528,8 +528,7 @@ class Transformer(nn.Module):
             before = tokens_before(input_ids) if cache is None else cache.previous_tokens(input_ids)
             previous = before
             if doc_ids is not None:
-                assert positions is not None
-                previous = before.masked_fill(positions == 0, -1)
+                previous = before.masked_fill(tokens_before(doc_ids) != doc_ids, -1)
         x = self._embed(input_ids, previous, positions, start)
         context: tuple[Rotary, Tensor | None, KVCache | None, Documents | None]
         if natively:

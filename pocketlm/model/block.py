@@ -29,9 +29,9 @@ class Documents(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a block computes with beside tensors."""
+    """Constants of a block: eps of its norms, and what dropout drops in this step."""
 
-    eps: float  # of its norms
+    eps: float
     of_weights: Dropout = NO_DROPOUT  # of the attention weights
     of_attention: Dropout = NO_DROPOUT  # of what attention adds to the residual stream
     of_mlp: Dropout = NO_DROPOUT  # of what the MLP adds
@@ -162,7 +162,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def add_product(x: Tensor, a: Tensor, b: Tensor, dropout: Dropout) -> Tensor:
-    """Return x + a @ b, in the dtype of x; numbers of the product are dropped."""
+    """Return x + a @ b with dropout of the product, in the dtype of x."""
     if a.dtype == x.dtype and not dropout.kept_from:
         return torch.addmm(x, a, b)
     return x + kernels.drop_(a @ b, dropout)

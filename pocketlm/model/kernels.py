@@ -107,7 +107,7 @@ def swiglu_backward(gate_up: Tensor, d_hidden: Tensor) -> Tensor:
 
 
 class Dropout(Structure):
-    """`struct dropout` of training.c: numbers are dropped with a probability below 1.
+    """`struct dropout` of training.c: elements are dropped with a probability below 1.
 
     Which ones depends on the seed and on their place only.
     """
@@ -119,7 +119,7 @@ class Dropout(Structure):
 
 
 def drop_(x: Tensor, dropout: Dropout) -> Tensor:
-    """Drop numbers of x (N, C) in place, and return it."""
+    """Drop elements of x (N, C) in place, and return it."""
     if dropout.kept_from:
         call("drop", *x.shape, x.dtype == torch.bfloat16, x, dropout)
     return x

@@ -63,11 +63,11 @@ INLINE uint32_t hash(uint32_t x)
     return x ^ x >> 16;
 }
 
-/* Dropout of some numbers: each is dropped with the same probability, the others are divided by
-   that of being kept. Which ones depends on the seed, the row and the column only, so that the
+/* Dropout: each element is dropped with the same probability, the others are divided by that of
+   being kept. Which ones depends on the seed, the row and the column only, so that the
    backward pass drops the same. */
 struct dropout {
-    uint32_t seed, kept_from; /* a number is kept if its hash is at least `kept_from` */
+    uint32_t seed, kept_from; /* an element is kept if its hash is at least `kept_from` */
     float factor;             /* of those kept: 1 without dropout */
 };
 
@@ -132,7 +132,7 @@ void cross_entropy(int64_t N, int64_t V, int64_t stride, int half, void *logits,
 
 /* ---- dropout, norm and activation ---- */
 
-/* Drop numbers of x (N, C). */
+/* Drop elements of x (N, C). */
 void drop(int64_t N, int64_t C, int half, void *x, const struct dropout *d, int threads)
 {
 #pragma omp parallel num_threads(threads)

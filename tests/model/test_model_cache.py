@@ -90,9 +90,11 @@ def test_changing_a_document_changes_no_logit_of_another(document: int) -> None:
     model, ids = random_model(**MIXED).eval(), random_ids()
     inside = document == PACKED
     changed = torch.where(inside, other_tokens(ids), ids)
-    before, after = model(ids, doc_ids=PACKED), model(changed, doc_ids=PACKED)
-    assert torch.equal(before[~inside], after[~inside])
-    assert (before[inside] != after[inside]).any(-1).all()
+    in_row = torch.arange(T).expand(2, T)
+    for positions in (None, in_row):
+        before, after = (model(x, doc_ids=PACKED, positions=positions) for x in (ids, changed))
+        assert torch.equal(before[~inside], after[~inside])
+        assert (before[inside] != after[inside]).any(-1).all()
 
 
 @heads

@@ -140,12 +140,12 @@ def fields(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int, in
     Raises UserError if they do not end where the message does.
     """
     while begin < end:
-        key, value = variable_int(data, begin)
+        key, value = read_varint(data, begin)
         number, kind = key >> 3, key & 7
         if kind == 0:
-            _, stop = variable_int(data, value)
+            _, stop = read_varint(data, value)
         elif kind == 2:
-            length, value = variable_int(data, value)
+            length, value = read_varint(data, value)
             stop = value + length
         else:
             stop = value + {1: 8, 5: 4}.get(kind, end)
@@ -158,8 +158,8 @@ def fields(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int, in
         begin = stop
 
 
-def variable_int(data: mmap.mmap, at: int) -> tuple[int, int]:
-    """Return a number of seven bits a byte, the lowest first, and where it ends."""
+def read_varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """Return protobuf's varint at a position, and where it ends."""
     number, shift = 0, 0
     while data[at] > 127:
         number |= (data[at] & 127) << shift
