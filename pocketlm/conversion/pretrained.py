@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pocketlm.checkpoint.format import checkpoint_metadata, save_checkpoint
+from pocketlm.checkpoint.format import checkpoint_metadata, is_safetensors, save_checkpoint
 from pocketlm.conversion.gguf import read_gguf
 from pocketlm.conversion.huggingface import read_folder
 from pocketlm.conversion.layout import Pretrained
@@ -38,6 +38,11 @@ def read_pretrained(model: str, source: TokenizerSource) -> Pretrained:
         raise UserError(f"{model} has its own tokenizer; leave --tokenizer and --text out")
     if path.is_dir():
         return read_folder(path)
+    if path.is_file() and is_safetensors(path):
+        raise UserError(
+            f"{model} is a safetensors file; one of this program is a checkpoint as it is, and of "
+            "a Hugging Face model give the folder"
+        )
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":

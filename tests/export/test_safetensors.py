@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 import infer
 from pocketlm.checkpoint.format import read_checkpoint
 from pocketlm.checkpoint.loading import load_checkpoint
+from pocketlm.conversion.pretrained import read_pretrained
+from pocketlm.conversion.torch_checkpoints import TokenizerSource
 from pocketlm.errors import UserError
 from tests.support.exports import INEXPRESSIBLE, MODELS, a_checkpoint, exported, same_weights
 
@@ -54,3 +56,9 @@ def test_a_changed_weight_or_a_file_without_our_metadata_is_damaged(tmp_path: Pa
     save_file({"model.norm.weight": torch.ones(3)}, torch_file)
     with pytest.raises(UserError, match="has weights only"):
         load_checkpoint(torch_file)
+
+
+def test_it_is_a_checkpoint_already_for_convert(tmp_path: Path) -> None:
+    file = exported(a_checkpoint(tmp_path), "safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="is a safetensors file; one of this program is a check"):
+        read_pretrained(str(file), TokenizerSource(str(tmp_path)))
