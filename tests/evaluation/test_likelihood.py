@@ -130,6 +130,8 @@ def test_likelihoods_equal_a_plain_loop_over_whole_texts(monkeypatch, tokens, po
     monkeypatch.setattr(likelihood, "MAX_BATCH_TOKENS", tokens)
     monkeypatch.setattr(likelihood, "MAX_LOGIT_ROWS", positions)
     model, queries = make_model(61, **options), random_queries(61)
+    if model.shift_gain is not None:
+        torch.nn.init.ones_(model.shift_gain)  # it begins at 0
     likelihoods = query_likelihoods(model, queries + queries[:5], top_k=3)
     assert list(likelihoods) == list(dict.fromkeys(queries))
     for query, result in likelihoods.items():
